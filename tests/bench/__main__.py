@@ -1,0 +1,146 @@
+"""python -m tests.bench: see `scripts/bench --help`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.bench import counting, suite
+from tests.bench.machine import machine
+from tests.bench.suite import GA, IN_AGENT, IN_DAEMON, RAW_ASYNCIO, RAW_C, RAW_PYTHON, RAW_RELAY
+from tests.rig import RigError, rig_directory
+from tests.rig.requirements import missing_for_peers
+
+EXIT_CANNOT = 3
+
+EPILOG = """\
+exit status: 0 measured; 2 wrong arguments; 3 this machine lacks a part, or a part failed
+"""
+SUBJECTS = (RAW_C, RAW_PYTHON, RAW_ASYNCIO, RAW_RELAY, GA, IN_DAEMON, IN_AGENT)
+COLUMNS = (
+    ("p50_us", "p50 us", "{:.0f}"),
+    ("p99_us", "p99 us", "{:.0f}"),
+    ("qemu_cpu_us", "CPU us", "{:.0f}"),
+    ("rate_1", "1 /s", "{:.0f}"),
+    ("rate_16", "16 /s", "{:.0f}"),
+    ("rate_64", "64 /s", "{:.0f}"),
+    ("to_guest_mbs", "to MB/s", "{:.1f}"),
+    ("from_guest_mbs", "from MB/s", "{:.1f}"),
+    ("start_ms", "start ms", "{:.0f}"),
+    ("rss_mib", "RSS MiB", "{:.1f}"),
+    ("rss_after_mib", "after", "{:.1f}"),
+)
+
+
+def aims(result: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, str]]:
+    """What was aimed at: (what, the ratio or value measured, the aim)."""
+    p50, rate_1, rate_64 = result["p50_us"], result["rate_1"], result["rate_64"]
+    rows = []
+    for subject, aim in ((IN_DAEMON, "<= 1.0"), (IN_AGENT, "<= 1.5")):
+        rows.append((f"{subject}: p50 / qemu-ga's", p50[subject] / p50[GA], aim))
+        rows.append((f"{subject}: p50 / raw Python's", p50[subject] / p50[RAW_PYTHON], "<= 2"))
+        ratio = rate_64[subject] / rate_1[GA]
+        rows.append((f"{subject}: 64 in flight / qemu-ga, serial", ratio, ">= 10"))
+    for measure, way in (("to_guest_mbs", "to the guest"), ("from_guest_mbs", "from the guest")):
+        speed = result[measure]
+        for subject in (IN_DAEMON, IN_AGENT):
+            if subject in speed:
+                ratio = speed[subject] / speed[RAW_PYTHON]
+                rows.append((f"{subject}: 64 KiB {way} / raw Python", ratio, ">= 0.5"))
+                ratio = speed[subject] / result["from_guest_mbs"][GA]
+                rows.append((f"{subject}: 64 KiB {way} / qemu-ga's file read", ratio, ">= 5"))
+    rows.append(("daemon: start, s", result["start_ms"][IN_DAEMON] / 1000, "< 1"))
+    rows.append(("daemon: RSS, MiB", result["rss_mib"][IN_DAEMON], "< 25"))
+    return rows
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result, for people."""
+    width = max(map(len, SUBJECTS)) + 1
+    lines = ["round trips of 64 bytes; calls/s with 1, 16, 64 in flight; 64 KiB to and from it"]
+    lines.append(" " * width + "".join(f"{title:>10}" for _, title, _ in COLUMNS))
+    for subject in SUBJECTS:
+        cells = []
+        for measure, _, form in COLUMNS:
+            value = result[measure].get(subject)
+            cells.append(f"{form.format(value) if value is not None else '':>10}")
+        lines.append(f"{subject:<{width}}" + "".join(cells))
+    lines.append(
+        "start: to the first byte, of qemu-ga's to its answer; RSS: at rest, after the load"
+    )
+    lines += ["", "a frame with 64 bytes of payload, on the host (us)      encode    decode"]
+    for name, cost in result["frame_us"].items():
+        lines.append(f"{name:<52}{cost['encode_us']:>10.2f}{cost['decode_us']:>10.2f}")
+    native = result["native"]
+    lines += ["", "the same daemon and agent on this machine, not emulated"]
+    for place in ("daemon", "agent"):
+        p50_us, rate = native[f"{place}_p50_us"], native[f"{place}_rate_64"]
+        lines.append(f"call in the {place + ':':<8}{p50_us:>6.0f} us, 64 in flight{rate:>7.0f} /s")
+    mbs = native["to_agent_mbs"], native["from_agent_mbs"]
+    lines.append(f"64 KiB to the agent: {mbs[0]:.0f} MB/s, from it: {mbs[1]:.0f} MB/s")
+    lines += ["", "against the aims"]
+    lines += [f"{what:<60}{value:>8.2f}   aim {aim}" for what, value, aim in aims(result)]
+    lines += ["", f"machine's load: {result['load'][0]:.1f} before, {result['load'][1]:.1f} after"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="Measures vchan beside the raw channel and qemu-ga, in one guest and one run.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns through everything [7]")
+    parser.add_argument("--calls", type=int, default=400, help="round trips per turn [400]")
+    parser.add_argument("--bulk-mib", type=int, default=8, help="MiB per bulk transfer [8]")
+    parser.add_argument(
+        "--instructions",
+        action="store_true",
+        help="count the guest's instructions instead of time: for a machine that is not quiet",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    options = parser.parse_args()
+    if min(options.rounds, options.calls, options.bulk_mib) < 1:
+        parser.error("--rounds, --calls and --bulk-mib must be at least 1")
+    missing = missing_for_peers()
+    if missing:
+        print(f"bench: {missing}", file=sys.stderr)
+        return EXIT_CANNOT
+    try:
+        with rig_directory() as directory:
+            report = count(directory) if options.instructions else measure(directory, options)
+    except RigError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return EXIT_CANNOT
+    result, text = report
+    print(json.dumps(result) if options.json else text)
+    return 0
+
+
+def count(directory: Path) -> tuple[Any, str]:
+    """Count instructions."""
+    rows = counting.measure(directory)
+    return dict(rows), counting.table(rows)
+
+
+def measure(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:
+    """Measure time and memory."""
+    before = suite.load()
+    with machine(directory) as guest:
+        result = suite.run(
+            guest,
+            directory,
+            rounds=options.rounds,
+            calls=options.calls,
+            bulk_bytes=options.bulk_mib << 20,
+        )
+    result["load"] = (before, suite.load())
+    return result, table(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The agent that the benchmark calls: serves topic "bench".
+
+python3 agent.py [SOCKET]
+"""
+
+import sys
+
+from vchan.client import AGENT_SOCKET, Agent
+
+
+class Endpoint:
+    """What is measured."""
+
+    def ping(self, **values: str) -> dict[str, str]:
+        """Give back what was given: as the daemon's own ping does."""
+        return values
+
+    def take(self, data: str) -> int:
+        """Take a large request."""
+        return len(data)
+
+    def give(self, size: int) -> str:
+        """Give a large answer."""
+        return "x" * size
+
+
+def main() -> None:
+    """Serve until killed."""
+    agent = Agent(sys.argv[1] if len(sys.argv) > 1 else AGENT_SOCKET)
+    agent.serve("bench", Endpoint())
+    agent.run()
+
+
+if __name__ == "__main__":
+    main()

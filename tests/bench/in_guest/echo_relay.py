@@ -1,0 +1,50 @@
+"""The least two Python programs can do: one gives what comes to the other, and back what that says.
+
+python3 echo_relay.py PORT
+
+What an agent's call costs at least, whoever passes it on: three wake-ups instead of one.
+"""
+
+import os
+import selectors
+import socket
+import sys
+
+
+def echo(end: socket.socket) -> None:
+    """The agent's part."""
+    selector = selectors.DefaultSelector()
+    selector.register(end, selectors.EVENT_READ)
+    while True:
+        selector.select()
+        end.send(end.recv(4096))
+
+
+def relay(port: int, end: socket.socket) -> None:
+    """The daemon's part."""
+    selector = selectors.DefaultSelector()
+    selector.register(port, selectors.EVENT_READ)
+    selector.register(end, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fd != port:
+                os.write(port, end.recv(4096))
+            elif received := os.read(port, 4096):
+                end.send(received)
+            else:  # no host is there yet
+                selector.select(0.02)
+
+
+def main() -> None:
+    """Echo until killed."""
+    port = os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK)
+    mine, other = socket.socketpair()
+    if os.fork():
+        relay(port, mine)
+    else:
+        os.close(port)
+        echo(other)
+
+
+if __name__ == "__main__":
+    main()

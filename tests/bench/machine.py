@@ -1,0 +1,136 @@
+"""The guest that everything is measured in."""
+
+import contextlib
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.bench.peers import READY_TIMEOUT_S
+from tests.rig import RigError
+from tests.rig.guest import GuestSpec, QemuGuest
+from tests.rig.guest_image import PORT_ECHO, PYTHON, VCHAN_PORT, Service, build
+from vchan import _layout as layout
+
+IN_GUEST = Path(__file__).with_name("in_guest")
+PORTS = Path("/dev/virtio-ports")
+DAEMON = "vchan-guest --quiet"
+# What an installer makes of the entry point; `python -m` would start a tenth slower.
+DAEMON_SCRIPT = f"""#!{PYTHON}
+import sys
+from vchan.guest.daemon import main
+sys.exit(main())
+"""
+
+C_ECHO = "bench.echo.c"
+SELECT_ECHO = "bench.echo.select"
+ASYNCIO_ECHO = "bench.echo.asyncio"
+RELAY_ECHO = "bench.echo.relay"
+C_BULK = "bench.bulk.c"
+PYTHON_BULK = "bench.bulk.python"
+GUEST_AGENT = "org.qemu.guest_agent.0"
+START = "bench.start"
+STARTED = "bench.started"
+
+CLOCK_TICK_S = 0.01  # /proc/PID/stat's unit
+
+
+def services() -> tuple[Service, ...]:
+    """What runs in the guest all the time; who is not measured waits for its port."""
+    return (
+        Service("c-echo", f"{PORT_ECHO} {PORTS / C_ECHO}"),
+        Service("select-echo", f"{PYTHON} /bench/echo_select.py {PORTS / SELECT_ECHO}"),
+        Service("asyncio-echo", f"{PYTHON} /bench/echo_asyncio.py {PORTS / ASYNCIO_ECHO}"),
+        Service("relay-echo", f"{PYTHON} /bench/echo_relay.py {PORTS / RELAY_ECHO}"),
+        Service("c-bulk", f"/bench/bulk {PORTS / C_BULK}"),
+        Service("python-bulk", f"{PYTHON} /bench/bulk.py {PORTS / PYTHON_BULK}"),
+        Service("qemu-ga", f"qemu-ga -m virtio-serial -p {PORTS / GUEST_AGENT}"),
+        Service("vchan-guest", DAEMON),
+        Service("agent", f"{PYTHON} /bench/agent.py"),
+    )
+
+
+class Machine:
+    """The running guest, and what can be learnt of it without disturbing what is measured."""
+
+    def __init__(self, guest: QemuGuest) -> None:
+        self.guest = guest
+
+    def cpu_s(self) -> float:
+        """CPU time that QEMU has used: the guest's work and the channel's."""
+        fields = Path(f"/proc/{self.guest.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) * CLOCK_TICK_S
+
+    def connect(self, port: str) -> socket.socket:
+        """A client of a port."""
+        return self.guest.connect(port, timeout_s=READY_TIMEOUT_S)
+
+    def memory_mib(self, service: str) -> float:
+        """A service's resident memory."""
+        finished = self.guest.shell(f"grep VmRSS /proc/$(cat /run/{service}.pid)/status")
+        return int(finished.output.split()[1]) / 1024
+
+    def make_file(self, path: str, size: int) -> None:
+        """A file of random bytes."""
+        finished = self.guest.shell(f"head -c {size} /dev/urandom >{path}")
+        if finished.status:
+            raise RigError(finished.output)
+
+    def start_ms(self, command: str, first: bytes, ask: bytes = b"") -> float:
+        """Milliseconds from a program's exec until it has said something on its port.
+
+        Args:
+            command: The program; `{port}` in it stands for the port's path.
+            first: What it says, or the beginning of that.
+            ask: What it is asked; it lies ready on the port when the program opens it.
+        """
+        with self.connect(START) as channel, self.connect(STARTED) as started:
+            if ask:
+                channel.sendall(ask)
+            run = command.format(port=PORTS / START)
+            self.guest.shell(
+                f"(echo >{PORTS / STARTED}; exec {run}) >/run/start.log 2>&1 & echo $! >/run/start"
+            )
+            _read_until(started, b"\n")
+            started_s = time.perf_counter()
+            _read_until(channel, first)
+            taken_s = time.perf_counter() - started_s
+            self.guest.shell(
+                "pid=$(cat /run/start); kill $pid; while [ -e /proc/$pid ]; do sleep 0.02; done"
+            )
+            return taken_s * 1000
+
+
+DAEMON_SAYS = layout.MAGIC
+
+
+def _read_until(channel: socket.socket, wanted: bytes) -> None:
+    received = b""
+    while wanted not in received:
+        part = channel.recv(65536)
+        if not part:
+            raise RigError("the guest closed a port")
+        received += part
+
+
+@contextlib.contextmanager
+def machine(directory: Path, kind: type[QemuGuest] = QemuGuest) -> Iterator[Machine]:
+    """Boot the guest with all that is to be measured in it."""
+    extra: dict[str, bytes | Path] = {f"bench/{path.name}": path for path in IN_GUEST.glob("*.py")}
+    extra["bin/vchan-guest"] = DAEMON_SCRIPT.encode()
+    extra["bench/bulk"] = _compiled(IN_GUEST / "bulk.c", directory)
+    echoes = (C_ECHO, SELECT_ECHO, ASYNCIO_ECHO, RELAY_ECHO)
+    ports = (VCHAN_PORT, *echoes, C_BULK, PYTHON_BULK, GUEST_AGENT, START, STARTED)
+    spec = GuestSpec(build(extra, peers=True), services(), ports=ports)
+    with kind(directory / "guest", spec) as guest:
+        yield Machine(guest)
+
+
+def _compiled(source: Path, directory: Path) -> Path:
+    program = directory / source.stem
+    command = ["gcc", "-static", "-O2", "-Wall", "-Werror", "-o", str(program), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RigError(f"{source.name} does not compile:\n{done.stderr}")
+    return program

@@ -1,0 +1,13 @@
+"""How hard the property tests try: HYPOTHESIS_PROFILE is dev (the default), ci or nightly."""
+
+import os
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+_COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+settings.register_profile("dev", max_examples=30, **_COMMON)
+settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=5000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

@@ -1,0 +1,238 @@
+"""The main job, on real parts: RPC into a VM through live migrations under load, counted.
+
+A private RabbitMQ, two compute hosts (a libvirtd and a vchan-host each), one QEMU guest with
+vchan-guest and an agent, and an unmodified oslo.messaging client that calls and casts while the
+guest migrates between the hosts. At the end the agent is asked what it ran, and the two ends are
+compared.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.rig import RigError
+from tests.rig.compute import GUEST_DAEMON, ComputeHost, agent_service
+from tests.rig.guest_image import build, cache_directory
+from tests.rig.rabbit import RabbitServer
+from tests.rig.requirements import missing_for_libvirt, missing_for_qemu, missing_for_rabbit
+from tests.rig.traffic import Report, TrafficProcess
+from vchan.host.domains import DomainEvent, Happened
+from vchan.host.hypervisor import Hypervisor
+
+VM = "demo-vm"
+TOPIC = "demo"
+EXIT_LOST = 1
+EXIT_CANNOT = 3
+ROWS = (
+    ("migrations", "live migrations"),
+    ("calls_sent", "calls sent"),
+    ("calls_answered", "calls answered"),
+    ("casts_sent", "casts sent, and"),
+    ("casts_executed", "casts executed"),
+    ("lost", "LOST"),
+    ("duplicated", "DUPLICATED"),
+    ("reordered", "REORDERED"),
+    ("losses_detected", "losses detected"),
+    ("frames_resent", "frames resent"),
+)
+EPILOG = """\
+losses_detected counts holes found in a session, plus frames sent and not acknowledged when a
+session ended (by migration they may be lost; that is not told apart). frames_resent counts frames
+repeated within a session, plus requests handed to the guest again in a later one. casts includes
+fanouts.
+
+exit status: 0 nothing lost, duplicated or reordered; 1 something was; 2 wrong arguments; 3 this
+machine lacks a part, or a part failed
+"""
+
+
+class Watch:
+    """Notes when a guest resumes on a host after a migration."""
+
+    def __init__(self, host: ComputeHost) -> None:
+        self.resumed_s: list[float] = []
+        self._hypervisor = Hypervisor(host.libvirt.uri, self._note)
+        self._hypervisor.start()
+
+    def _note(self, event: object) -> None:
+        if isinstance(event, Happened) and event.event is DomainEvent.RESUMED_MIGRATED:
+            self.resumed_s.append(time.monotonic())
+
+    def stop(self) -> None:
+        """End it."""
+        self._hypervisor.stop()
+
+
+class Demo:
+    """One run.
+
+    Args:
+        directory: For everything it makes; see `rig_directory`.
+    """
+
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self._options = options
+        self._directory = directory
+        self._random = random.Random(options.seed)
+        self._start_s = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        print(f"{time.monotonic() - self._start_s:6.1f} s  {text}", flush=True)
+
+    def run(self) -> dict[str, Any]:
+        """Everything; returns the figures."""
+        directory = self._directory
+        agent = Path(__file__).with_name("rig") / "counting_agent.py"
+        with contextlib.ExitStack() as stack:
+            self.say("building the guest: kernel, CPython, vchan")
+            image = build({"app/agent.py": agent}).staged(directory)
+            self.say("starting RabbitMQ")
+            (directory / "rabbit").mkdir()
+            rabbit = stack.enter_context(RabbitServer(directory / "rabbit"))
+            hosts = []
+            for number, name in enumerate("ab", 1):
+                self.say(f"starting host{number}: libvirtd and vchan-host")
+                host = ComputeHost(
+                    directory / name, number, cache_directory() / "libvirt", rabbit.url
+                )
+                hosts.append(stack.enter_context(host))
+            watches = [Watch(host) for host in hosts]
+            for watch in watches:
+                stack.callback(watch.stop)
+            self.say("booting the guest on host1: vchan-guest and an agent")
+            services = [GUEST_DAEMON, agent_service("agent", "/app/agent.py", TOPIC)]
+            uuid = hosts[0].start_vm(VM, image, services)
+            hosts[0].daemon.wait_ready(VM, topics=[TOPIC])
+            self.say(f"ready: {uuid} serves topic {TOPIC}")
+            report = self._migrate(rabbit.url, uuid, hosts)
+            return self._figures(report, hosts, watches)
+
+    def _migrate(self, url: str, uuid: str, hosts: list[ComputeHost]) -> Report:
+        log = self._directory / "traffic.log"
+        options = {"fanouts_per_s": 5, "casts_per_s": 50, "callers": 3}
+        with TrafficProcess(url, uuid, TOPIC, log, **options) as traffic:
+            traffic.wait_for("calls_answered", 20)
+            source, destination = hosts
+            for number in range(1, self._options.migrations + 1):
+                time.sleep(self._random.uniform(0.2, 2.0))
+                start_s = time.monotonic()
+                source.migrate(VM, destination)
+                took_s = time.monotonic() - start_s
+                so_far = traffic.progress
+                self.say(
+                    f"migration {number}: {source.name} to {destination.name} in {took_s:.1f} s; "
+                    f"{so_far['calls_answered']} of {so_far['calls_sent']} calls answered"
+                )
+                source, destination = destination, source
+            time.sleep(1.0)
+            self.say("stopping the traffic; asking the agent what it ran")
+            return traffic.finish()
+
+    def _figures(
+        self, report: Report, hosts: list[ComputeHost], watches: list[Watch]
+    ) -> dict[str, Any]:
+        totals = [host.daemon.call("status")["totals"] for host in hosts]
+        last = hosts[self._options.migrations % 2]
+        guest = last.cli_json("call", VM, "vchan.guest", "info")
+
+        def both(*names: str) -> int:
+            return sum(total[name] for total in totals for name in names)
+
+        return {
+            "migrations": self._options.migrations,
+            "calls_sent": report.calls_sent,
+            "calls_answered": report.calls_answered,
+            "casts_sent": report.casts_sent + report.fanouts_sent,
+            "casts_executed": report.casts_executed + report.fanouts_executed,
+            "lost": report.lost + report.wrong_answers,
+            "duplicated": report.duplicated,
+            "reordered": report.reordered,
+            "losses_detected": both("losses", "frames_in_doubt") + guest["session"]["losses"],
+            "frames_resent": both("frames_resent")
+            + guest["session"]["frames_resent"]
+            + guest["repeats"],
+            "first_answer_ms": [
+                round((min(after) - resumed_s) * 1000, 1)
+                for resumed_s in sorted(s for watch in watches for s in watch.resumed_s)
+                if (after := [at_s for at_s in report.answers_s if at_s > resumed_s])
+            ],
+        }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The table."""
+    print()
+    for name, title in ROWS:
+        print(f"  {title:28} {figures[name]:8}")
+    answers = figures["first_answer_ms"]
+    if answers:
+        ordered = sorted(answers)
+        print("  RESUMED to the first answer, ms")
+        print(f"    {'median':26} {ordered[len(ordered) // 2]:8.1f}")
+        print(f"    {'worst':26} {ordered[-1]:8.1f}")
+        print(f"    each: {', '.join(f'{value:.0f}' for value in answers)}")
+    print()
+
+
+@contextlib.contextmanager
+def workplace(keep: bool) -> Iterator[Path]:
+    """A directory with a short name, which other users may enter."""
+    directory = Path(tempfile.mkdtemp(prefix="vc", dir="/tmp"))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        if keep:
+            print(f"logs: {directory}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--migrations", type=int, default=3, metavar="N", help="[%(default)s]")
+    parser.add_argument("--seed", type=int, default=1, help="of the pauses between them")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--keep", action="store_true", help="keep the logs")
+    options = parser.parse_args(arguments)
+    if options.migrations < 1:
+        parser.error("--migrations must be at least 1")
+    return options
+
+
+def main() -> int:
+    """The command."""
+    options = parse(sys.argv[1:])
+    for missing in (missing_for_rabbit(), missing_for_libvirt(), missing_for_qemu()):
+        if missing:
+            print(f"scripts/demo: {missing}", file=sys.stderr)
+            return EXIT_CANNOT
+    try:
+        with workplace(options.keep) as directory:
+            figures = Demo(options, directory).run()
+    except RigError as error:
+        print(f"scripts/demo: {error}", file=sys.stderr)
+        return EXIT_CANNOT
+    show(figures)
+    if options.json:
+        print(json.dumps(figures))
+    return EXIT_LOST if figures["lost"] or figures["duplicated"] or figures["reordered"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Planted bugs: what the tests must catch. See bugs.py."""

@@ -1,0 +1,1066 @@
+"""vchan.host.broker against a real RabbitMQ, with oslo.messaging's own clients beyond it."""
+
+import contextlib
+import gc
+import json
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import amqp
+import pytest
+from amqp import spec
+from oslo_config import cfg
+
+from tests.rig import rig_directory, wait_until
+from tests.rig.rabbit import RabbitServer
+from vchan.errors import ConfigError, LimitExceeded
+from vchan.host import broker as broker_module
+from vchan.host import broker_replies, broker_vm
+from vchan.host.broker import Broker
+from vchan.host.broker_config import BrokerConfig, BrokerHost, BrokerTls
+from vchan.host.broker_events import (
+    BrokerEvent,
+    Connected,
+    Consuming,
+    Delivered,
+    Disconnected,
+    Published,
+    Released,
+    Settled,
+    Token,
+    Undecodable,
+)
+from vchan.host.envelope import encode_reply
+from vchan.messages import Topic
+
+pytestmark = [
+    pytest.mark.real,
+    # A stock client leaves its socket to the garbage collector when its connection is lost. Our own
+    # are counted, in test_stop_leaves_nothing.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
+
+TIMEOUT_S = 30.0
+QUIET_S = 0.4
+"""Long enough for the broker to have delivered what it was going to."""
+E = TypeVar("E", bound=BrokerEvent)
+
+
+class Recorder:
+    """Keeps what a Broker posts until a test takes it."""
+
+    def __init__(self) -> None:
+        self._events: list[BrokerEvent] = []
+        self._changed = threading.Condition()
+
+    def post(self, event: BrokerEvent) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    def take(self, kind: type[E], **fields: object) -> E:
+        """The first event of this kind with these fields; waits for it."""
+
+        def find() -> E | None:
+            for event in self._events:
+                if isinstance(event, kind) and all(
+                    getattr(event, name) == value for name, value in fields.items()
+                ):
+                    return event
+            return None
+
+        with self._changed:
+            found = self._changed.wait_for(find, TIMEOUT_S)
+            assert found is not None, f"no {kind.__name__} {fields} among {self._events}"
+            self._events.remove(found)
+            return found
+
+    def take_all(self, kind: type[E], count: int) -> list[E]:
+        return [self.take(kind) for _ in range(count)]
+
+    def has(self, kind: type[BrokerEvent]) -> bool:
+        with self._changed:
+            return any(isinstance(event, kind) for event in self._events)
+
+    def assert_quiet(self, kind: type[BrokerEvent]) -> None:
+        """Nothing of this kind comes, for a moment."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: self._any(kind), QUIET_S)
+        assert not came, f"unexpected: {self._events}"
+
+    def _any(self, kind: type[BrokerEvent]) -> bool:
+        return any(isinstance(event, kind) for event in self._events)
+
+
+class Host:
+    """A Broker with its recorder."""
+
+    def __init__(self, config: BrokerConfig) -> None:
+        self.config = config
+        self.events = Recorder()
+        self.broker = Broker(config, self.events.post)
+
+    def consume(self, vm: str, *topics: Topic) -> None:
+        self.broker.consume(vm, frozenset(topics))
+        self.events.take(Consuming, vm=vm)
+
+    def answer(self, delivered: Delivered, result: object) -> None:
+        """Publish the reply, wait for its confirm, acknowledge."""
+        request = delivered.request
+        assert request.msg_id is not None and request.reply_q is not None
+        body = encode_reply(request.msg_id, result_json=json.dumps(result).encode())
+        self.broker.publish_reply(request.reply_q, body, request.id)
+        published = self.events.take(Published, key=request.id)
+        assert (published.ok, published.reason) == (True, "confirmed")
+        self.broker.ack(delivered.token)
+
+    def numbers(self, count: int) -> list[Any]:
+        """The argument x of so many deliveries."""
+        return [event.request.args["x"] for event in self.events.take_all(Delivered, count)]
+
+    def __enter__(self) -> "Host":
+        self.broker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.broker.stop()
+
+
+class Clients:
+    """Unmodified oslo.messaging clients of one broker."""
+
+    def __init__(self, url: str) -> None:
+        with warnings.catch_warnings():
+            # Their modules warn about their own future when they are imported.
+            warnings.simplefilter("ignore")
+            import oslo_messaging
+        self._oslo = oslo_messaging
+        self._url = url
+        self._transports: dict[str, Any] = {}
+        self._threads = ThreadPoolExecutor(8)
+        cfg.CONF([], project="vchan-test", default_config_files=[], default_config_dirs=[])
+
+    def client(self, topic: Topic, query: str = "", **prepared: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if query not in self._transports:
+                self._transports[query] = self._oslo.get_rpc_transport(cfg.CONF, self._url + query)
+            target = self._oslo.Target(exchange=topic.exchange, topic=topic.name)
+            client = self._oslo.get_rpc_client(self._transports[query], target)
+        return client.prepare(**prepared)
+
+    def call(self, topic: Topic, vm: str, query: str = "", **args: object) -> Future[Any]:
+        client = self.client(topic, query, server=vm, timeout=TIMEOUT_S)
+        return self._threads.submit(client.call, {"request_id": "req-1"}, "echo", **args)
+
+    def cast(self, topic: Topic, vm: str, query: str = "", **args: object) -> None:
+        self.client(topic, query, server=vm).cast({}, "note", **args)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for transport in self._transports.values():
+            transport.cleanup()
+
+
+class Proxy:
+    """Between Broker and RabbitMQ: TLS towards the one, or a cable to pull."""
+
+    def __init__(self, target_port: int, context: ssl.SSLContext | None = None) -> None:
+        self._target_port = target_port
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._sockets: list[socket.socket] = [self._listener]
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def pull_the_cable(self) -> None:
+        self._flowing.clear()
+
+    def plug_it_in(self) -> None:
+        self._flowing.set()
+
+    def _start(self, function: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=function, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if self._context is not None:
+                    near = self._context.wrap_socket(near, server_side=True)
+                far = socket.create_connection(("127.0.0.1", self._target_port))
+                self._sockets += [near, far]
+                self._start(self._pump, near, far)
+                self._start(self._pump, far, near)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self._flowing.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flowing.set()
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(TIMEOUT_S)
+
+
+# -------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="module")
+def rabbit() -> Iterator[RabbitServer]:
+    with rig_directory() as directory, RabbitServer(directory / "rabbit") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def clients(rabbit: RabbitServer) -> Iterator[Clients]:
+    clients = Clients(rabbit.url)
+    yield clients
+    clients.close()
+    gc.collect()  # what they left, see above
+
+
+@pytest.fixture
+def config(rabbit: RabbitServer) -> BrokerConfig:
+    return BrokerConfig(hosts=(BrokerHost("127.0.0.1", rabbit.port),))
+
+
+@pytest.fixture
+def host(config: BrokerConfig) -> Iterator[Host]:
+    with Host(config) as host:
+        yield host
+
+
+@pytest.fixture
+def topic() -> Topic:
+    """New for every test, like the VM."""
+    return Topic("openstack", f"topic-{uuid.uuid4().hex[:8]}")
+
+
+@pytest.fixture
+def vm() -> str:
+    return str(uuid.uuid4())
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_vm, "RETRY_MIN_S", 0.1)
+    monkeypatch.setattr(broker_replies, "REOPEN_S", 0.1)
+
+
+@contextlib.contextmanager
+def raw_channel(rabbit: RabbitServer) -> Iterator[Any]:
+    """py-amqp itself, for what oslo.messaging's clients do not do."""
+    with amqp.Connection(f"127.0.0.1:{rabbit.port}") as connection:
+        yield connection.channel()
+
+
+def through(proxy: Proxy, config: BrokerConfig, **changes: Any) -> BrokerConfig:
+    return replace(config, hosts=(BrokerHost("127.0.0.1", proxy.port),), **changes)
+
+
+def wait_for_queue(rabbit: RabbitServer, name: str, *, ready: int, unacknowledged: int) -> None:
+    def is_so() -> bool:
+        facts = rabbit.queues()[name]
+        return (facts.ready, facts.unacknowledged) == (ready, unacknowledged)
+
+    wait_until(
+        is_so, timeout_s=TIMEOUT_S, interval_s=0.1, failure=lambda: str(rabbit.queues()[name])
+    )
+
+
+# -------------------------------------------------------------------- requests
+
+
+def test_a_call_is_answered(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    answer = clients.call(topic, vm, x={"deep": [1, "é"]})
+    delivered = host.events.take(Delivered)
+    assert (delivered.vm, delivered.topic) == (vm, topic)
+    assert (delivered.fanout, delivered.redelivered) == (False, False)
+    request = delivered.request
+    assert request.is_call
+    assert (request.method, request.args) == ("echo", {"x": {"deep": [1, "é"]}})
+    assert request.timeout_s == TIMEOUT_S
+    assert request.context["request_id"] == "req-1"
+    wait_for_queue(rabbit, f"{topic.name}.{vm}", ready=0, unacknowledged=1)
+    host.answer(delivered, request.args["x"])
+    assert answer.result(TIMEOUT_S) == {"deep": [1, "é"]}
+    wait_for_queue(rabbit, f"{topic.name}.{vm}", ready=0, unacknowledged=0)
+
+
+def test_a_large_call(host: Host, clients: Clients, topic: Topic, vm: str) -> None:
+    text = "x" * 3_000_000
+    host.consume(vm, topic)
+    answer = clients.call(topic, vm, x=text)
+    host.answer(host.events.take(Delivered), text)
+    assert answer.result(TIMEOUT_S) == text
+
+
+def test_a_heartbeat_keeps_a_monitored_call(
+    host: Host, clients: Clients, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    client = clients.client(topic, server=vm, timeout=TIMEOUT_S, call_monitor_timeout=1)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(client.call, {}, "echo", x=1)
+        delivered = host.events.take(Delivered)
+        request = delivered.request
+        assert request.monitor_timeout_s == 1.0
+        assert request.msg_id is not None and request.reply_q is not None
+        for beat in range(5):
+            body = encode_reply(request.msg_id, ending=False, unique_id=uuid.uuid4().hex)
+            host.broker.publish_reply(request.reply_q, body, b"beat %d" % beat)
+            time.sleep(0.4)
+        host.answer(delivered, 7)
+        assert answer.result(TIMEOUT_S) == 7
+
+
+def test_casts_and_fanouts(host: Host, clients: Clients, topic: Topic, vm: str) -> None:
+    other = str(uuid.uuid4())
+    host.consume(vm, topic)
+    host.consume(other, topic)
+    clients.cast(topic, vm, x=1)
+    cast = host.events.take(Delivered)
+    assert (cast.vm, cast.fanout, cast.request.is_call) == (vm, False, False)
+    clients.client(topic, fanout=True).cast({}, "note", x=2)
+    copies = host.events.take_all(Delivered, 2)
+    assert {copy.vm for copy in copies} == {vm, other}
+    assert all(copy.fanout and copy.topic == topic for copy in copies)
+    assert len({copy.request.id for copy in copies}) == 1
+
+
+def test_a_topic_of_two_exchanges(host: Host, clients: Clients, topic: Topic, vm: str) -> None:
+    twin = Topic("other-exchange", topic.name)
+    host.consume(vm, topic, twin)
+    for each in (topic, twin):
+        clients.cast(each, vm, x=1)
+        delivered = host.events.take(Delivered)
+        assert delivered.topic == each
+        host.broker.ack(delivered.token)
+    host.events.assert_quiet(Delivered)
+
+
+def test_what_is_no_request_is_rejected(
+    host: Host, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    queue = f"{topic.name}.{vm}"
+    compressed = amqp.Message(b"{}", application_headers={"compression": "application/x-gzip"})
+    with raw_channel(rabbit) as channel:
+        for message in (amqp.Message(b"\xff"), amqp.Message(b""), compressed):
+            channel.basic_publish(message, routing_key=queue)
+    bad = host.events.take_all(Undecodable, 3)
+    assert "not JSON" in bad[0].reason
+    assert "compressed" in bad[2].reason
+    wait_for_queue(rabbit, queue, ready=0, unacknowledged=3)
+    for event in bad:
+        host.broker.reject(event.token)
+    wait_for_queue(rabbit, queue, ready=0, unacknowledged=0)
+    host.events.assert_quiet(Undecodable)
+
+
+def test_prefetch_bounds_what_a_vm_holds(
+    config: BrokerConfig, clients: Clients, topic: Topic, vm: str
+) -> None:
+    with Host(replace(config, prefetch=3)) as host:
+        host.consume(vm, topic)
+        for x in range(6):
+            clients.cast(topic, vm, x=x)
+        held = host.events.take_all(Delivered, 3)
+        host.events.assert_quiet(Delivered)
+        host.broker.ack(held[0].token)
+        assert host.numbers(1) == [3]
+        host.events.assert_quiet(Delivered)
+
+
+# -------------------------------------------------------------------- handing over
+
+
+@pytest.mark.parametrize("quorum", [False, True], ids=["classic", "quorum"])
+def test_another_host_takes_over_in_order(
+    config: BrokerConfig, clients: Clients, topic: Topic, vm: str, quorum: bool
+) -> None:
+    config = replace(config, quorum=quorum, fanout_quorum=quorum, prefetch=8)
+    query = "?rabbit_transient_quorum_queue=true" if quorum else ""
+    with Host(config) as source, Host(config) as destination:
+        source.consume(vm, topic)
+        destination.consume(vm, topic)
+        for x in range(20):
+            clients.cast(topic, vm, x=x)
+        fanout = clients.client(topic, query, fanout=True)
+        for x in range(100, 103):
+            fanout.cast({}, "note", x=x)
+        held = source.events.take_all(Delivered, 11)
+        assert sorted(event.request.args["x"] for event in held) == [*range(8), *range(100, 103)]
+        source.events.assert_quiet(Delivered)
+        destination.events.assert_quiet(Delivered)  # though it has been consuming all along
+
+        done = [event for event in held if event.request.args["x"] in (0, 1, 2, 100)]
+        for event in done:
+            source.broker.ack(event.token)
+        source.broker.release(vm)
+        assert source.events.take(Released).reason == "released"
+
+        got: list[Any] = []
+        while len(got) < 19:
+            event = destination.events.take(Delivered)
+            got.append(event.request.args["x"])
+            destination.broker.ack(event.token)
+        taken = {x for x in got if x not in {e.request.args["x"] for e in done}}
+        assert taken == {*range(3, 20), 101, 102}
+        assert [x for x in got if x < 100][-17:] == list(range(3, 20))
+        assert [x for x in got if x >= 100] == [101, 102]
+        source.events.assert_quiet(Released)
+
+
+def test_the_second_host_answers_the_first_ones_call(
+    config: BrokerConfig, clients: Clients, topic: Topic, vm: str
+) -> None:
+    with Host(config) as source, Host(config) as destination:
+        source.consume(vm, topic)
+        answer = clients.call(topic, vm, x=1)
+        first = source.events.take(Delivered)
+        destination.consume(vm, topic)
+        source.broker.release(vm)
+        second = destination.events.take(Delivered)
+        assert second.redelivered
+        assert second.request.id == first.request.id
+        destination.answer(second, "from the destination")
+        assert answer.result(TIMEOUT_S) == "from the destination"
+
+
+def test_release_and_consume_again(host: Host, clients: Clients, topic: Topic, vm: str) -> None:
+    host.consume(vm, topic)
+    clients.cast(topic, vm, x=1)
+    first = host.events.take(Delivered)
+    host.broker.release(vm)
+    host.broker.consume(vm, frozenset({topic}))
+    host.broker.ack(first.token)  # too late: it is dead
+    host.events.take(Released, vm=vm)
+    second = host.events.take(Delivered)
+    assert second.redelivered
+    assert second.token.generation > first.token.generation
+    host.broker.ack(second.token)
+    host.events.assert_quiet(Released)
+
+
+def test_release_of_a_vm_that_does_not_consume(host: Host, vm: str) -> None:
+    host.events.take(Connected)
+    host.broker.release(vm)
+    assert host.events.take(Released) == Released(vm, "was not consuming")
+
+
+def test_topics_come_and_go(host: Host, clients: Clients, topic: Topic, vm: str) -> None:
+    more = Topic(topic.exchange, f"{topic.name}-more")
+    host.consume(vm, topic)
+    clients.cast(topic, vm, x=1)
+    held = host.events.take(Delivered)
+    host.consume(vm, topic, more)  # an addition leaves the channel alone
+    assert not host.events.has(Released)
+    clients.cast(more, vm, x=2)
+    host.broker.ack(host.events.take(Delivered, topic=more).token)
+    host.broker.consume(vm, frozenset({topic, more}))
+    host.events.assert_quiet(Consuming)  # nothing new
+    host.consume(vm, topic)
+    host.events.take(Released, vm=vm)
+    assert host.events.take(Delivered).request.id == held.request.id
+    clients.cast(more, vm, x=3)
+    host.events.assert_quiet(Delivered)
+    host.broker.consume(vm, frozenset())
+    host.events.take(Released, vm=vm)
+
+
+def test_names_that_cannot_be(host: Host, clients: Clients, topic: Topic, vm: str) -> None:
+    names = ["", "#", "a.*", "a.#.b", "n" * 250, "\ud800"]
+    bad = {Topic(topic.exchange, name) for name in names} | {Topic("", "t"), Topic("e" * 256, "t")}
+    host.consume(vm, topic, *bad)
+    clients.cast(topic, vm, x=1)
+    assert host.numbers(1) == [1]
+    host.broker.delete_queues(vm, frozenset(bad))
+
+
+# -------------------------------------------------------------------- losses
+
+
+def test_a_lost_connection_hands_out_again(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    host.events.take(Connected)
+    answer = clients.call(topic, vm, x=1)
+    first = host.events.take(Delivered)
+    rabbit.kill_connections()
+    host.events.take(Released, vm=vm)
+    assert "closed by the test rig" in host.events.take(Disconnected).reason
+    host.events.take(Connected)
+    second = host.events.take(Delivered)
+    assert second.redelivered
+    assert second.request.id == first.request.id
+    host.broker.ack(first.token)  # of a dead generation: nothing
+    host.answer(second, 2)
+    assert answer.result(TIMEOUT_S) == 2
+    assert not host.events.has(Released)
+
+
+def test_a_broker_restart(clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str) -> None:
+    config = BrokerConfig(hosts=(BrokerHost("127.0.0.1", rabbit.port),), durable=True)
+    durable = Topic("durable-exchange", topic.name)
+    query = "?amqp_durable_queues=true"
+    with Host(config) as host:
+        host.consume(vm, durable)
+        for x in range(3):
+            clients.cast(durable, vm, query, x=x)
+        assert host.numbers(3) == [0, 1, 2]
+        rabbit.restart()
+        host.events.take(Released, vm=vm)
+        assert host.numbers(3) == [0, 1, 2]
+        answer = clients.call(durable, vm, query, x=1)
+        host.answer(host.events.take(Delivered), 3)
+        assert answer.result(TIMEOUT_S) == 3
+
+
+def test_a_channel_error_touches_one_vm(
+    host: Host, clients: Clients, topic: Topic, vm: str
+) -> None:
+    other = str(uuid.uuid4())
+    host.consume(vm, topic)
+    host.consume(other, topic)
+    clients.cast(topic, vm, x=1)
+    clients.cast(topic, other, x=2)
+    held = {event.vm: event for event in host.events.take_all(Delivered, 2)}
+
+    def provoke() -> None:
+        channel = host.broker._vms[vm]._channel
+        assert channel is not None
+        channel.ask(spec.Basic.Ack, "Lb", 4711, False)
+
+    host.broker.loop.call_soon_threadsafe(provoke)
+    assert host.events.take(Released, vm=vm).reason.startswith("406 PRECONDITION_FAILED")
+    again = host.events.take(Delivered, vm=vm)
+    assert again.redelivered
+    assert not host.events.has(Released)
+    assert not host.events.has(Disconnected)
+    host.broker.barrier(other, held[other].token, (b"still alive",))
+    host.events.take(Settled, vm=other)
+
+
+def test_a_deleted_queue_is_made_again(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    rabbit.ctl("delete_queue", f"{topic.name}.{vm}")
+    assert "cancelled" in host.events.take(Released, vm=vm).reason
+    host.events.take(Consuming, vm=vm)
+    clients.cast(topic, vm, x=1)
+    assert host.numbers(1) == [1]
+
+
+def test_the_barrier(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    for x in range(50):
+        clients.cast(topic, vm, x=x)
+    held = host.events.take_all(Delivered, 50)
+    for event in held[:40]:
+        host.broker.ack(event.token)
+    ids = tuple(event.request.id for event in held[:40])
+    host.broker.barrier(vm, held[39].token, ids)
+    assert host.events.take(Settled) == Settled(vm, ids)
+    rabbit.kill_connections()
+    host.events.take(Released)
+    assert host.numbers(10) == list(range(40, 50))
+    host.broker.barrier(vm, held[39].token, ids)  # its channel is gone
+    host.events.assert_quiet(Settled)
+
+
+def test_a_silent_broker_is_given_up(config: BrokerConfig, topic: Topic, vm: str) -> None:
+    (node,) = config.hosts
+    with Proxy(node.port) as proxy, Host(through(proxy, config, heartbeat_s=1)) as host:
+        host.consume(vm, topic)
+        host.events.assert_quiet(Disconnected)
+        proxy.pull_the_cable()
+        host.events.take(Released, vm=vm)
+        assert "silent" in host.events.take(Disconnected).reason
+
+
+def test_a_broker_that_does_not_answer(
+    config: BrokerConfig, topic: Topic, vm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_vm, "ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(broker_module, "WATCH_S", 0.1)
+    (node,) = config.hosts
+    other = str(uuid.uuid4())
+    with Proxy(node.port) as proxy, Host(through(proxy, config)) as host:
+        host.consume(vm, topic)
+        host.events.take(Connected)
+        host.events.assert_quiet(Disconnected)
+        proxy.pull_the_cable()
+        host.broker.consume(other, frozenset({topic}))
+        host.events.take(Released, vm=vm)
+        assert "did not answer" in host.events.take(Disconnected).reason
+        proxy.plug_it_in()
+        host.events.take(Consuming, vm=vm)
+        host.events.take(Consuming, vm=other)
+        proxy.pull_the_cable()
+        host.broker.consume(vm, frozenset({topic, Topic("new", "new")}))
+        assert "did not answer" in host.events.take(Disconnected).reason
+        proxy.plug_it_in()
+
+
+def test_an_idle_connection_is_kept(config: BrokerConfig, topic: Topic, vm: str) -> None:
+    with Host(replace(config, heartbeat_s=1)) as host:
+        host.consume(vm, topic)
+        time.sleep(4)
+        host.events.assert_quiet(Disconnected)
+
+
+# -------------------------------------------------------------------- replies
+
+
+def test_a_reply_to_nobody_is_done(host: Host) -> None:
+    host.events.take(Connected)
+    host.broker.publish_reply("reply_of_nobody", b"{}", b"key")
+    assert host.events.take(Published) == Published(b"key", ok=True, reason="returned")
+
+
+def test_replies_are_confirmed_one_by_one(host: Host, rabbit: RabbitServer) -> None:
+    host.events.take(Connected)
+    with raw_channel(rabbit) as channel:
+        queue = channel.queue_declare(exclusive=True).queue
+        for number in range(1000):
+            reply_q = queue if number % 3 else "nowhere"
+            host.broker.publish_reply(reply_q, b"%d" % number, b"%d" % number)
+        published = {event.key: event for event in host.events.take_all(Published, 1000)}
+        assert all(event.ok for event in published.values())
+        returned = {key for key, event in published.items() if event.reason == "returned"}
+        assert returned == {b"%d" % number for number in range(0, 1000, 3)}
+        assert channel.queue_declare(queue, passive=True).message_count == 666
+
+
+def test_without_a_broker_a_reply_is_refused(config: BrokerConfig) -> None:
+    with Host(replace(config, hosts=(BrokerHost("127.0.0.1", 1),))) as host:
+        host.events.take(Disconnected)
+        host.broker.publish_reply("q", b"{}", b"key")
+        assert host.events.take(Published) == Published(b"key", ok=False, reason="not connected")
+
+
+def test_limits_of_replies(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.events.take(Connected)
+    over = Published(b"big", ok=False, reason="limit")
+    host.broker.publish_reply("q", b"x" * (broker_module.REPLY_BYTES_MAX + 1), b"big")
+    assert host.events.take(Published) == over
+    monkeypatch.setattr(broker_module, "REPLIES_BYTES_MAX", 100)
+    host.broker.publish_reply("q", b"x" * 101, b"big")
+    assert host.events.take(Published) == over
+    monkeypatch.setattr(broker_module, "REPLIES_MAX", 0)
+    host.broker.publish_reply("q", b"x", b"big")
+    assert host.events.take(Published) == over
+
+
+def test_lost_with_the_connection(config: BrokerConfig) -> None:
+    (node,) = config.hosts
+    with Proxy(node.port) as proxy, Host(through(proxy, config, heartbeat_s=1)) as host:
+        host.events.take(Connected)
+        proxy.pull_the_cable()
+        host.broker.publish_reply("q", b"{}", b"key")
+        published = host.events.take(Published)
+        assert not published.ok
+        assert "silent" in published.reason
+
+
+def test_a_broker_that_does_not_read(config: BrokerConfig) -> None:
+    (node,) = config.hosts
+    with Proxy(node.port) as proxy, Host(through(proxy, config)) as host:
+        host.events.take(Connected)
+        proxy.pull_the_cable()
+        for number in range(30):
+            host.broker.publish_reply("nowhere", b"x" * 2_000_000, b"%d" % number)
+        host.events.assert_quiet(Published)
+        host.broker.publish_reply("nowhere", b"x" * 10_000_000, b"over REPLIES_BYTES_MAX")
+        assert host.events.take(Published).reason == "limit"
+        proxy.plug_it_in()
+        assert all(event.ok for event in host.events.take_all(Published, 30))
+
+
+def test_an_error_on_the_channel_for_replies(
+    host: Host, clients: Clients, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    answer = clients.call(topic, vm, x=1)
+    delivered = host.events.take(Delivered)
+
+    def provoke() -> None:
+        channel = host.broker._publisher._channel
+        assert channel is not None
+        channel.ask(spec.Basic.Ack, "Lb", 4711, False)
+        host.broker._publisher.publish(broker_replies.Reply("nowhere", b"", b"lost"))
+
+    host.broker.loop.call_soon_threadsafe(provoke)
+    lost = host.events.take(Published, key=b"lost")
+    assert (lost.ok, lost.reason.partition(" ")[0]) == (False, "406")
+    wait_until(
+        lambda: host.broker._publisher._channel is not None,
+        timeout_s=TIMEOUT_S,
+        interval_s=0.05,
+        failure=lambda: "no channel for replies",
+    )
+    host.answer(delivered, 2)
+    assert answer.result(TIMEOUT_S) == 2
+    assert not host.events.has(Released)
+
+
+def test_an_alarm_blocks_replies_alone(host: Host, rabbit: RabbitServer) -> None:
+    host.events.take(Connected)
+    rabbit.ctl("set_vm_memory_high_watermark", "0")
+    try:
+        # The broker says so to those that publish.
+        host.broker.publish_reply("nowhere", b"{}", b"first")
+        wait_until(
+            lambda: "blocked" in host.broker._publisher._blocked,
+            timeout_s=TIMEOUT_S,
+            interval_s=0.05,
+            failure=lambda: "never blocked",
+        )
+        host.broker.publish_reply("nowhere", b"{}", b"second")
+        assert not host.events.take(Published, key=b"second").ok
+    finally:
+        rabbit.ctl("set_vm_memory_high_watermark", "0.4")
+    assert host.events.take(Published, key=b"first").ok
+    assert not host.events.has(Disconnected)
+
+
+# -------------------------------------------------------------------- declarations
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_an_exchange_is_taken_as_others_declared_it(
+    config: BrokerConfig, clients: Clients, vm: str, durable: bool
+) -> None:
+    topic = Topic(f"exchange-{uuid.uuid4().hex[:8]}", "topic")
+    query = "?amqp_durable_queues=true" if durable else ""
+    clients.cast(topic, vm, query, x=0)  # declares the exchange, and is lost
+    with Host(replace(config, durable=not durable)) as host:
+        host.consume(vm, topic)
+        clients.cast(topic, vm, query, x=1)
+        assert host.numbers(1) == [1]
+
+
+def test_an_exchange_is_declared_as_configured(
+    config: BrokerConfig, rabbit: RabbitServer, vm: str
+) -> None:
+    names = {durable: f"exchange-{uuid.uuid4().hex[:8]}" for durable in (False, True)}
+    for durable, name in names.items():
+        with Host(replace(config, durable=durable)) as host:
+            host.consume(vm, Topic(name, "topic"))
+    listed = rabbit.ctl("list_exchanges", "name", "durable")
+    for durable, name in names.items():
+        assert f"{name}\t{str(durable).lower()}" in listed
+
+
+def test_many_vms_on_an_exchange_that_is_not_there(
+    host: Host, clients: Clients, rabbit: RabbitServer
+) -> None:
+    topic = Topic(f"exchange-{uuid.uuid4().hex[:8]}", f"topic-{uuid.uuid4().hex[:8]}")
+    vms = [str(uuid.uuid4()) for _ in range(100)]
+    for vm in vms:
+        host.broker.consume(vm, frozenset({topic}))
+    for vm in vms:
+        host.events.take(Consuming, vm=vm)
+    clients.client(topic, fanout=True).cast({}, "note", x=1)
+    assert {event.vm for event in host.events.take_all(Delivered, 100)} == set(vms)
+    for vm in vms:
+        host.broker.release(vm)
+        host.broker.delete_queues(vm, frozenset({topic}))
+    for vm in vms:
+        host.events.take(Released, vm=vm)
+    wait_until(
+        lambda: not any(vm in name for name in rabbit.queues() for vm in vms),
+        timeout_s=TIMEOUT_S,
+        interval_s=0.1,
+        failure=lambda: "queues are left",
+    )
+
+
+def test_an_exchange_that_went_away(
+    host: Host, clients: Clients, rabbit: RabbitServer, vm: str
+) -> None:
+    topic = Topic(f"exchange-{uuid.uuid4().hex[:8]}", f"topic-{uuid.uuid4().hex[:8]}")
+    host.consume(str(uuid.uuid4()), topic)
+    with raw_channel(rabbit) as channel:
+        channel.exchange_delete(topic.exchange)
+        channel.exchange_delete(f"{topic.name}_fanout")
+    host.consume(vm, topic)
+    clients.cast(topic, vm, x=1)
+    clients.client(topic, fanout=True).cast({}, "note", x=2)
+    assert sorted(host.numbers(2)) == [1, 2]
+
+
+def test_more_vms_than_channels(host: Host, topic: Topic) -> None:
+    host.consume(str(uuid.uuid4()), topic)  # so that the exchanges are known
+    link = host.broker.link
+    assert link is not None
+    link.amqp.channel_max = 5  # one is for replies
+    vms = [str(uuid.uuid4()) for _ in range(6)]
+    for vm in vms:
+        host.broker.consume(vm, frozenset({topic}))
+    served = [event.vm for event in host.events.take_all(Consuming, 3)]
+    host.events.assert_quiet(Consuming)
+    for vm in served:
+        host.broker.release(vm)
+    others = [event.vm for event in host.events.take_all(Consuming, 3)]
+    assert sorted(served + others) == sorted(vms)
+    assert not host.events.has(Disconnected)
+
+
+def test_a_queue_is_taken_as_others_declared_it(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    with raw_channel(rabbit) as channel:
+        channel.queue_declare(f"{topic.name}.{vm}", durable=True, auto_delete=False)
+    host.consume(vm, topic)
+    clients.cast(topic, vm, x=1)
+    assert host.numbers(1) == [1]
+
+
+def test_a_forbidden_exchange_harms_that_topic_alone(
+    host: Host, clients: Clients, topic: Topic, vm: str
+) -> None:
+    other = str(uuid.uuid4())
+    host.broker.consume(vm, frozenset({topic, Topic("amq.forbidden", "t")}))
+    host.consume(other, topic)
+    clients.cast(topic, other, x=1)
+    assert host.numbers(1) == [1]
+    clients.cast(topic, vm, x=2)  # its other topic works
+    assert host.numbers(1) == [2]
+    assert not host.events.has(Disconnected)
+    host.broker.release(vm)
+    host.events.take(Released, vm=vm)
+
+
+def test_deletion_waits_for_the_broker(
+    config: BrokerConfig, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    with Host(config) as host:
+        host.consume(vm, topic)
+    assert f"{topic.name}.{vm}" in rabbit.queues()
+    host = Host(config)
+    host.broker.delete_queues(vm, frozenset({topic}))  # before it is connected
+    with host:
+        wait_until(
+            lambda: not any(vm in name for name in rabbit.queues()),
+            timeout_s=TIMEOUT_S,
+            interval_s=0.1,
+            failure=lambda: "queues are left",
+        )
+
+
+# -------------------------------------------------------------------- connecting and stopping
+
+
+def test_the_next_host_is_tried(config: BrokerConfig, topic: Topic, vm: str) -> None:
+    dead = BrokerHost("127.0.0.1", 1)
+    with Host(replace(config, hosts=(dead, dead, *config.hosts))) as host:
+        for disconnected in host.events.take_all(Disconnected, 2):
+            assert "127.0.0.1:1" in disconnected.reason
+        host.events.take(Connected)
+        host.consume(vm, topic)
+
+
+def test_a_wrong_password(config: BrokerConfig) -> None:
+    (node,) = config.hosts
+    with Host(replace(config, hosts=(replace(node, password="wrong"),))) as host:
+        for disconnected in host.events.take_all(Disconnected, 2):
+            assert "ACCESS_REFUSED" in disconnected.reason
+            assert "wrong" not in disconnected.reason
+
+
+@pytest.fixture(scope="module")
+def certificate() -> Iterator[Path]:
+    """A key and a certificate for localhost, in one file."""
+    with rig_directory() as directory:
+        path = directory / "both.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        subprocess.run(
+            [*command, *names, "-keyout", str(path), "-out", str(directory / "cert.pem")],
+            check=True,
+            capture_output=True,
+        )
+        path.write_text(path.read_text() + (directory / "cert.pem").read_text())
+        yield path
+
+
+def test_tls(
+    config: BrokerConfig, clients: Clients, certificate: Path, topic: Topic, vm: str
+) -> None:
+    (node,) = config.hosts
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with Proxy(node.port, context) as proxy:
+        local = BrokerHost("localhost", proxy.port)
+        config = replace(config, hosts=(local,), tls=BrokerTls(ca_file=str(certificate)))
+        with Host(config) as host:
+            host.consume(vm, topic)
+            for size in (10, 100_000, 2_000_000):
+                answer = clients.call(topic, vm, x="x" * size)
+                host.answer(host.events.take(Delivered), "y" * size)
+                assert answer.result(TIMEOUT_S) == "y" * size
+            for x in range(200):
+                clients.cast(topic, vm, x=x)
+            for x in range(200):
+                event = host.events.take(Delivered)
+                assert event.request.args["x"] == x
+                host.broker.ack(event.token)
+
+
+def test_tls_checks_the_name(config: BrokerConfig, certificate: Path) -> None:
+    (node,) = config.hosts
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    config = replace(config, tls=BrokerTls(ca_file=str(certificate)))
+    with Proxy(node.port, context) as proxy, Host(through(proxy, config)) as host:
+        assert "CERTIFICATE_VERIFY_FAILED" in host.events.take(Disconnected).reason
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_stop_leaves_nothing(config: BrokerConfig, topic: Topic) -> None:
+    gc.collect()
+    threads, files = threading.active_count(), open_files()
+    for _ in range(3):
+        with Host(config) as host:
+            for _ in range(5):
+                host.consume(str(uuid.uuid4()), topic)
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 1.0
+        assert len(host.events.take_all(Released, 5)) == 5
+        assert host.events.take(Disconnected).reason == "closed"
+    assert threading.active_count() == threads
+    assert open_files() == files
+
+
+def test_stop_at_any_time(config: BrokerConfig, topic: Topic, vm: str) -> None:
+    Host(config).broker.stop()  # never started
+    with Host(config) as host:
+        pass  # perhaps connecting
+    with Host(replace(config, hosts=(BrokerHost("127.0.0.1", 1),))) as host:
+        host.events.take(Disconnected)
+    host.broker.consume(vm, frozenset({topic}))  # after the end: nothing
+    host.broker.publish_reply("q", b"{}", b"key")
+    host.broker.stop()
+    assert not host.events.has(Published)
+
+
+def test_commands_are_bounded(
+    config: BrokerConfig, vm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "COMMANDS_MAX", 10)
+    host = Host(config)
+    for number in range(10):
+        host.broker.publish_reply("q", b"{}", b"%d" % number)
+    with pytest.raises(LimitExceeded):
+        host.broker.publish_reply("q", b"{}", b"10")
+    with pytest.raises(LimitExceeded):
+        host.broker.ack(Token(vm, 1, 1))
+    with host:
+        assert len(host.events.take_all(Published, 10)) == 10
+    assert host.broker._replies == host.broker._replies_bytes == 0
+
+
+# -------------------------------------------------------------------- configuration
+
+
+def from_oslo(directory: Path, text: str) -> BrokerConfig:
+    path = directory / "vchan.conf"
+    path.write_text(text)
+    conf = cfg.ConfigOpts()
+    conf(["--config-file", str(path)], project="vchan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return BrokerConfig.from_oslo(conf)
+
+
+def test_oslo_defaults(tmp_path: Path) -> None:
+    config = from_oslo(tmp_path, "[DEFAULT]\ntransport_url = rabbit://\n")
+    assert config == BrokerConfig(hosts=(BrokerHost("localhost", 5672, "guest", "guest"),))
+
+
+def test_oslo_options(tmp_path: Path) -> None:
+    config = from_oslo(
+        tmp_path,
+        """
+        [DEFAULT]
+        transport_url = rabbit://u:p%40@h1:5673,v:q@[::1]/vh?heartbeat_timeout_threshold=7
+        control_exchange = trove
+        [oslo_messaging_rabbit]
+        heartbeat_timeout_threshold = 9
+        ssl = true
+        ssl_ca_file = /ca
+        rabbit_quorum_queue = true
+        rabbit_transient_quorum_queue = true
+        rabbit_quorum_delivery_limit = 5
+        rabbit_qos_prefetch_count = 10
+        kombu_failover_strategy = shuffle
+        """.replace("        ", ""),
+    )
+    assert config == BrokerConfig(
+        hosts=(BrokerHost("h1", 5673, "u", "p@"), BrokerHost("::1", 5672, "v", "q")),
+        virtual_host="vh",
+        tls=BrokerTls(ca_file="/ca"),
+        heartbeat_s=7,
+        durable=True,
+        quorum=True,
+        fanout_quorum=True,
+        quorum_arguments={"x-delivery-limit": 5},
+        shuffle=True,
+        prefetch=10,
+        default_exchange="trove",
+    )
+    assert [host.address for host in config.hosts] == ["h1:5673", "[::1]:5672"]
+    assert "p@" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("transport_url = kafka://", "transport_url"),
+        ("transport_url = nonsense", "transport_url"),
+        ("transport_url = rabbit://h/?heartbeat_timeout_threshold=x", "transport_url's heartbeat"),
+    ],
+)
+def test_oslo_mistakes(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(ConfigError, match=where):
+        from_oslo(tmp_path, f"[DEFAULT]\n{text}\n")

@@ -1,0 +1,279 @@
+"""A small cloud on one machine: compute hosts with vchan-host, and guests with vchan-guest.
+
+Everything is real: the daemons are processes, the hosts are libvirtds, the guests are QEMU's.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import libvirt
+import libvirt_qemu
+
+from tests.rig import RigError, end_process, tail, wait_until
+from tests.rig.guest import GuestShell
+from tests.rig.guest_image import SHELL_PORT, GuestImage, Service
+from tests.rig.libvirtd import LibvirtHost, channel_path, domain_xml, migrate
+from vchan.client import Client
+from vchan.errors import LinkError
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 30.0
+GUEST_TIMEOUT_S = 60.0
+
+GUEST_DAEMON = Service("vchan-guest", "python3.11 -m vchan.guest.daemon")
+
+
+def agent_service(name: str, path: str, *arguments: str) -> Service:
+    """A program of the guest image, kept running by its init."""
+    return Service(name, " ".join(["python3.11", path, *arguments]))
+
+
+class HostDaemon:
+    """A vchan-host process.
+
+    Args:
+        directory: For its configuration, socket and log.
+        transport_url: None: no broker.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        libvirt_uri: str,
+        transport_url: str | None,
+        *,
+        options: Sequence[str] = (),
+        broker_options: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.socket = directory / "host.sock"
+        self.log = directory / "vchan-host.log"
+        self._config = directory / "vchan.conf"
+        lines = ["[DEFAULT]", "debug = false", f"log_file = {self.log}"]
+        if transport_url is not None:
+            lines.append(f"transport_url = {transport_url}")
+        lines += ["[vchan]", f"host = {name}", f"libvirt_uri = {libvirt_uri}", "listen_topics = *"]
+        lines += [f"socket = {self.socket}", "select = *", *options]
+        lines += ["[oslo_messaging_rabbit]", "heartbeat_timeout_threshold = 10", *broker_options]
+        self._config.write_text("\n".join(lines) + "\n")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: Client | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running daemon."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start it and wait until it answers."""
+        with (self._config.parent / "vchan-host.out").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vchan.host.daemon", "--config-file", str(self._config)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        wait_until(
+            self._answers,
+            timeout_s=START_TIMEOUT_S,
+            interval_s=0.05,
+            failure=lambda: f"{self.name} does not answer: {tail(self.log)}",
+        )
+        return self
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise RigError(f"vchan-host ended: {tail(self._config.parent / 'vchan-host.out')}")
+        try:
+            return bool(self.call("status")["libvirt"] == "connected")
+        except LinkError:
+            return False
+
+    def call(self, method: str, **args: Any) -> Any:
+        """One of the daemon's own methods."""
+        if self._client is None:
+            self._client = Client(str(self.socket))
+        return self._client.call("vchan.host", method, args, timeout_s=10)
+
+    def status(self, vm: str) -> Any:
+        """What `vchan status VM` prints."""
+        return self.call("status", vm=vm)
+
+    def wait_ready(self, vm: str, *, topics: Sequence[str] = ()) -> None:
+        """Wait for the VM's session, and for agents serving these topics."""
+
+        def is_ready() -> bool:
+            for row in self.call("list"):
+                if row["name"] == vm and row["channel"] == "ready":
+                    return set(topics) <= {name.partition("/")[2] for name in row["topics"]}
+            return False
+
+        wait_until(
+            is_ready,
+            timeout_s=GUEST_TIMEOUT_S,
+            interval_s=0.1,
+            failure=lambda: f"{vm} is not ready on {self.name}: {tail(self.log)}",
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Started, and not ended since."""
+        return self._process is not None and self._process.poll() is None
+
+    def restart(self) -> None:
+        """Kill it without a word, and start it again."""
+        self.kill()
+        self.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it without a word."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End it in order, if it runs."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._process is not None:
+            end_process(self._process, grace_s=10.0)
+
+
+class ComputeHost:
+    """A libvirtd and a vchan-host.
+
+    Args:
+        directory: A short path: see `LibvirtHost`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        number: int,
+        warm_cache: Path,
+        transport_url: str | None,
+        *,
+        options: Sequence[str] = (),
+    ) -> None:
+        self.name = f"host{number}"
+        self.libvirt = LibvirtHost(directory, number, warm_cache)
+        daemon = directory.with_name(f"{directory.name}-daemon")
+        daemon.mkdir(exist_ok=True)
+        self.daemon = HostDaemon(
+            daemon, self.name, self.libvirt.uri, transport_url, options=options
+        )
+        self._connection: Any = None
+
+    def __enter__(self) -> Self:
+        self.libvirt.__enter__()
+        try:
+            self.daemon.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.daemon.stop()
+        if self._connection is not None:
+            self._connection.close()
+        self.libvirt.__exit__(kind, error, trace)
+
+    def heal(self) -> None:
+        """Start again what a test has ended."""
+        if not self.libvirt.is_running:
+            self.libvirt.start()
+        if not self.daemon.is_running:
+            self.daemon.start()
+
+    @property
+    def connection(self) -> Any:
+        """To its libvirtd."""
+        if self._connection is not None:
+            try:
+                self._connection.getLibVersion()
+            except libvirt.libvirtError:  # the daemon was restarted
+                self._connection.close()
+                self._connection = None
+        if self._connection is None:
+            self._connection = self.libvirt.open()
+        return self._connection
+
+    def domain(self, vm: str) -> Any:
+        """The domain of that name."""
+        return self.connection.lookupByName(vm)
+
+    def monitor(self, vm: str, command: str) -> str:
+        """A command of QEMU's own monitor, for people."""
+        text: str = libvirt_qemu.qemuMonitorCommand(
+            self.domain(vm), command, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        )
+        return text
+
+    def start_vm(
+        self,
+        name: str,
+        image: GuestImage,
+        services: Sequence[Service],
+        **options: Any,
+    ) -> str:
+        """Define and start a VM; returns its UUID."""
+        identity = str(uuid.uuid4())
+        xml = domain_xml(
+            name,
+            identity,
+            image,
+            console=self.libvirt.console_path(name),
+            services=services,
+            **options,
+        )
+        self.connection.defineXML(xml).create()
+        return identity
+
+    def shell(self, vm: str) -> GuestShell:
+        """A shell in the VM, until it migrates."""
+        return GuestShell(channel_path(self.domain(vm), SHELL_PORT))
+
+    def migrate(self, vm: str, to: "ComputeHost", *, live: bool = True) -> None:
+        """Migrate a VM, as nova does."""
+        migrate(self.domain(vm), to.libvirt, live=live)
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `vchan` against this host's daemon."""
+        return subprocess.run(
+            [sys.executable, "-m", "vchan.cli", "--socket", str(self.daemon.socket), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def cli_json(self, *arguments: str) -> Any:
+        """Run `vchan --json` and return what it prints."""
+        done = self.cli("--json", *arguments)
+        if done.returncode:
+            raise RigError(f"vchan {' '.join(arguments)}: {done.stderr}")
+        return json.loads(done.stdout)

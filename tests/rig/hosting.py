@@ -1,0 +1,127 @@
+"""The host's end of one guest's channel, in this process: no libvirt, no broker, no daemon."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from tests.rig import wait_until
+from vchan.bodies import encode_invocation
+from vchan.exchange import Answered, Heartbeat, Outcome
+from vchan.host.channels import Channel, ChannelPolicy
+from vchan.loop import Loop
+from vchan.messages import CALL, Request
+
+T = TypeVar("T")
+WAIT_S = 60.0
+
+
+class HostEnd:
+    """A channel on a thread of its own; connected and spoken on until `close`.
+
+    Args:
+        path: The socket of the guest's port.
+        instance: Of the daemon that this stands for; None: a new one.
+    """
+
+    def __init__(self, path: Path, *, name: str = "host", instance: bytes | None = None) -> None:
+        self.log: list[str] = []
+        self._loop = Loop()
+        policy = ChannelPolicy(lambda _: True, frozenset())
+        host = (name, instance or os.urandom(16))
+        self.channel = Channel(self._loop, "vm", "vm", host, None, policy, self.log.append)
+        self._thread = threading.Thread(target=self._loop.run, name="host-end")
+        self._thread.start()
+        self.run(lambda: self.channel.connect(str(path)))
+        self.run(self.channel.speak)
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Run something on the loop's thread."""
+        done: Future[T] = Future()
+        self._loop.call_soon_threadsafe(lambda: done.set_result(function()))
+        return done.result(WAIT_S)
+
+    def submit(self, topic: str, method: str, **args: Any) -> Future[Outcome]:
+        """Call a method; the future has what became of it."""
+        return self.run(lambda: self._submit(topic, method, args))
+
+    def _submit(self, topic: str, method: str, args: dict[str, Any]) -> Future[Outcome]:
+        done: Future[Outcome] = Future()
+        body = encode_invocation(method, args)
+        request = Request(os.urandom(16), CALL, 60_000, 0, "openstack", topic, "", body)
+
+        def told(outcome: Outcome) -> None:
+            if not isinstance(outcome, Heartbeat):
+                done.set_result(outcome)
+
+        self.channel.relay.submit_local(request, told, self._loop.time())
+        self.channel.set_timer()
+        return done
+
+    def call(self, topic: str, method: str, **args: Any) -> bytes:
+        """Call a method that must succeed; returns its result's JSON."""
+        outcome = self.submit(topic, method, **args).result(WAIT_S)
+        assert isinstance(outcome, Answered), outcome
+        assert not outcome.failed, outcome
+        return outcome.body
+
+    def summary(self) -> Any:
+        """What `vchan status` would show."""
+        return self.run(self.channel.summary)
+
+    def wait_ready(self) -> None:
+        """Wait for the session."""
+        wait_until(
+            lambda: bool(self.summary()["state"] == "ready"),
+            timeout_s=WAIT_S,
+            interval_s=0.02,
+            failure=lambda: f"no session: {self.log}",
+        )
+
+    def cut(self) -> None:
+        """Lose the connection, as when QEMU closes it; the channel connects anew by itself."""
+
+        def cut() -> None:
+            if self.channel._link is not None:
+                fd = os.dup(self.channel._link.stream.fileno())
+                with socket.socket(fileno=fd) as connected:
+                    connected.shutdown(socket.SHUT_RDWR)
+
+        self.run(cut)
+
+    def submit_and_stand(
+        self, count: int, topic: str, method: str, **args: Any
+    ) -> tuple[list[Future[Outcome]], Callable[[], None]]:
+        """Call a method so many times, and then stand still, connected and not reading a single
+        answer, until the returned function is called."""
+        calls: list[Future[Outcome]] = []
+        go_on, standing = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            calls.extend(self._submit(topic, method, args) for _ in range(count))
+            assert self.channel._link is not None
+            self.channel._link.flush()
+            standing.set()
+            go_on.wait(WAIT_S)
+
+        self._loop.call_soon_threadsafe(stand)
+        standing.wait(WAIT_S)
+        return calls, go_on.set
+
+    def close(self) -> None:
+        """Close the connection and end the thread."""
+        self.run(lambda: self.channel.release("the test is over"))
+        self._loop.stop()
+        self._thread.join(WAIT_S)
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

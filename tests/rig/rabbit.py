@@ -1,0 +1,230 @@
+"""A private RabbitMQ node: its own ports, data, log, cookie and port mapper (epmd)."""
+
+import contextlib
+import json
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.rig import NOBODY, Account, RigError, end_process, tail, wait_until
+
+# Debian's wrappers in /usr/sbin insist on root or the rabbitmq user and on /var/lib: these do not.
+SCRIPTS = Path("/usr/lib/rabbitmq/bin")
+
+START_TIMEOUT_S = 90.0
+STOP_GRACE_S = 20.0
+CTL_TIMEOUT_S = 60.0
+AMQP_GREETING = b"AMQP\x00\x00\x09\x01"
+METHOD_FRAME = b"\x01"
+
+# Without these Erlang's schedulers spin while idle and take a shared core from the guests.
+NO_BUSY_WAIT = "+sbwt none +sbwtdcpu none +sbwtdio none"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFacts:
+    """What the broker says about one queue; counts are of messages."""
+
+    name: str
+    ready: int
+    unacknowledged: int
+    consumers: int
+    durable: bool
+
+
+class RabbitServer:
+    """One broker node on loopback, in `directory`, which must be reachable for other users.
+
+    Stopping and starting keep its ports and data; leaving the context throws them away.
+
+    Args:
+        configuration: Further lines for rabbitmq.conf.
+    """
+
+    def __init__(self, directory: Path, *, configuration: str = "") -> None:
+        self.directory = directory
+        self.log = directory / "rabbit.log"
+        self._configuration = configuration
+        self.port, self._epmd_port, self._distribution_port = _free_ports(3)
+        self._account = Account.first_of("rabbitmq", NOBODY)
+        self._epmd: subprocess.Popen[bytes] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """For oslo.messaging's transport_url."""
+        return f"rabbit://guest:guest@127.0.0.1:{self.port}//"
+
+    def __enter__(self) -> Self:
+        self._write_configuration()
+        try:
+            self._start_epmd()
+            self.start()
+        except BaseException:
+            self._end_all()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_all()
+
+    def start(self) -> None:
+        """Start the node and wait until it takes AMQP connections (2 to 8 s)."""
+        if self._server is not None:
+            raise RigError("this broker runs already")
+        self._server = self._spawn(SCRIPTS / "rabbitmq-server", log=self.log)
+        wait_until(
+            self._ready,
+            timeout_s=START_TIMEOUT_S,
+            interval_s=0.05,
+            failure=lambda: f"RabbitMQ did not start in {START_TIMEOUT_S} s:\n{tail(self.log)}",
+        )
+
+    def stop(self, *, crash: bool = False) -> None:
+        """Stop the node in good order, or by SIGKILL; its durable data stays."""
+        if self._server is not None:
+            end_process(self._server, grace_s=0.0 if crash else STOP_GRACE_S)
+            self._server = None
+
+    def restart(self, *, crash: bool = False) -> None:
+        """Stop and start: every connection is lost, and every message that is not durable."""
+        self.stop(crash=crash)
+        self.start()
+
+    def ctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl on this node (0.5 s) and return its output.
+
+        Raises:
+            RigError: It failed; the message carries its output.
+        """
+        done = subprocess.run(
+            [SCRIPTS / "rabbitmqctl", "--quiet", *arguments],
+            env=self._environment(),
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CTL_TIMEOUT_S,
+            user=self._account.user,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RigError(f"rabbitmqctl {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def kill_connections(self) -> None:
+        """Close every client's connection at the broker's side."""
+        self.ctl("close_all_connections", "closed by the test rig")
+
+    def queues(self) -> dict[str, QueueFacts]:
+        """Every queue of the default virtual host, by name."""
+        columns = ["name", "messages_ready", "messages_unacknowledged", "consumers", "durable"]
+        rows: list[dict[str, Any]] = json.loads(
+            self.ctl("list_queues", "--formatter", "json", *columns)
+        )
+        return {
+            row["name"]: QueueFacts(
+                name=row["name"],
+                ready=row["messages_ready"],
+                unacknowledged=row["messages_unacknowledged"],
+                consumers=row["consumers"],
+                durable=row["durable"],
+            )
+            for row in rows
+        }
+
+    def _write_configuration(self) -> None:
+        for name in ("home", "data"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        (self.directory / "plugins").write_text("[].\n")
+        (self.directory / "rabbitmq.conf").write_text(
+            f"listeners.tcp.default = 127.0.0.1:{self.port}\n"
+            # The default, 50 MB, blocks every publisher on a nearly full disk, silently.
+            "disk_free_limit.absolute = 1MB\n"
+            f"{self._configuration}\n"
+        )
+        self._account.own(self.directory)
+
+    def _environment(self) -> dict[str, str]:
+        here = str(self.directory)
+        return {
+            "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "LANG": "C.UTF-8",
+            "HOME": f"{here}/home",  # where Erlang makes and looks for its cookie
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            # Without a shell between us and the broker: it gets our signals, and is gone when our
+            # child is.
+            "RUNNING_UNDER_SYSTEMD": "yes",
+            "RABBITMQ_NODENAME": "rig@localhost",
+            "RABBITMQ_DIST_PORT": str(self._distribution_port),
+            "RABBITMQ_MNESIA_BASE": f"{here}/data",
+            "RABBITMQ_LOG_BASE": here,
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_CONFIG_FILE": f"{here}/rabbitmq.conf",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{here}/plugins",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                f"-start_epmd false -kernel inet_dist_use_interface {{127,0,0,1}} {NO_BUSY_WAIT}"
+            ),
+        }
+
+    def _spawn(self, *command: str | Path, log: Path) -> subprocess.Popen[bytes]:
+        return self._account.spawn(
+            command, environment=self._environment(), log=log, cwd=self.directory
+        )
+
+    def _start_epmd(self) -> None:
+        # Erlang would start one by itself, but as a daemon that nobody ends. It must listen before
+        # any Erlang program starts, or that program would start the daemon after all.
+        log = self.directory / "epmd.log"
+        self._epmd = self._spawn("epmd", log=log)
+        wait_until(
+            lambda: _accepts(self._epmd_port),
+            timeout_s=START_TIMEOUT_S,
+            interval_s=0.01,
+            failure=lambda: f"epmd did not start:\n{tail(log)}",
+        )
+
+    def _ready(self) -> bool:
+        if self._server is None or self._server.poll() is not None:
+            raise RigError(f"RabbitMQ ended while starting:\n{tail(self.log)}")
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5.0) as connection:
+                connection.sendall(AMQP_GREETING)
+                return connection.recv(1) == METHOD_FRAME
+        except OSError:
+            return False
+
+    def _end_all(self) -> None:
+        self.stop(crash=True)  # nobody will read its data again, and an orderly stop takes seconds
+        if self._epmd is not None:
+            end_process(self._epmd, grace_s=0.0)
+            self._epmd = None
+
+
+def _free_ports(count: int) -> list[int]:
+    """Loopback ports nobody uses now. All are held at once, so that they differ."""
+    with contextlib.ExitStack() as held:
+        ports = []
+        for _ in range(count):
+            probe = held.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            ports.append(int(probe.getsockname()[1]))
+        return ports
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,518 @@
+"""The broker, and each host's connection to it: what RabbitMQ and `vchan.host.broker` promise.
+
+Queues have a single active consumer. What a channel held goes back to its place when the channel
+or the connection ends. A lost connection loses what was on its way, both ways; each end learns
+of it in its own time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from tests.simulate.world import Fifo, World
+from vchan.host.envelope import BrokerRequest
+from vchan.messages import Topic
+
+RETRY_S: Final = 0.7
+HEARTBEAT_S: Final = 12.0
+"""At the latest after this, the broker knows that a peer is gone."""
+
+
+class Message(NamedTuple):
+    """As it was published. `place` is its place in its queue."""
+
+    place: int
+    request: BrokerRequest
+    exchange: str
+    fanout: bool
+    expires_s: float | None
+    tried: bool
+
+
+class Token(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    vm: str
+    generation: int
+    tag: int
+
+
+class Delivered(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    vm: str
+    token: Token
+    request: BrokerRequest
+    topic: Topic
+    fanout: bool
+    redelivered: bool
+
+
+class Released(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    vm: str
+
+
+class Published(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    key: bytes
+    ok: bool
+
+
+class Settled(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    vm: str
+    ids: tuple[bytes, ...]
+
+
+Event = Delivered | Released | Published | Settled
+
+
+class _Consumer:
+    __slots__ = ("channel", "topic", "unacked")
+
+    def __init__(self, channel: _ServerChannel, topic: Topic) -> None:
+        self.channel = channel
+        self.topic = topic
+        self.unacked = 0
+
+
+class Queue:
+    """Messages in order, handed to one consumer at a time."""
+
+    def __init__(self, broker: Broker, name: str, vm: str, *, fanout: bool) -> None:
+        self.name = name
+        self.vm = vm
+        self.fanout = fanout
+        self._broker = broker
+        self.ready: deque[Message] = deque()
+        self.consumers: deque[_Consumer] = deque()
+        self.unacked: dict[int, int] = {}  # channel number: messages out on it
+
+    def publish(self, message: Message) -> None:
+        """Put it last."""
+        self.ready.append(message)
+        self.hand_out()
+
+    def put_back(self, messages: list[Message]) -> None:
+        """Into their places."""
+        if messages:
+            merged = sorted([*self.ready, *messages], key=lambda message: message.place)
+            self.ready = deque(merged)
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """As much as the active consumer may have."""
+        broker = self._broker
+        while self.ready and self.consumers:
+            consumer = self.consumers[0]
+            if consumer.unacked >= broker.prefetch:
+                return
+            message = self.ready.popleft()
+            if message.expires_s is not None and message.expires_s <= broker.world.now_s:
+                broker.world.stats["expired in the broker"] += 1
+                broker.forget(message, consumer.channel.vm)
+                continue
+            others = [number for number in self.unacked if number != consumer.channel.number]
+            if others:
+                broker.world.fail(
+                    f"{self.name}: handed to channel {consumer.channel.number} while channel "
+                    f"{others[0]} holds messages unacknowledged"
+                )
+            if (message.request.id, consumer.channel.vm) in broker.settled:
+                broker.world.fail(f"{self.name}: {_short(message)} handed out after Settled")
+            consumer.unacked += 1
+            number = consumer.channel.number
+            self.unacked[number] = self.unacked.get(number, 0) + 1
+            consumer.channel.deliver(self, consumer, message)
+
+    def returned(self, channel: _ServerChannel, count: int) -> None:
+        """So many are out no longer."""
+        left = self.unacked.get(channel.number, 0) - count
+        if left > 0:
+            self.unacked[channel.number] = left
+        else:
+            self.unacked.pop(channel.number, None)
+
+
+class _ServerChannel:
+    """A channel as the broker sees it."""
+
+    def __init__(self, connection: _ServerConnection, vm: str, generation: int) -> None:
+        broker = connection.broker
+        broker.channels += 1
+        self.number = broker.channels
+        self.vm = vm
+        self.generation = generation
+        self._connection = connection
+        self._tag = 0
+        self._out: dict[int, tuple[Queue, _Consumer, Message]] = {}
+        self._consuming: list[tuple[Queue, _Consumer]] = []
+
+    def consume(self, topics: tuple[Topic, ...]) -> None:
+        broker = self._connection.broker
+        for topic in topics:
+            for queue in broker.declare(self.vm, topic):
+                consumer = _Consumer(self, topic)
+                self._consuming.append((queue, consumer))
+                queue.consumers.append(consumer)
+                queue.hand_out()
+
+    def deliver(self, queue: Queue, consumer: _Consumer, message: Message) -> None:
+        self._tag += 1
+        self._out[self._tag] = (queue, consumer, message)
+        if message.tried:
+            self._connection.broker.world.stats["redeliveries"] += 1
+        token = Token(self.vm, self.generation, self._tag)
+        topic = Topic(message.exchange, consumer.topic.name)
+        event = Delivered(self.vm, token, message.request, topic, queue.fanout, message.tried)
+        self._connection.down.push(("event", self.generation, event))
+
+    def ack(self, tag: int) -> None:
+        held = self._out.pop(tag, None)
+        if held is None:
+            self._connection.broker.world.fail(f"channel {self.number}: tag {tag} acked twice")
+            return
+        queue, consumer, message = held
+        self._connection.broker.forget(message, self.vm)
+        consumer.unacked -= 1
+        queue.returned(self, 1)
+        queue.hand_out()
+
+    def cancel(self) -> None:
+        """What must not be used: the consumers go, the messages stay out."""
+        for queue, consumer in self._consuming:
+            queue.consumers.remove(consumer)
+            queue.hand_out()
+        self._consuming.clear()
+
+    def close(self) -> None:
+        back: dict[Queue, list[Message]] = {}
+        for queue, _, message in self._out.values():
+            back.setdefault(queue, []).append(message._replace(tried=True))
+            queue.returned(self, 1)
+        self._out.clear()
+        queues = [queue for queue, _ in self._consuming]
+        for queue, consumer in self._consuming:
+            queue.consumers.remove(consumer)
+        self._consuming.clear()
+        for queue in [*back, *queues]:
+            queue.put_back(back.pop(queue, []))
+
+
+class _ServerConnection:
+    """A connection as the broker sees it."""
+
+    def __init__(self, broker: Broker, receive: Callable[[Any], None]) -> None:
+        self.broker = broker
+        self.up = Fifo(broker.world, self._on_command)
+        self.down = Fifo(broker.world, receive)
+        self.closed = False
+        self._channels: dict[int, _ServerChannel] = {}
+
+    def _on_command(self, command: tuple[Any, ...]) -> None:
+        if self.closed:
+            return
+        what, generation, *rest = command
+        if what == "open":
+            vm, topics = rest
+            channel = self._channels[generation] = _ServerChannel(self, vm, generation)
+            channel.consume(topics)
+        elif what == "consume":
+            self._channels[generation].consume(rest[0])
+        elif what == "ack":
+            self._channels[generation].ack(rest[0])
+        elif what == "cancel":
+            self._channels[generation].cancel()
+        elif what == "close":
+            self._channels.pop(generation).close()
+            self.down.push(("closed", generation, rest[0]))
+        elif what == "bye":
+            self.close()
+        elif what == "barrier":
+            self.down.push(("event", generation, Settled(*rest)))
+        else:
+            reply_q, body, key = rest
+            ok = self.broker.world.rng.random() >= self.broker.refuses
+            if ok:
+                self.broker.answer(reply_q, body)
+            else:
+                self.broker.world.stats["replies refused by the broker"] += 1
+            self.down.push(("event", None, Published(key, ok=ok)))
+
+    def close(self) -> None:
+        """The broker knows that the connection is gone."""
+        if not self.closed:
+            self.closed = True
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+
+class Broker:
+    """The server."""
+
+    def __init__(self, world: World, prefetch: int) -> None:
+        self.world = world
+        self.prefetch = prefetch
+        self.channels = 0
+        self.queues: dict[str, Queue] = {}
+        self.reply_queues: dict[str, Fifo] = {}
+        self.refuses = 0.0
+        """How often it refuses a reply: out of disk, or its queue's leader is away."""
+        self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
+        self._published: Counter[tuple[bytes, str]] = Counter()
+        self.settled: set[tuple[bytes, str]] = set()
+        """What was proved to be forgotten: it may never be handed out again."""
+        self._place = 0
+
+    def declare(self, vm: str, topic: Topic) -> tuple[Queue, Queue]:
+        """The VM's queues for a topic."""
+        return (
+            self._queue(f"{topic.name}.{vm}", vm, fanout=False),
+            self._queue(f"{topic.name}_fanout_{vm}", vm, fanout=True),
+        )
+
+    def _queue(self, name: str, vm: str, *, fanout: bool) -> Queue:
+        queue = self.queues.get(name)
+        if queue is None:
+            queue = self.queues[name] = Queue(self, name, vm, fanout=fanout)
+        return queue
+
+    def publish(self, request: BrokerRequest, topic: Topic, vm: str, *, fanout: bool) -> bool:
+        """To a VM's queue, or all VMs'. False: there is no such queue."""
+        if fanout:
+            targets = [
+                queue
+                for name, queue in self.queues.items()
+                if queue.fanout and name.startswith(f"{topic.name}_fanout_")
+            ]
+        else:
+            one = self.queues.get(f"{topic.name}.{vm}")
+            targets = [one] if one is not None else []
+        for queue in targets:
+            self._place += 1
+            expires_s = None
+            if request.timeout_s is not None:
+                expires_s = self.world.now_s + request.timeout_s
+            key = (request.id, queue.vm)
+            self._published[key] += 1
+            self._copies[key] = self._copies.get(key, 0) + 1
+            self.settled.discard(key)
+            queue.publish(
+                Message(self._place, request, topic.exchange, fanout, expires_s, tried=False)
+            )
+        return bool(targets)
+
+    def forget(self, message: Message, vm: str) -> None:
+        """It was acknowledged, or has expired."""
+        self._copies[message.request.id, vm] -= 1
+
+    def leftovers(self) -> list[str]:
+        """Queues that still hold something."""
+        return [name for name, queue in self.queues.items() if queue.ready or queue.unacked]
+
+    def settle(self, request_id: bytes, vm: str) -> None:
+        """A host was told that the broker has forgotten this."""
+        key = (request_id, vm)
+        if self._published[key] == 1:  # else its caller published it again
+            self.settled.add(key)
+            if self._copies[key]:
+                self.world.fail(f"{request_id.hex()[:8]}: settled, and the broker still has it")
+
+    def answer(self, reply_q: str, body: bytes) -> None:
+        """To a caller's queue, if the caller is still there."""
+        queue = self.reply_queues.get(reply_q)
+        if queue is not None:
+            queue.push(body)
+
+
+class _VmState:
+    """One VM on one host: as `vchan.host.broker_vm.Vm`."""
+
+    __slots__ = ("closing", "generation", "topics", "unacked")
+
+    def __init__(self) -> None:
+        self.topics: frozenset[Topic] = frozenset()
+        self.generation = 0  # 0: no channel
+        self.closing = 0
+        self.unacked: set[int] = set()
+
+
+class HostBroker:
+    """A host daemon's side: `vchan.host.broker.Broker`, as far as a relay sees it.
+
+    Args:
+        post: Told the events, on the broker's thread.
+    """
+
+    def __init__(self, world: World, broker: Broker, post: Callable[[Event], None]) -> None:
+        self._world = world
+        self._broker = broker
+        self._post = post
+        self._vms: dict[str, _VmState] = {}
+        self._generations = 0
+        self._connection: _ServerConnection | None = None
+        self._unconfirmed: dict[bytes, int] = {}
+        self._dead = False
+        self.cancels_consumers = False
+        """A planted bug: see tests/planted."""
+        world.after(world.rng.random() * 0.1, self._connect)
+
+    # ------------------------------------------------------------ the relay's commands
+
+    def consume(self, vm: str, topics: frozenset[Topic]) -> None:
+        """See vchan.host.relay.BrokerPort."""
+        state = self._vms.setdefault(vm, _VmState())
+        had, state.topics = state.topics, topics
+        if state.generation and not state.closing:
+            if had - topics:
+                self._close(vm, state)
+            elif topics - had:
+                self._say("consume", state.generation, tuple(sorted(topics - had)))
+        else:
+            self._open(vm, state)
+
+    def release(self, vm: str) -> None:
+        """See vchan.host.relay.BrokerPort."""
+        state = self._vms.setdefault(vm, _VmState())
+        state.topics = frozenset()
+        if state.generation and not state.closing:
+            self._close(vm, state)
+        elif not state.closing:
+            self._post(Released(vm))
+
+    def ack(self, token: Token) -> None:
+        """See vchan.host.relay.BrokerPort."""
+        state = self._vms.get(token.vm)
+        if state is None or token.generation != state.generation or state.closing:
+            self._world.stats["acks of dead tokens"] += 1
+            return
+        if token.tag in state.unacked:
+            state.unacked.discard(token.tag)
+            self._say("ack", state.generation, token.tag)
+
+    def barrier(self, vm: str, token: Token, ids: tuple[bytes, ...]) -> None:
+        """See vchan.host.relay.BrokerPort."""
+        state = self._vms.get(vm)
+        if state is not None and state.generation == token.generation and not state.closing:
+            self._say("barrier", state.generation, vm, ids)
+
+    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+        """See vchan.host.relay.BrokerPort."""
+        if self._connection is None:
+            self._post(Published(key, ok=False))
+            return
+        self._unconfirmed[key] = self._unconfirmed.get(key, 0) + 1
+        self._say("publish", None, reply_q, body, key)
+
+    # ------------------------------------------------------------ channels
+
+    def _say(self, *command: Any) -> None:
+        if self._connection is not None:
+            self._connection.up.push(command)
+
+    def _open(self, vm: str, state: _VmState) -> None:
+        if state.topics and self._connection is not None and not state.generation:
+            self._generations += 1
+            state.generation = self._generations
+            state.unacked.clear()
+            self._say("open", state.generation, vm, tuple(sorted(state.topics)))
+
+    def _close(self, vm: str, state: _VmState) -> None:
+        if self.cancels_consumers:
+            self._say("cancel", state.generation)
+            state.generation = 0
+            self._post(Released(vm))
+            return
+        state.closing = state.generation
+        self._say("close", state.generation, vm)
+
+    def _closed(self, vm: str) -> None:
+        state = self._vms[vm]
+        state.generation = state.closing = 0
+        state.unacked.clear()
+        self._post(Released(vm))
+        self._open(vm, state)
+
+    # ------------------------------------------------------------ the connection
+
+    def _connect(self) -> None:
+        if self._dead or self._connection is not None:
+            return
+        connection: list[_ServerConnection] = []
+        made = _ServerConnection(self._broker, lambda item: self._receive(connection[0], item))
+        connection.append(made)
+        self._connection = made
+        for vm, state in self._vms.items():
+            self._open(vm, state)
+
+    def _receive(self, connection: _ServerConnection, item: tuple[Any, ...]) -> None:
+        if connection is not self._connection:
+            return
+        what, generation, event = item
+        if what == "closed":
+            self._closed(event)
+        elif isinstance(event, Published):
+            left = self._unconfirmed.get(event.key, 0) - 1
+            if left > 0:
+                self._unconfirmed[event.key] = left
+            else:
+                self._unconfirmed.pop(event.key, None)
+            self._post(event)
+        else:
+            state = self._vms[event.vm]
+            if state.generation == generation and not state.closing:
+                if isinstance(event, Delivered):
+                    state.unacked.add(event.token.tag)
+                self._post(event)
+
+    def cut(self) -> None:
+        """The network breaks: what is on its way is lost, and each end learns of it later."""
+        connection, rng = self._connection, self._world.rng
+        if connection is None or connection.up.cut_s is not None:
+            return
+        self._world.note("a broker connection is cut")
+        now_s = self._world.now_s
+        connection.up.cut_s = now_s + rng.random() * 0.002
+        connection.down.cut_s = now_s + rng.random() * 0.002
+        self._world.after(rng.random() * rng.choice((0.01, 1.0, HEARTBEAT_S)), connection.close)
+        self._world.after(
+            rng.random() * rng.choice((0.01, 1.0, HEARTBEAT_S)), self._lost, connection
+        )
+
+    def _lost(self, connection: _ServerConnection) -> None:
+        if self._connection is not connection or self._dead:
+            return
+        self._connection = None
+        for vm, state in self._vms.items():
+            if state.generation:
+                state.generation = state.closing = 0
+                state.unacked.clear()
+                self._post(Released(vm))
+        unconfirmed, self._unconfirmed = self._unconfirmed, {}
+        for key, count in unconfirmed.items():
+            for _ in range(count):
+                self._post(Published(key, ok=False))
+        self._world.after(RETRY_S * (0.5 + self._world.rng.random()), self._connect)
+
+    def die(self, *, host_too: bool) -> None:
+        """The daemon is gone. Its kernel says so, unless that is gone, too."""
+        self._dead = True
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if host_too:
+            connection.up.cut_s = self._world.now_s
+            self._world.after(HEARTBEAT_S * self._world.rng.random(), connection.close)
+        else:
+            connection.up.push(("bye", None))
+
+
+def _short(message: Message) -> str:
+    return message.request.id.hex()[:8]

@@ -1,0 +1,341 @@
+"""What was promised, and whether it was kept.
+
+The ledger knows every request ever made and everything that came of it. Exemptions are as narrow
+as they can be, and counted:
+
+    "lost with its agent"      a cast that an agent had acknowledged and had not run when it died
+    "ran again, memory gone"   a request that ran a second time after *both* who remembered it were
+                               gone: the agent that ran it and the guest daemon that gave it to it
+    "published twice, ..."     a request that its caller published twice ran in two agents of one
+                               topic, because the guest daemon restarted in between: to the new one
+                               the second copy was new, and only the other agent was back
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+from tests.simulate.world import World
+from vchan.exchange import RECORDS_MAX, REQUESTS_MAX
+from vchan.frames import FRAME_BYTES_MAX
+from vchan.guest.router import HOLDING_MAX
+from vchan.session import IN_FLIGHT_BYTES_MAX, REASSEMBLY_BYTES_MAX, Session
+
+CALL: Final = "call"
+CAST: Final = "cast"
+FANOUT: Final = "fanout"
+
+LONG_S: Final = 300.0
+"""Who waits so long hears something: all faults and their cures take less."""
+SLACK_S: Final = 5.0
+"""A caller's own clock, and the way."""
+
+
+class Runs(Protocol):
+    """An agent's run, as far as the ledger cares."""
+
+    slot: int
+    vm: Any
+    worker: Any
+    told: Any
+
+    @property
+    def alive(self) -> bool:
+        """It still has its memory."""
+
+
+class Op:
+    """One request."""
+
+    __slots__ = (
+        "accepted_in",
+        "accepted_s",
+        "copies",
+        "deadline_s",
+        "fails",
+        "id",
+        "key",
+        "kind",
+        "lost_in",
+        "made_s",
+        "number",
+        "outcome",
+        "outcome_s",
+        "runs",
+        "timeout_s",
+        "topic",
+        "vm",
+        "wants",
+    )
+
+    def __init__(self, key: int, kind: str, vm: str, topic: str, number: int, now_s: float) -> None:
+        self.key = key
+        self.kind = kind
+        self.vm = vm
+        self.topic = topic
+        self.number = number
+        self.id = b""
+        self.made_s = now_s
+        self.accepted_s: float | None = None
+        self.accepted_in: dict[str, float] = {}
+        self.copies = 0  # published so often
+        self.timeout_s: float | None = None
+        self.deadline_s: float | None = None
+        self.fails = False
+        self.outcome = ""
+        self.outcome_s = 0.0
+        self.runs: list[tuple[Runs, Any]] = []
+        self.lost_in: set[str] = set()
+        self.wants: set[str] = set()  # VMs where it has not run
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.key} to {self.topic}.{self.vm}"
+
+
+class Ledger:
+    """Everything that was asked, and what became of it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.ops: dict[int, Op] = {}
+        self.shared: set[tuple[str, str]] = set()
+        """(vm, topic) served by several agents: no order between them."""
+        self.hours_passed = False
+        """Time enough for every call to time out."""
+        self._last: dict[tuple[str, str], int] = {}
+        self._open_casts: dict[int, Op] = {}
+        self._open_calls: dict[int, Op] = {}
+        self._agent_deaths: list[tuple[float, str]] = []
+        self._agent_starts: dict[tuple[str, int], float] = {}  # on the VM's clock
+
+    # ------------------------------------------------------------ what happens
+
+    def made(self, op: Op) -> None:
+        """A caller makes a request."""
+        self.ops[op.key] = op
+        if op.kind == CALL:
+            self._open_calls[op.key] = op
+
+    def accepted(self, op: Op, vms: Iterable[tuple[str, float]]) -> None:
+        """The broker has it: from now on it must not be lost.
+
+        Args:
+            vms: For which VMs, and the time on each one's clock.
+        """
+        op.copies += 1
+        if op.accepted_s is None:
+            op.accepted_s = self._world.now_s
+            op.accepted_in = dict(vms)
+            if op.kind != CALL:
+                op.wants.update(op.accepted_in)
+                op.wants -= {run.vm.uuid for run, _ in op.runs}
+                if op.wants:
+                    self._open_casts[op.key] = op
+
+    def executed(self, key: int, agent: Runs) -> None:
+        """An agent runs its method."""
+        world = self._world
+        op = self.ops.get(key)
+        if op is None:
+            world.fail(f"a method ran for key {key}, which nobody asked for")
+            return
+        vm = agent.vm.uuid
+        if op.kind != FANOUT and vm != op.vm:
+            world.fail(f"{op} ran in {vm}")
+        world.note("%s: runs in %s, slot %d", op, vm, agent.slot)
+        before = [
+            (run, daemon)
+            for run, daemon in op.runs
+            if run.vm is agent.vm and (op.kind != FANOUT or run.slot == agent.slot)
+        ]
+        for run, daemon in before:
+            if self._is_unlucky_copy(op, run, daemon, agent):
+                world.stats["EXEMPT published twice, given to another agent"] += 1
+            elif run.alive or (daemon is not None and daemon.alive):
+                who = "the agent that ran it" if run.alive else "the guest daemon"
+                world.fail(f"{op} ran again, and {who} still knew of it")
+            else:
+                world.stats["EXEMPT ran again, memory gone"] += 1
+        is_alone = (vm, op.topic) not in self.shared
+        if op.kind == CAST and is_alone and not before and vm not in op.lost_in:
+            self._check_order(op)
+        op.runs.append((agent, agent.told))
+        self._done_in(op, vm)
+
+    def _is_unlucky_copy(self, op: Op, run: Runs, daemon: Any, agent: Runs) -> bool:
+        """A second copy looks new to a guest daemon that has just restarted: it goes to whichever
+        agent of the topic is back first."""
+        if op.copies < 2 or run.slot == agent.slot or (agent.vm.uuid, op.topic) not in self.shared:
+            return False
+        return any(gave is None or not gave.alive for gave in (daemon, agent.told))
+
+    def _check_order(self, op: Op) -> None:
+        last = self._last.get((op.vm, op.topic), -1)
+        if op.number <= last:
+            self._world.fail(f"{op} (number {op.number}) ran after number {last}")
+        self._last[op.vm, op.topic] = max(last, op.number)
+
+    def _done_in(self, op: Op, vm: str) -> None:
+        op.wants.discard(vm)
+        if not op.wants:
+            self._open_casts.pop(op.key, None)
+
+    def agent_started(self, vm: str, slot: int, now_s: float) -> None:
+        """By the VM's clock."""
+        self._agent_starts[vm, slot] = now_s
+
+    def agent_died(self, vm: str, agent: Runs) -> None:
+        """What it had acknowledged and not run is lost; that is allowed, and nothing else."""
+        self._agent_deaths.append((self._world.now_s, vm))
+        lost = agent.worker.lost() if agent.worker is not None else []
+        for key in lost:
+            op = self.ops[key]
+            self._world.stats["EXEMPT lost with its agent"] += 1
+            op.lost_in.add(vm)
+            self._done_in(op, vm)
+
+    def outcome(self, op: Op, outcome: str) -> None:
+        """What a call's caller got: result, failed, timeout, or the class of a failure."""
+        world = self._world
+        op.outcome, op.outcome_s = outcome, world.now_s
+        self._open_calls.pop(op.key, None)
+        world.note("%s: %s", op, outcome)
+        world.stats[f"calls: {outcome}"] += 1
+        died = any(vm == op.vm and at_s >= op.made_s - 30 for at_s, vm in self._agent_deaths)
+        if outcome in ("result", "failed"):
+            if not op.runs:
+                world.fail(f"{op} was answered and never ran")
+        elif outcome == "NoSuchAgent":
+            if op.runs:
+                world.fail(f"{op} ran, and its caller was told that it had not")
+            if not died:
+                world.fail(f"{op}: no agent, and none had died")
+        elif outcome == "AgentGone":
+            if not died:
+                world.fail(f"{op}: agent gone, and none had died")
+        elif outcome != "timeout":
+            world.fail(f"{op}: unexpected outcome {outcome}")
+        elif op.timeout_s == LONG_S and op.accepted_s is not None and not self.hours_passed:
+            world.fail(f"{op} timed out after {LONG_S:g} s, and everything was healed long before")
+
+    # ------------------------------------------------------------ at the end
+
+    def is_quiet(self) -> bool:
+        """Everything has come to its end."""
+        return not self._open_casts and not self._open_calls
+
+    def open_ops(self) -> list[Op]:
+        """What has not."""
+        return [*self._open_casts.values(), *self._open_calls.values()]
+
+    def check_end(self) -> None:
+        """What can only be said at the end."""
+        for op in self.ops.values():
+            if op.kind == FANOUT and op.accepted_s is not None:
+                self._check_fanout(op)
+
+    def _check_fanout(self, op: Op) -> None:
+        """Where no agent died or started since it was published, every agent of the topic has run
+        it. (One that was away missed it, if others were there to take it.)"""
+        assert op.accepted_s is not None
+        dead = {vm for at_s, vm in self._agent_deaths if at_s >= op.accepted_s - SLACK_S}
+        slots: dict[str, set[int]] = {}
+        for run, _ in op.runs:
+            slots.setdefault(run.vm.uuid, set()).add(run.slot)
+        for vm, ran in slots.items():
+            vm_object = next(run.vm for run, _ in op.runs if run.vm.uuid == vm)
+            since_s = op.accepted_in[vm] - SLACK_S
+            serving = {
+                slot
+                for slot, topics in enumerate(vm_object.slots)
+                if op.topic in topics and self._agent_starts[vm, slot] < since_s
+            }
+            if vm not in dead and serving - ran:
+                missing = sorted(serving - ran)
+                self._world.fail(f"{op} did not run in slots {missing} of {vm}")
+
+
+# -------------------------------------------------------------------- bounds
+
+
+class Bounds:
+    """Every table and queue stays below its limit.
+
+    Args:
+        prefetch: What the broker may have out per queue.
+    """
+
+    def __init__(self, world: World, prefetch: int, topics: int) -> None:
+        self._world = world
+        # A queue's prefetch is out at most once per session; what a released channel left behind
+        # can be there beside it until it is over.
+        self._entries_max = prefetch * topics * 2 * 3 + 16
+
+    def check(self, hosts: Iterable[Any], vms: Iterable[Any]) -> None:
+        """Look at everything."""
+        for host in hosts:
+            if host.daemon is not None:
+                for channel in host.daemon.channels.values():
+                    self._check_relay(channel)
+                    if not host.machine.frozen:
+                        self._check_deadlines(channel.relay._requester, host.machine.time())
+        for vm in vms:
+            if vm.daemon is not None and vm.daemon.daemon is not None:
+                self._check_router(vm.daemon.daemon._router)
+                self._check_session(vm.daemon.daemon._session)
+            for agent in vm.agents.values():
+                connection = agent.agent._connection
+                self._check_responder(connection.responder)
+                self._check_session(connection._session)
+
+    def _at_most(self, what: str, size: int, limit: int) -> None:
+        if size > limit:
+            self._world.fail(f"{what}: {size}, the limit is {limit}")
+        peak = f"peak {what}"
+        if size > self._world.stats[peak]:
+            self._world.stats[peak] = size
+
+    def _check_relay(self, channel: Any) -> None:
+        relay = channel.relay
+        self._at_most("relay entries", len(relay._entries), self._entries_max)
+        self._at_most("relay requester", len(relay._requester), self._entries_max)
+        heap = len(relay._requester._deadlines._heap)
+        self._at_most("relay deadlines", heap, 2 * self._entries_max + 64)
+        self._at_most("relay ids to settle", len(relay._settle_ids), RECORDS_MAX)
+        self._check_session(channel._session)
+
+    def _check_deadlines(self, requester: Any, now_s: float) -> None:
+        for item in requester._open.values():
+            if item.deadline_s is not None and item.deadline_s < now_s - SLACK_S:
+                self._world.fail(f"a host holds {item.request.id.hex()[:8]} past its time")
+
+    def _check_router(self, router: Any) -> None:
+        waiting = sum(map(len, router._waiting.values()))
+        self._at_most("router waiting", waiting, REQUESTS_MAX)
+        self._at_most("router owners", len(router._owners), REQUESTS_MAX)
+        self._at_most("router holders", len(router._holders), HOLDING_MAX)
+        self._at_most("router partly taken", len(router._partly_taken), REQUESTS_MAX)
+        self._check_responder(router._host)
+
+    def _check_responder(self, responder: Any) -> None:
+        self._at_most("responder running", len(responder._running), REQUESTS_MAX)
+        self._at_most("responder over", len(responder._over), RECORDS_MAX)
+        known = len(responder._running) + len(responder._over)
+        self._at_most("responder deadlines", len(responder._deadlines._heap), 2 * known + 600)
+
+    def _check_session(self, session: Session) -> None:
+        in_flight = session._in_flight
+        self._at_most("session bytes in flight", in_flight, IN_FLIGHT_BYTES_MAX)
+        self._at_most("session reassembly", session._reassembly, REASSEMBLY_BYTES_MAX)
+        self._at_most("decoder bytes held", session._decoder._held, 2 * FRAME_BYTES_MAX)
+
+
+def parse_reply(body: bytes) -> tuple[str, Any, Any, bool]:
+    """(msg_id, result, failure, ending) of a reply, as a caller reads it."""
+    message = json.loads(json.loads(body)["oslo.message"])
+    return message["_msg_id"], message["result"], message["failure"], message["ending"]
+
+
+Check = Callable[[], None]

@@ -1,0 +1,138 @@
+"""The vchan command: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.local_host import LocalHost
+from vchan import cli
+from vchan.errors import ConfigError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vc", dir="/tmp") as name:
+        yield Path(name) / "host.sock"
+
+
+@pytest.fixture
+def run(path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """(exit status, standard output, standard error) of a command."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            status = cli.run(["--socket", str(path), *words])
+        except SystemExit as end:  # argparse
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def host(path: Path) -> Iterator[LocalHost]:
+    with LocalHost(path) as host:
+        yield host
+
+
+def test_a_call_prints_the_result(host: LocalHost, run: Run) -> None:
+    assert run("call", "vm", "agent", "echo", "n=1", "text=one two", 'list=["x", null]') == (
+        cli.EXIT_OK,
+        '{\n  "n": 1,\n  "text": "one two",\n  "list": [\n    "x",\n    null\n  ]\n}\n',
+        "",
+    )
+    status, out, _ = run("--json", "call", "vm", "agent", "echo", "text=ä=b")
+    assert (status, json.loads(out)) == (cli.EXIT_OK, {"text": "ä=b"})
+    assert out.count("\n") == 1
+    assert run("cast", "vm", "agent", "echo") == (cli.EXIT_OK, "", "")
+
+
+def test_list_status_and_ping(host: LocalHost, run: Run) -> None:
+    status, out, _ = run("list")
+    assert status == cli.EXIT_OK
+    assert out.splitlines()[1].split() == ["u", "vm", "running", "ready", "openstack/agent"]
+    assert json.loads(run("--json", "list")[1])[0]["name"] == "vm"
+    assert json.loads(run("status")[1]) == {"version": "1"}
+    assert json.loads(run("status", "vm")[1]) == {"version": "1", "vm": "vm"}
+    assert run("ping", "nobody")[0] == cli.EXIT_FAILED
+
+
+def test_a_list_made_without_libvirt_says_so(host: LocalHost, run: Run) -> None:
+    host.status["libvirt"] = "libvirtd cannot be reached"
+    _, out, problem = run("list")
+    assert "vm" in out
+    assert "libvirtd cannot be reached: this may be out of date" in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (("call", "vm", "agent", "fail"), cli.EXIT_FAILED, "ValueError: as asked"),
+        (("call", "vm", "agent", "gone"), cli.EXIT_FAILED, "went away"),
+        (("call", "vm", "other", "echo"), cli.EXIT_FAILED, "no agent serves topic other"),
+        (("call", "nobody", "agent", "echo"), cli.EXIT_FAILED, "no such domain"),
+        (("attach", "vm"), cli.EXIT_FAILED, "no controller"),
+        (("detach", "vm"), cli.EXIT_FAILED, "no method 'detach'"),
+        (("--timeout", "0.1", "call", "vm", "agent", "sleep"), cli.EXIT_TIMEOUT, "--timeout"),
+        (("--timeout", "0", "call", "vm", "agent", "echo"), cli.EXIT_USAGE, "timeout_s"),
+        (("call", "vm", "agent", "echo", "novalue"), cli.EXIT_USAGE, "expected KEY=VALUE"),
+        (("call", "vm", "agent", "echo", "1x=2"), cli.EXIT_USAGE, "expected KEY=VALUE"),
+        (("call", "vm", "agent", "echo", "x=1", "x=2"), cli.EXIT_USAGE, "x is given twice"),
+        (("call", "vm", "t" * 300, "echo"), cli.EXIT_USAGE, "NAME_BYTES_MAX"),
+    ],
+)
+def test_a_failure_is_one_line_and_a_status(
+    host: LocalHost, run: Run, words: tuple[str, ...], status: int, text: str
+) -> None:
+    ended, out, err = run(*words)
+    assert (ended, out) == (status, "")
+    assert err.startswith("vchan: ")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [(), ("dance",), ("call", "vm"), ("--timeout", "x", "list")])
+def test_wrong_usage(run: Run, words: tuple[str, ...]) -> None:
+    status, out, err = run(*words)
+    assert (status, out) == (cli.EXIT_USAGE, "")
+    assert "usage: vchan" in err
+
+
+def test_no_daemon(run: Run, path: Path) -> None:
+    for words in (("list",), ("call", "vm", "agent", "echo")):
+        status, out, err = run(*words)
+        assert (status, out) == (cli.EXIT_UNREACHABLE, "")
+        assert err.startswith(f"vchan: {path}: ")
+        assert "is vchan-host running?" in err
+        assert err.count("\n") == 1
+
+
+def test_help_and_version(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == cli.EXIT_OK
+    assert "exit status: 0 done" in out
+    assert run("--version")[1].startswith("vchan ")
+
+
+def test_values() -> None:
+    deep = "[" * 100_000
+    words = ["a=1", "b=true", "c=null", "d=x", "e=", 'f={"g": []}', f"h={deep}"]
+    assert cli.parse_values(words) == {
+        "a": 1,
+        "b": True,
+        "c": None,
+        "d": "x",
+        "e": "",
+        "f": {"g": []},
+        "h": deep,
+    }
+    with pytest.raises(ConfigError):
+        cli.parse_values(["=1"])

@@ -1,0 +1,308 @@
+"""domain_xml: facts from libvirt's XML, the XML that attaches a channel, the selection."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from vchan.errors import ConfigError, LimitExceeded
+from vchan.host import domain_xml
+from vchan.host.domain_xml import (
+    ALIAS,
+    METADATA_KEYS,
+    TARGET_NAME,
+    XML_CHARS_MAX,
+    DomainFacts,
+    DomainState,
+    DomainXmlError,
+    Selection,
+    channel_xml,
+    domain_facts,
+)
+
+SNIPPETS = Path(__file__).parents[2] / "libvirt"
+UUID = "8b6a6b6e-0f0c-4d2b-9a53-3f7e1f6f5f10"
+PATH = "/var/lib/libvirt/qemu/channel/target/domain-3-vm1/org.openstack.vchan.0"
+NO_METADATA = dict.fromkeys(METADATA_KEYS, "")
+
+CONTROLLER = "<controller type='virtio-serial' index='0'/>"
+LIVE_CHANNEL = f"""
+<channel type='unix'>
+  <source mode='bind' path='{PATH}'/>
+  <target type='virtio' name='{TARGET_NAME}' state='connected'/>
+  <alias name='ua-vchan0'/>
+  <address type='virtio-serial' controller='0' bus='0' port='1'/>
+</channel>"""
+AGENT_CHANNEL = """
+<channel type='unix'>
+  <source mode='bind' path='/var/lib/libvirt/qemu/org.qemu.guest_agent.0.vm1.sock'/>
+  <target type='virtio' name='org.qemu.guest_agent.0'/>
+</channel>"""
+
+
+def domain(devices: str = "", *, live: bool = True, metadata: str = "") -> str:
+    number = " id='3'" if live else ""
+    return (
+        f"<domain type='qemu'{number}><name>vm1</name><uuid>{UUID}</uuid>"
+        f"<metadata>{metadata}</metadata><devices>{devices}</devices></domain>"
+    )
+
+
+def nova(version: str, root: str = "<nova:root type='image' uuid='image-1'/>") -> str:
+    return f"""
+<nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/{version}">
+  <nova:package version="27.0.0"/>
+  <nova:name>web</nova:name>
+  <nova:flavor name="m1.small"><nova:memory>2048</nova:memory></nova:flavor>
+  <nova:owner>
+    <nova:user uuid="user-1">alice</nova:user>
+    <nova:project uuid="project-1">shop</nova:project>
+  </nova:owner>
+  {root}
+</nova:instance>"""
+
+
+def facts_of(xml: str, next_boot: str | None = None) -> DomainFacts:
+    return domain_facts(xml, next_boot, state=DomainState.RUNNING)
+
+
+# --- facts ------------------------------------------------------------------------------------
+
+
+def test_a_running_domain_with_its_channel() -> None:
+    live = domain(CONTROLLER + AGENT_CHANNEL + LIVE_CHANNEL)
+    next_boot = domain(CONTROLLER + channel_xml(), live=False)
+    assert facts_of(live, next_boot) == DomainFacts(
+        uuid=UUID,
+        name="vm1",
+        state=DomainState.RUNNING,
+        channel_path=PATH,
+        channel_alias=ALIAS,
+        guest_opened=True,
+        has_controller=True,
+        configured=True,
+        persistent=True,
+        metadata=NO_METADATA,
+    )
+
+
+def test_a_transient_domain_without_anything() -> None:
+    facts = facts_of(domain())
+    assert facts == DomainFacts(uuid=UUID, name="vm1", state=DomainState.RUNNING)
+    assert facts.active
+
+
+def test_a_domain_that_is_off_has_no_live_channel() -> None:
+    xml = domain(CONTROLLER + channel_xml(path="/run/fixed.sock"), live=False)
+    facts = domain_facts(xml, xml, state=DomainState.SHUTOFF)
+    assert (facts.active, facts.configured, facts.persistent) == (False, True, True)
+    assert (facts.channel_path, facts.has_controller) == (None, False)
+    assert facts.channel_alias == ALIAS
+
+
+@pytest.mark.parametrize(
+    ("live", "state"),
+    [(False, DomainState.RUNNING), (True, DomainState.SHUTOFF)],
+    ids=["it started meanwhile", "it stopped meanwhile"],
+)
+def test_active_is_what_both_xml_and_state_say(live: bool, state: DomainState) -> None:
+    xml = domain(CONTROLLER + LIVE_CHANNEL, live=live)
+    facts = domain_facts(xml, None, state=state, incoming=True, outgoing=True)
+    assert facts.state is DomainState.SHUTOFF
+    assert (facts.incoming, facts.outgoing, facts.channel_path) == (False, False, None)
+
+
+def test_a_migrating_domain() -> None:
+    xml = domain(LIVE_CHANNEL)
+    assert domain_facts(xml, None, state=DomainState.PAUSED, incoming=True).incoming
+    assert domain_facts(xml, None, state=DomainState.PAUSED, outgoing=True).outgoing
+
+
+@pytest.mark.parametrize(
+    ("state", "opened"),
+    [(" state='connected'", True), (" state='disconnected'", False), ("", None)],
+)
+def test_whether_the_guest_has_opened_the_port(state: str, opened: bool | None) -> None:
+    channel = LIVE_CHANNEL.replace(" state='connected'", state)
+    assert facts_of(domain(channel)).guest_opened is opened
+
+
+@pytest.mark.parametrize(
+    "channel",
+    [
+        f"<channel type='pty'><source path='/dev/pts/1'/>"
+        f"<target type='virtio' name='{TARGET_NAME}'/></channel>",
+        f"<channel type='unix'><source mode='connect' path='/x'/>"
+        f"<target type='virtio' name='{TARGET_NAME}'/></channel>",
+        f"<channel type='unix'><target type='virtio' name='{TARGET_NAME}'/></channel>",
+    ],
+    ids=["pty", "connect", "no source"],
+)
+def test_a_channel_of_another_kind_has_no_path(channel: str) -> None:
+    facts = facts_of(domain(channel), domain(channel, live=False))
+    assert (facts.channel_path, facts.channel_alias, facts.configured) == (None, None, True)
+
+
+def test_channels_that_are_not_ours_are_passed_over() -> None:
+    guestfwd = f"<channel type='unix'><target type='guestfwd' name='{TARGET_NAME}'/></channel>"
+    assert (
+        facts_of(domain(guestfwd + "<channel type='unix'/>" + AGENT_CHANNEL)).channel_path is None
+    )
+
+
+def test_another_target_name() -> None:
+    xml = domain(AGENT_CHANNEL)
+    facts = domain_facts(xml, None, state=DomainState.RUNNING, target_name="org.qemu.guest_agent.0")
+    assert facts.channel_path == "/var/lib/libvirt/qemu/org.qemu.guest_agent.0.vm1.sock"
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_nova_metadata(version: str) -> None:
+    assert facts_of(domain(metadata=nova(version))).metadata == {
+        "project": "project-1",
+        "user": "user-1",
+        "flavor": "m1.small",
+        "image": "image-1",
+        "name": "web",
+    }
+
+
+@pytest.mark.parametrize(
+    "root", ["", "<nova:root type='volume' uuid='volume-1'/>", "<nova:root type='image'/>"]
+)
+def test_nova_metadata_of_a_vm_without_an_image(root: str) -> None:
+    assert facts_of(domain(metadata=nova("1.1", root))).metadata["image"] == ""
+
+
+def test_nova_metadata_that_is_empty_or_of_an_unknown_version() -> None:
+    empty = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'/>"
+    assert facts_of(domain(metadata=empty)).metadata == NO_METADATA
+    assert facts_of(domain(metadata=nova("9.9"))).metadata == NO_METADATA
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        ("<domain>", "cannot be parsed"),
+        ("<domainsnapshot/>", "root <domainsnapshot>"),
+        ("<domain><uuid>x</uuid><name>vm</name></domain>", "the uuid 'x'"),
+        ("<domain><name>vm</name></domain>", "no <uuid>"),
+        (f"<domain><uuid>{UUID}</uuid><name> </name></domain>", "no <name>"),
+        ("<!DOCTYPE domain [<!ENTITY a 'aaaa'>]><domain>&a;</domain>", "document type"),
+    ],
+)
+def test_what_is_not_a_domain_is_refused(xml: str, message: str) -> None:
+    with pytest.raises(DomainXmlError, match=message):
+        facts_of(xml)
+
+
+def test_xml_over_the_limit_is_refused() -> None:
+    with pytest.raises(LimitExceeded, match="XML_CHARS_MAX"):
+        facts_of(" " * (XML_CHARS_MAX + 1))
+
+
+# --- the channel's XML ------------------------------------------------------------------------
+
+
+def test_channel_xml() -> None:
+    channel = ElementTree.fromstring(channel_xml())
+    assert channel.get("type") == "unix"
+    assert [(child.tag, child.attrib) for child in channel] == [
+        ("source", {"mode": "bind"}),
+        ("target", {"type": "virtio", "name": TARGET_NAME}),
+        ("alias", {"name": ALIAS}),
+    ]
+
+
+def test_channel_xml_quotes_what_it_is_given() -> None:
+    channel = ElementTree.fromstring(channel_xml("a'b\"<&", alias=None, path="/x'<>"))
+    assert channel.find("alias") is None
+    assert [child.attrib for child in channel] == [
+        {"mode": "bind", "path": "/x'<>"},
+        {"type": "virtio", "name": "a'b\"<&"},
+    ]
+
+
+def test_alias_is_one_that_libvirt_keeps() -> None:
+    assert ALIAS.startswith("ua-")
+
+
+# --- the snippets in libvirt/ -----------------------------------------------------------------
+
+
+def test_snippet_is_what_we_attach() -> None:
+    def shape(text: str) -> list[tuple[str, dict[str, str]]]:
+        return [(element.tag, element.attrib) for element in ElementTree.fromstring(text).iter()]
+
+    assert shape((SNIPPETS / "channel.xml").read_text()) == shape(channel_xml())
+
+
+def test_snippets_with_path_and_controller() -> None:
+    path = SNIPPETS / "channel-with-path.xml"
+    facts = facts_of(domain((SNIPPETS / "controller.xml").read_text() + path.read_text()))
+    assert facts.has_controller
+    assert facts.channel_alias == ALIAS
+    assert (facts.channel_path or "").startswith("/")
+
+
+def test_example_domain() -> None:
+    xml = (SNIPPETS / "domain-example.xml").read_text()
+    facts = domain_facts(xml, xml, state=DomainState.SHUTOFF)
+    assert facts.configured
+    assert facts.channel_alias == ALIAS
+
+
+def test_nova_example() -> None:
+    facts = facts_of(domain(metadata=(SNIPPETS / "nova-metadata-example.xml").read_text()))
+    assert all(facts.metadata[key] for key in METADATA_KEYS)
+
+
+# --- the selection ----------------------------------------------------------------------------
+
+NOVA_VM = facts_of(domain(metadata=nova("1.1")))
+PLAIN_VM = facts_of(domain())
+
+
+@pytest.mark.parametrize(
+    ("rule", "nova_vm", "plain_vm"),
+    [
+        ("*", True, True),
+        ("name:vm*", True, True),
+        ("name:VM*", False, False),
+        (f"uuid:{UUID.upper()}", True, True),
+        ("uuid:00000000-0000-0000-0000-000000000000", False, False),
+        ("project:project-?", True, False),
+        ("project:*", True, False),
+        ("user:user-1", True, False),
+        ("flavor:m1.*", True, False),
+        ("image:image-[12]", True, False),
+        ("image:other", False, False),
+    ],
+)
+def test_rules(rule: str, nova_vm: bool, plain_vm: bool) -> None:
+    selection = Selection.parse([f"  {rule} "])
+    assert selection.matches(NOVA_VM) is nova_vm
+    assert selection.matches(PLAIN_VM) is plain_vm
+
+
+def test_any_rule_is_enough_and_none_selects_nothing() -> None:
+    assert Selection.parse(["name:nobody", "flavor:m1.small"]).matches(NOVA_VM)
+    assert not Selection.parse([]).matches(NOVA_VM)
+
+
+@pytest.mark.parametrize("rule", ["", "all", "vm1", "name:", ":x", "colour:red", "**"])
+def test_what_is_not_a_rule_is_refused(rule: str) -> None:
+    with pytest.raises(ConfigError, match=r"host\.select: .* is not a rule; expected one of \*"):
+        Selection.parse(["*", rule], where="host.select")
+
+
+def test_bad_uuid_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'1234' in 'uuid:1234' is not a UUID"):
+        Selection.parse(["uuid:1234"])
+
+
+def test_too_many_rules_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain_xml, "SELECTION_RULES_MAX", 2)
+    Selection.parse(["*"] * 2)
+    with pytest.raises(ConfigError, match="3 rules; at most 2"):
+        Selection.parse(["*"] * 3)

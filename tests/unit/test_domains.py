@@ -1,0 +1,598 @@
+"""Domains: when to connect, speak, hush and release; attaching; the tables are complete."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vchan.host import domains as domains_module
+from vchan.host.domain_xml import DomainFacts, DomainState, Selection
+from vchan.host.domains import (
+    ATTACH_RETRY_MAX_S,
+    ATTACH_RETRY_MIN_S,
+    NO_CONTROLLER_CONFIGURED,
+    NO_CONTROLLER_TRANSIENT,
+    Attach,
+    AttachDone,
+    Changed,
+    Connect,
+    DetachDone,
+    DomainEvent,
+    Domains,
+    Effect,
+    Gone,
+    Happened,
+    Hush,
+    HypervisorEvent,
+    HypervisorLost,
+    Level,
+    Phase,
+    Rebooted,
+    Release,
+    Resync,
+    Speak,
+    Warn,
+    Why,
+)
+
+VM = "8b6a6b6e-0f0c-4d2b-9a53-3f7e1f6f5f10"
+OTHER_VM = "5e0d8d1a-6f5d-4c63-9a0e-3d7f6c1b2a41"
+PATH = "/channel/domain-3-vm1/org.openstack.vchan.0"
+
+RUNNING = DomainFacts(
+    uuid=VM,
+    name="vm1",
+    state=DomainState.RUNNING,
+    channel_path=PATH,
+    has_controller=True,
+    configured=True,
+    persistent=True,
+)
+PAUSED = replace(RUNNING, state=DomainState.PAUSED)
+INCOMING = replace(PAUSED, incoming=True)
+OUTGOING = replace(PAUSED, outgoing=True)
+OFF = replace(RUNNING, state=DomainState.SHUTOFF, channel_path=None, has_controller=False)
+UNPLUGGED = replace(RUNNING, channel_path=None)
+# Without a channel anywhere.
+BARE = replace(UNPLUGGED, configured=False)
+BARE_WITHOUT_CONTROLLER = replace(BARE, has_controller=False)
+
+LEVELS = {
+    Level.NO_CHANNEL: OFF,
+    Level.INCOMING: INCOMING,
+    Level.OUTGOING: OUTGOING,
+    Level.HERE: RUNNING,
+}
+
+
+class Host:
+    """A Domains with a clock."""
+
+    def __init__(self, *rules: str) -> None:
+        self.domains = Domains(Selection.parse(rules))
+        self.now_s = 1000.0
+
+    def receive(self, event: HypervisorEvent) -> list[Effect]:
+        return self.domains.receive(event, self.now_s)
+
+    def see(self, facts: DomainFacts) -> list[Effect]:
+        return self.receive(Changed(facts))
+
+    def happen(self, event: DomainEvent) -> list[Effect]:
+        return self.receive(Happened(VM, "vm1", event))
+
+    def resync(self, *facts: DomainFacts) -> list[Effect]:
+        return self.receive(Resync(facts))
+
+    def wait(self, seconds: float) -> list[Effect]:
+        self.now_s += seconds
+        return self.domains.handle_timeout(self.now_s)
+
+    def phase(self) -> Phase:
+        report = self.domains.report(VM)
+        assert report is not None
+        return report.phase
+
+    def hypervisor_problem(self) -> str | None:
+        return self.domains.hypervisor_problem
+
+    def problem(self) -> str | None:
+        report = self.domains.report(VM)
+        assert report is not None
+        return report.problem
+
+
+def host_in(phase: Phase) -> Host:
+    host = Host()
+    if phase is Phase.IDLE:
+        host.see(OFF)
+    elif phase is Phase.ARRIVING:
+        host.see(INCOMING)
+    else:
+        host.see(RUNNING)
+        if phase is Phase.LEAVING:
+            host.happen(DomainEvent.SUSPENDED_MIGRATED)
+    assert host.phase() is phase
+    return host
+
+
+# --- the tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reactions", "ignored", "inputs"),
+    [
+        (domains_module._ON_EDGE, domains_module._IGNORED_EDGES, DomainEvent),
+        (domains_module._ON_LEVEL, domains_module._IGNORED_LEVELS, Level),
+    ],
+    ids=["edges", "levels"],
+)
+def test_tables_are_complete(
+    reactions: dict[object, object], ignored: dict[object, str], inputs: type[DomainEvent | Level]
+) -> None:
+    assert not reactions.keys() & ignored.keys()
+    assert reactions.keys() | ignored.keys() == {(p, i) for p in Phase for i in inputs}
+    assert all(ignored.values())
+
+
+CONNECT, SPEAK, HUSH = Connect(VM, PATH), Speak(VM), Hush(VM)
+
+
+@pytest.mark.parametrize(
+    ("phase", "level", "after", "effects"),
+    [
+        (Phase.IDLE, Level.NO_CHANNEL, Phase.IDLE, []),
+        (Phase.IDLE, Level.INCOMING, Phase.ARRIVING, [CONNECT]),
+        (Phase.IDLE, Level.OUTGOING, Phase.LEAVING, [CONNECT]),
+        (Phase.IDLE, Level.HERE, Phase.SERVING, [CONNECT, SPEAK]),
+        (Phase.ARRIVING, Level.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.ARRIVAL_FAILED)]),
+        (Phase.ARRIVING, Level.INCOMING, Phase.ARRIVING, []),
+        (Phase.ARRIVING, Level.OUTGOING, Phase.LEAVING, []),
+        (Phase.ARRIVING, Level.HERE, Phase.SERVING, [SPEAK]),
+        (Phase.SERVING, Level.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.STOPPED)]),
+        (Phase.SERVING, Level.INCOMING, Phase.SERVING, []),
+        (Phase.SERVING, Level.OUTGOING, Phase.LEAVING, [HUSH]),
+        (Phase.SERVING, Level.HERE, Phase.SERVING, []),
+        (Phase.LEAVING, Level.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.MIGRATED)]),
+        (Phase.LEAVING, Level.INCOMING, Phase.LEAVING, []),
+        (Phase.LEAVING, Level.OUTGOING, Phase.LEAVING, []),
+        (Phase.LEAVING, Level.HERE, Phase.SERVING, [SPEAK]),
+    ],
+)
+def test_levels(phase: Phase, level: Level, after: Phase, effects: list[Effect]) -> None:
+    host = host_in(phase)
+    assert host.see(LEVELS[level]) == effects
+    assert host.phase() is after
+
+
+STOPPED = {
+    DomainEvent.STOPPED: Why.STOPPED,
+    DomainEvent.STOPPED_MIGRATED: Why.MIGRATED,
+    DomainEvent.STOPPED_FAILED: Why.FAILED,
+    DomainEvent.STOPPED_SAVED: Why.SAVED,
+}
+RESUMED = (DomainEvent.RESUMED, DomainEvent.RESUMED_MIGRATED, DomainEvent.RESUMED_POSTCOPY)
+
+
+def expected_of_edge(phase: Phase, event: DomainEvent) -> tuple[Phase, list[Effect]]:
+    if event in STOPPED and phase is not Phase.IDLE:
+        why = Why.ARRIVAL_FAILED if phase is Phase.ARRIVING else STOPPED[event]
+        return Phase.IDLE, [Release(VM, why)]
+    if event in RESUMED and phase is Phase.ARRIVING:
+        return Phase.SERVING, [SPEAK]
+    if event in RESUMED[:2] and phase is Phase.LEAVING:
+        return Phase.SERVING, [SPEAK]
+    if event is DomainEvent.SUSPENDED_MIGRATED and phase is Phase.SERVING:
+        return Phase.LEAVING, [HUSH]
+    return phase, []
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("event", DomainEvent)
+def test_edges(phase: Phase, event: DomainEvent) -> None:
+    host = host_in(phase)
+    after, effects = expected_of_edge(phase, event)
+    assert host.happen(event) == effects
+    assert host.phase() is after
+
+
+@pytest.mark.parametrize("event", DomainEvent)
+def test_edges_of_an_unknown_domain_do_nothing(event: DomainEvent) -> None:
+    host = Host("*")
+    assert host.happen(event) == []
+    assert host.domains.reports() == ()
+    assert host.domains.report(VM) is None
+    assert host.domains.next_timeout() is None
+
+
+# --- stories ----------------------------------------------------------------------------------
+
+
+def test_migration_seen_by_the_source() -> None:
+    host = Host()
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+    assert host.happen(DomainEvent.SUSPENDED_MIGRATED) == [HUSH]
+    assert host.see(OUTGOING) == []
+    assert host.happen(DomainEvent.STOPPED_MIGRATED) == [Release(VM, Why.MIGRATED)]
+    assert host.receive(Gone(VM, "vm1")) == []
+    assert host.domains.reports() == ()
+
+
+def test_migration_that_fails_at_the_end_seen_by_the_source() -> None:
+    host = Host()
+    host.see(RUNNING)
+    assert host.happen(DomainEvent.SUSPENDED_MIGRATED) == [HUSH]
+    assert host.happen(DomainEvent.RESUMED_MIGRATED) == [SPEAK]
+    assert host.see(RUNNING) == []
+
+
+def test_migration_seen_by_the_destination() -> None:
+    host = Host()
+    assert host.happen(DomainEvent.STARTED_INCOMING) == []
+    assert host.see(INCOMING) == [CONNECT]
+    assert host.happen(DomainEvent.DEFINED) == []
+    assert host.see(INCOMING) == []
+    assert host.happen(DomainEvent.RESUMED_MIGRATED) == [SPEAK]
+    assert host.see(RUNNING) == []
+
+
+def test_failed_migration_seen_by_the_destination() -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.see(INCOMING) == [CONNECT]
+    assert host.happen(DomainEvent.STOPPED_FAILED) == [Release(VM, Why.ARRIVAL_FAILED)]
+    assert host.receive(Gone(VM, "vm1")) == []
+
+
+def test_destination_that_cannot_tell_from_the_job() -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.see(PAUSED) == [CONNECT]  # the event alone says that it is not here yet
+    assert host.happen(DomainEvent.RESUMED_MIGRATED) == [SPEAK]
+    # Paused later on, it is served: the announcement is over.
+    host.happen(DomainEvent.SUSPENDED)
+    assert host.see(PAUSED) == []
+    assert host.phase() is Phase.SERVING
+
+
+def test_facts_that_are_quicker_than_the_event() -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+    assert host.happen(DomainEvent.RESUMED_MIGRATED) == []
+
+
+@pytest.mark.parametrize("facts", [INCOMING, PAUSED])
+def test_migration_that_ends_paused(facts: DomainFacts) -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.see(facts) == [CONNECT]
+    assert host.happen(DomainEvent.SUSPENDED) == []
+    assert host.see(PAUSED) == [SPEAK]  # it waits in the socket until the guest is resumed
+    assert host.happen(DomainEvent.RESUMED) == []
+
+
+def test_post_copy() -> None:
+    source, destination = Host(), Host()
+    source.see(RUNNING)
+    destination.see(INCOMING)
+    assert source.happen(DomainEvent.SUSPENDED_MIGRATED) == [HUSH]
+    assert source.happen(DomainEvent.SUSPENDED_POSTCOPY) == []
+    assert destination.happen(DomainEvent.RESUMED_POSTCOPY) == [SPEAK]
+    assert destination.happen(DomainEvent.RESUMED_MIGRATED) == []
+    assert source.happen(DomainEvent.STOPPED_MIGRATED) == [Release(VM, Why.MIGRATED)]
+
+
+def test_a_user_pauses_and_resumes() -> None:
+    host = Host()
+    host.see(RUNNING)
+    for event, facts in ((DomainEvent.SUSPENDED, PAUSED), (DomainEvent.RESUMED, RUNNING)):
+        assert host.happen(event) == []
+        assert host.see(facts) == []
+
+
+def test_daemon_starts_with_domains_of_every_kind() -> None:
+    host = Host()
+    names = ("running", "paused", "in", "out", "off", "unplugged")
+    kinds = (RUNNING, PAUSED, INCOMING, OUTGOING, OFF, UNPLUGGED)
+    facts = [replace(kind, uuid=name, name=name) for name, kind in zip(names, kinds, strict=True)]
+    assert host.hypervisor_problem() is not None
+    assert host.resync(*facts) == [
+        Connect("running", PATH),
+        Speak("running"),
+        Connect("paused", PATH),
+        Speak("paused"),
+        Connect("in", PATH),
+        Connect("out", PATH),
+    ]
+    assert host.hypervisor_problem() is None
+    assert [report.facts.name for report in host.domains.reports()] == list(names)
+
+
+def test_save_and_restore() -> None:
+    host = Host()
+    host.see(RUNNING)
+    host.happen(DomainEvent.SUSPENDED)
+    assert host.happen(DomainEvent.STOPPED_SAVED) == [Release(VM, Why.SAVED)]
+    assert host.see(OFF) == []
+    host.happen(DomainEvent.STARTED)
+    assert host.see(replace(PAUSED, channel_path="/4")) == [Connect(VM, "/4"), SPEAK]
+    assert host.happen(DomainEvent.RESUMED) == []
+
+
+def test_snapshot_revert() -> None:
+    host = Host()
+    host.see(RUNNING)
+    assert host.happen(DomainEvent.STOPPED) == [Release(VM, Why.STOPPED)]
+    host.happen(DomainEvent.STARTED)
+    host.happen(DomainEvent.RESUMED)
+    host.happen(DomainEvent.DEFINED)
+    assert host.see(replace(RUNNING, channel_path="/4")) == [Connect(VM, "/4"), SPEAK]
+
+
+def test_another_path_is_another_qemu() -> None:
+    host = Host()
+    host.see(RUNNING)
+    assert host.see(replace(RUNNING, channel_path="/4")) == [
+        Release(VM, Why.REPLACED),
+        Connect(VM, "/4"),
+        SPEAK,
+    ]
+
+
+def test_unplugged_while_it_runs() -> None:
+    host = Host()
+    host.see(RUNNING)
+    assert host.see(UNPLUGGED) == [Release(VM, Why.DETACHED)]
+
+
+def test_reboot_changes_nothing() -> None:
+    host = Host()
+    host.see(RUNNING)
+    assert host.receive(Rebooted(VM)) == []
+    assert host.phase() is Phase.SERVING
+
+
+def test_undefining_a_running_domain_changes_nothing() -> None:
+    host = Host()
+    host.see(RUNNING)
+    assert host.happen(DomainEvent.UNDEFINED) == []
+    assert host.see(replace(RUNNING, persistent=False, configured=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "effects"),
+    [
+        (Phase.IDLE, []),
+        (Phase.ARRIVING, [Release(VM, Why.ARRIVAL_FAILED)]),
+        (Phase.SERVING, [Release(VM, Why.GONE)]),
+        (Phase.LEAVING, [Release(VM, Why.MIGRATED)]),
+    ],
+)
+def test_gone_and_missing_at_a_resync(phase: Phase, effects: list[Effect]) -> None:
+    for event in (Gone(VM, "vm1"), Resync(())):
+        host = host_in(phase)
+        assert host.receive(event) == effects
+        assert host.domains.reports() == ()
+    assert Host().receive(Gone(VM, "vm1")) == []
+
+
+def test_libvirtd_restarts() -> None:
+    host = Host()
+    host.resync(RUNNING, replace(RUNNING, uuid=OTHER_VM))
+    assert host.receive(HypervisorLost("it was killed")) == []
+    assert host.hypervisor_problem() == "it was killed"
+    assert host.resync(RUNNING) == [Release(OTHER_VM, Why.GONE)]
+    assert host.phase() is Phase.SERVING
+
+
+def test_what_was_announced_before_libvirtd_restarted_is_forgotten() -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.see(PAUSED) == [CONNECT]
+    host.receive(HypervisorLost("it was killed"))
+    assert host.resync(PAUSED) == [SPEAK]
+
+
+# --- attaching --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        BARE,
+        UNPLUGGED,
+        replace(BARE, persistent=False),
+        BARE_WITHOUT_CONTROLLER,
+        replace(OFF, configured=False),
+        replace(BARE, state=DomainState.PAUSED),
+    ],
+    ids=["bare", "configured", "transient", "no controller", "off", "paused"],
+)
+def test_a_selected_domain_that_lacks_the_channel_gets_it(facts: DomainFacts) -> None:
+    host = Host("name:vm*")
+    assert host.see(facts) == [Attach(VM)]
+    assert host.see(facts) == []  # under way
+    assert Host("name:other").see(facts) == []
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(BARE, state=DomainState.PAUSED, incoming=True),
+        replace(BARE, state=DomainState.PAUSED, outgoing=True),
+        replace(OFF, persistent=False),
+    ],
+)
+def test_no_attach_while_it_migrates_or_where_nothing_helps(facts: DomainFacts) -> None:
+    host = Host("*")
+    assert host.see(facts) == []
+    assert host.domains.next_timeout() is None
+
+
+def test_no_attach_between_announcement_and_arrival() -> None:
+    host = Host("*")
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.see(replace(BARE, state=DomainState.PAUSED)) == []
+    host.happen(DomainEvent.RESUMED_MIGRATED)
+    assert host.see(BARE) == [Attach(VM)]
+
+
+def test_a_domain_that_has_the_channel_is_served_though_not_selected() -> None:
+    assert Host().see(RUNNING) == [CONNECT, SPEAK]
+
+
+def test_attach_then_connect() -> None:
+    host = Host("*")
+    assert host.see(BARE) == [Attach(VM)]
+    assert host.receive(AttachDone(VM, live=True, config=True, problem=None)) == []
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+    assert host.problem() is None
+
+
+def test_attach_for_the_next_boot_alone() -> None:
+    host = Host("*")
+    assert host.see(BARE_WITHOUT_CONTROLLER) == [Attach(VM)]
+    done = AttachDone(VM, live=False, config=True, problem=NO_CONTROLLER_CONFIGURED)
+    assert host.receive(done) == [Warn(VM, "vm1", NO_CONTROLLER_CONFIGURED)]
+    facts = replace(BARE_WITHOUT_CONTROLLER, configured=True)
+    assert host.see(facts) == []  # said once
+    assert host.problem() == NO_CONTROLLER_CONFIGURED
+    assert host.see(OFF) == []
+    assert host.problem() is None
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+
+
+def test_transient_domain_without_controller() -> None:
+    facts = replace(BARE_WITHOUT_CONTROLLER, persistent=False)
+    assert Host("*").see(facts) == [Warn(VM, "vm1", NO_CONTROLLER_TRANSIENT)]
+    assert Host().see(facts) == []
+
+
+def test_failing_attaches_are_tried_ever_more_slowly() -> None:
+    host = Host("*")
+    host.see(BARE)
+    delay_s = ATTACH_RETRY_MIN_S
+    warnings: list[Effect] = []
+    for _ in range(20):
+        warnings += host.receive(AttachDone(VM, live=False, config=False, problem="busy"))
+        assert host.see(BARE) == []
+        assert host.domains.next_timeout() == host.now_s + delay_s
+        assert host.wait(delay_s - 0.1) == []
+        assert host.wait(0.2) == [Attach(VM)]
+        assert host.domains.next_timeout() is None
+        delay_s = min(delay_s * 2, ATTACH_RETRY_MAX_S)
+    assert delay_s == ATTACH_RETRY_MAX_S
+    assert warnings == [Warn(VM, "vm1", "busy")]
+
+
+@pytest.mark.parametrize("event", [DomainEvent.DEFINED, DomainEvent.STARTED])
+def test_new_xml_is_reconciled_at_once(event: DomainEvent) -> None:
+    host = Host("*")
+    host.see(BARE)
+    host.receive(AttachDone(VM, live=False, config=False, problem="busy"))
+    host.happen(event)
+    assert host.see(BARE) == [Attach(VM)]
+
+
+def test_what_an_attach_added_and_others_removed_is_not_fought_over() -> None:
+    host = Host("*")
+    host.see(BARE)
+    host.receive(AttachDone(VM, live=True, config=True, problem=None))
+    assert host.see(BARE) == []
+    assert host.wait(ATTACH_RETRY_MIN_S) == [Attach(VM)]
+
+
+def test_an_operators_detach_holds_until_an_attach() -> None:
+    host = Host("*")
+    host.see(RUNNING)
+    assert host.receive(DetachDone(VM, None)) == []
+    assert host.see(BARE) == [Release(VM, Why.DETACHED)]
+    assert host.see(replace(BARE_WITHOUT_CONTROLLER)) == []
+    host.receive(AttachDone(VM, live=True, config=True, problem=None))
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+
+
+def test_a_failed_detach_is_told_and_holds_nothing() -> None:
+    host = Host("*")
+    host.see(RUNNING)
+    assert host.receive(DetachDone(VM, "no")) == [Warn(VM, "vm1", "no")]
+    assert host.see(BARE) == [Release(VM, Why.DETACHED), Attach(VM)]
+
+
+def test_answers_about_a_domain_that_has_gone() -> None:
+    host = Host()
+    assert host.receive(AttachDone(VM, live=True, config=True, problem=None)) == []
+    assert host.receive(DetachDone(VM, None)) == []
+
+
+def test_problem_of_a_domain_without_facts() -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    assert host.receive(DetachDone(VM, "no")) == [Warn(VM, "", "no")]
+
+
+def test_another_selection() -> None:
+    host = Host()
+    host.happen(DomainEvent.STARTED_INCOMING)
+    host.receive(Changed(replace(BARE, uuid=OTHER_VM)))
+    host.receive(Changed(replace(RUNNING, uuid="served")))
+    assert host.domains.select(Selection.parse(["*"]), host.now_s) == [Attach(OTHER_VM)]
+
+
+# --- any history ------------------------------------------------------------------------------
+
+
+def check_effects(effects: Sequence[Effect], uuid: str) -> None:
+    """What a daemon may rely on: connected from Connect to Release, spoken from Speak to Hush."""
+    connected = spoken = False
+    for effect in effects:
+        match effect:
+            case Connect(uuid=of) if of == uuid:
+                assert not connected
+                connected, spoken = True, False
+            case Speak(uuid=of) if of == uuid:
+                assert connected
+                assert not spoken
+                spoken = True
+            case Hush(uuid=of) if of == uuid:
+                assert spoken
+                spoken = False
+            case Release(uuid=of) if of == uuid:
+                assert connected
+                connected = spoken = False
+
+
+FACTS = st.sampled_from(
+    [RUNNING, PAUSED, INCOMING, OUTGOING, OFF, UNPLUGGED, BARE, BARE_WITHOUT_CONTROLLER]
+    + [replace(facts, channel_path="/4") for facts in (RUNNING, INCOMING, OUTGOING)]
+)
+EVENTS = st.one_of(
+    st.builds(Changed, FACTS),
+    st.builds(Happened, st.just(VM), st.just("vm1"), st.sampled_from(DomainEvent)),
+    st.just(Gone(VM, "vm1")),
+    st.just(HypervisorLost("gone")),
+    st.just(Resync(())),
+    st.builds(lambda facts: Resync((facts,)), FACTS),
+    st.builds(AttachDone, st.just(VM), st.booleans(), st.booleans(), st.none() | st.just("busy")),
+    st.builds(DetachDone, st.just(VM), st.none() | st.just("no")),
+    st.floats(0.1, 100.0),
+)
+
+
+@given(st.lists(EVENTS, max_size=30))
+def test_any_history(history: list[HypervisorEvent | float]) -> None:
+    host = Host("*")
+    effects: list[Effect] = []
+    for event in history:
+        effects += host.wait(event) if isinstance(event, float) else host.receive(event)
+        check_effects(effects, VM)
+    # Whatever was missed or came late, the next whole truth puts it right.
+    effects += host.resync(RUNNING)
+    check_effects(effects, VM)
+    assert host.phase() is Phase.SERVING
+    effects += host.resync(OFF)
+    check_effects(effects, VM)
+    assert host.phase() is Phase.IDLE

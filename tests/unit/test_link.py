@@ -1,0 +1,260 @@
+"""Links: sessions on real sockets, a turn of the loop at a time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vchan import link as link_module
+from vchan.link import Link
+from vchan.loop import Loop
+from vchan.session import Config, Event, Opened, Received, Role, Session, State
+from vchan.streams import SocketStream
+
+WAIT_S = 10.0
+
+
+class End:
+    """A session, its link and what they told."""
+
+    def __init__(self, loop: Loop, role: Role, **limits: float) -> None:
+        config = Config(role, os.urandom(16), role.name.lower())._replace(**limits)  # type: ignore[arg-type]
+        self.loop = loop
+        self.session = Session(config, os.urandom)
+        self.events: list[Event] = []
+        self.downs: list[str] = []
+        self.react: Callable[[Event], object] = lambda _: None
+        self.link: Link
+
+    def bind(self, connected: socket.socket, *, silent: bool = False) -> None:
+        stream = SocketStream(connected, "/a/socket")
+        self.link = Link(
+            self.loop, self.session, stream, self._handle, self.downs.append, silent=silent
+        )
+
+    def _handle(self, event: Event) -> None:
+        self.events.append(event)
+        self.react(event)
+
+    def received(self) -> list[bytes]:
+        return [event.message for event in self.events if isinstance(event, Received)]
+
+    def opened(self) -> list[bool]:
+        """One for each time, whether it was resumed."""
+        return [event.resumed for event in self.events if isinstance(event, Opened)]
+
+
+class Both:
+    """A host's and a guest's end, connected."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.host, self.guest = End(loop, Role.HOST), End(loop, Role.GUEST)
+
+    def open(self) -> None:
+        """Connect, and wait for the session: what is sent before it goes nowhere."""
+        self.connect()
+        self.until(lambda: self.host.session.state is State.OPEN is self.guest.session.state)
+
+    def connect(self, *, silent: bool = False) -> None:
+        ours, theirs = socket.socketpair()
+        self.host.bind(ours, silent=silent)
+        self.guest.bind(theirs)
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        deadline_s = self.loop.time() + WAIT_S
+        while not reached():
+            assert self.loop.time() < deadline_s, (self.host.events, self.guest.events)
+            self.loop.run_once(0.05)
+
+    def for_s(self, duration_s: float) -> None:
+        end_s = self.loop.time() + duration_s
+        while self.loop.time() < end_s:
+            self.loop.run_once(0.01)
+
+    def cut(self) -> None:
+        self.host.link.close()
+        self.guest.link.close()
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    with Loop() as loop:
+        both = Both(loop)
+        yield both
+        both.cut()
+
+
+def test_messages_pass_both_ways_in_order(both: Both) -> None:
+    both.open()
+    sent = [b"%d" % number for number in range(2000)]
+    for message in sent:
+        both.host.link.send(message, 1)
+        both.guest.link.send(message, 2)
+    both.until(lambda: len(both.host.received()) == len(both.guest.received()) == 2000)
+    assert both.host.received() == both.guest.received() == sent
+
+
+def test_a_message_larger_than_the_socket_passes(both: Both) -> None:
+    both.open()
+    message = os.urandom(4 << 20)
+    both.host.link.send(message, 1)
+    both.until(lambda: bool(both.guest.received()))
+    assert both.guest.received() == [message]
+
+
+def test_silent_until_told_to_speak(both: Both) -> None:
+    both.connect(silent=True)
+    assert both.host.link.is_silent
+    both.host.link.send(b"kept", 1)
+    both.for_s(0.5)  # the guest greets, twice
+    assert both.host.session.counters.frames_sent == 0
+    assert both.host.link.bytes_dropped > 0
+    assert both.host.session.state is State.CLOSED
+    both.host.link.speak()
+    both.until(lambda: both.host.session.state is State.OPEN)
+    both.host.link.send(b"said", 1)
+    both.until(lambda: b"said" in both.guest.received())
+
+
+def test_hushed_it_reads_and_writes_nothing_then_goes_on(both: Both) -> None:
+    both.open()
+    both.host.link.hush()
+    both.host.link.send(b"later", 1)
+    both.guest.link.send(b"read", 1)
+    both.until(lambda: both.host.received() == [b"read"])
+    both.for_s(0.1)
+    assert both.guest.received() == []
+    both.host.link.speak()
+    both.until(lambda: both.guest.received() == [b"later"])
+    assert both.host.opened() == [False]
+
+
+def test_a_lost_stream_is_told_once_and_the_session_goes_on(both: Both) -> None:
+    both.open()
+    both.guest.link.send(b"before", 1)
+    both.guest.link.flush()
+    both.host.link.close()  # unread
+    both.until(lambda: bool(both.guest.downs))
+    assert both.guest.downs[0].startswith("/a/socket: ")
+    assert both.host.downs == []  # who closes knows
+    both.guest.session.send(b"between", 1)
+    both.connect()
+    both.until(lambda: both.host.received() == [b"before", b"between"])
+    assert both.guest.opened() == [False, True]
+    assert len(both.guest.downs) == 1
+
+
+def test_the_owner_may_close_it_while_it_is_told_something(both: Both) -> None:
+    both.open()
+    both.guest.react = lambda event: both.guest.link.close()
+    for _ in range(3):
+        both.host.link.send(b"x", 1)
+    both.until(lambda: bool(both.host.downs))
+    assert both.guest.received() == [b"x"]
+    assert both.guest.downs == []
+
+
+def test_garbage_is_skipped(both: Both) -> None:
+    ours, theirs = socket.socketpair()
+    both.host.bind(ours)
+    theirs.send(os.urandom(30_000))
+    both.for_s(0.1)
+    assert both.host.downs == []
+    both.guest.bind(theirs)
+    both.until(lambda: both.host.session.state is State.OPEN)
+
+
+def test_versions_that_do_not_meet_are_refused_on_both_sides(both: Both) -> None:
+    both.guest = End(both.loop, Role.GUEST, version_min=2, version_max=3)
+    both.connect()
+    both.until(lambda: State.REFUSED is both.host.session.state is both.guest.session.state)
+    for end in (both.host, both.guest):
+        (refused,) = end.events
+        text = str(refused)
+        for words in ("host", "guest", "1 to 1", "2 to 3", "upgrade the older one"):
+            assert words in text
+
+
+class Port:
+    """A stand-in for a virtio port: a socket whose end is only an absence, and that can jam."""
+
+    path = "/dev/port"
+    ends_at_hangup = False
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+        self.jammed = False
+        self.hung_up = False
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def read(self) -> bytes:
+        return b"" if self.hung_up else self._socket.recv(4096)
+
+    def write(self, data: bytes) -> int:
+        if self.jammed:
+            raise BlockingIOError
+        return self._socket.send(data)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def test_a_jammed_port_is_given_up(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "STALL_S", 0.2)
+    monkeypatch.setattr(link_module, "STALL_RETRY_S", 0.05)
+    ours, theirs = socket.socketpair()
+    both.host.bind(ours)
+    port = Port(theirs)
+    guest = both.guest
+    guest.link = Link(both.loop, guest.session, port, guest.events.append, guest.downs.append)
+    both.until(lambda: guest.session.state is State.OPEN)
+    port.jammed = True
+    guest.link.send(b"x", 1)
+    both.until(lambda: bool(guest.downs))
+    assert guest.downs == ["/dev/port: takes no bytes for 0.2 s"]
+
+
+def test_a_lost_wake_up_is_made_good(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "STALL_RETRY_S", 0.05)
+    monkeypatch.setattr(both.loop, "add_writer", lambda *_: None)  # nobody will wake us
+    ours, theirs = socket.socketpair()
+    both.host.bind(ours)
+    port = Port(theirs)
+    guest = both.guest
+    guest.link = Link(both.loop, guest.session, port, guest.events.append, guest.downs.append)
+    both.until(lambda: guest.session.state is State.OPEN)
+    port.jammed = True
+    guest.link.send(b"x", 1)
+    both.for_s(0.02)
+    port.jammed = False
+    both.until(lambda: both.host.received() == [b"x"])
+
+
+def test_a_port_without_a_host_does_not_spin(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HANGUP_POLL_S", 0.05)
+    ours, theirs = socket.socketpair()
+    port = Port(theirs)
+    port.hung_up = True
+    ours.send(b"\0")  # readable for ever
+    guest = both.guest
+    guest.link = Link(both.loop, guest.session, port, guest.events.append, guest.downs.append)
+    both.until(lambda: guest.link.is_hung_up)
+    turns = 0
+    end_s = both.loop.time() + 0.3
+    while both.loop.time() < end_s:
+        both.loop.run_once(0.3)
+        turns += 1
+    assert turns < 30
+    guest.link.send(b"kept", 1)
+    port.hung_up = False
+    both.host.bind(ours)
+    both.until(lambda: both.host.session.state is State.OPEN)
+    assert not guest.link.is_hung_up
+    assert guest.downs == []

@@ -1,0 +1,712 @@
+"""A VM's relay: what it tells the broker and the guest, and when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from vchan import errors
+from vchan.errors import LimitExceeded
+from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
+from vchan.host.envelope import BrokerRequest
+from vchan.host.relay import (
+    _REASONS,
+    LOCAL_REQUESTS_MAX,
+    RETRY_S,
+    SETTLE_S,
+    SUBSCRIBE_S,
+    TOPICS_SEEN_MAX,
+    Relay,
+)
+from vchan.messages import (
+    AGENT_GONE,
+    BUSY,
+    CALL,
+    EXPIRED,
+    FAILURE,
+    FANOUT,
+    FINAL,
+    NO_AGENT,
+    REDELIVERED,
+    REFUSED,
+    RELEASED,
+    TOPICS_MAX,
+    Cancel,
+    Holding,
+    Receipt,
+    Reply,
+    Request,
+    Returned,
+    Settled,
+    Subscribe,
+    Topic,
+    decode,
+    encode,
+)
+
+VM = "b1b1f4b2-0000-4000-8000-000000000001"
+A, B, FORBIDDEN = Topic("nova", "a"), Topic("nova", "b"), Topic("nova", "forbidden")
+TOO_LARGE = 1000
+
+
+class FakeBroker:
+    """Notes what it is asked, as tuples; `take` hands them over."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Any, ...]] = []
+        self.replies: list[dict[str, Any]] = []
+
+    def consume(self, vm: str, topics: frozenset[Topic]) -> None:
+        assert vm == VM
+        self._asked.append(("consume", *sorted(topics)))
+
+    def release(self, vm: str) -> None:
+        assert vm == VM
+        self._asked.append(("release",))
+
+    def ack(self, token: Hashable) -> None:
+        self._asked.append(("ack", token))
+
+    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+        self._asked.append(("publish", reply_q, key))
+        self.replies.append(json.loads(json.loads(body)["oslo.message"]))
+
+    def barrier(self, vm: str, token: Hashable, ids: tuple[bytes, ...]) -> None:
+        assert vm == VM
+        self._asked.append(("barrier", token, *ids))
+
+    def take(self) -> list[tuple[Any, ...]]:
+        asked, self._asked = self._asked, []
+        return asked
+
+
+class Rig:
+    """A relay between a fake broker and a guest that is a list of messages."""
+
+    def __init__(self, *, with_broker: bool = True) -> None:
+        self.now_s = 1000.0
+        self._said: list[Any] = []
+        self.broker = FakeBroker()
+        self.relay = Relay(
+            VM,
+            self._send,
+            self.broker if with_broker else None,
+            lambda topic: topic != FORBIDDEN,
+            frozenset({"request_id"}),
+        )
+        self.relay.opened(resumed=False, now_s=self.now_s)
+
+    def _send(self, data: bytes, stream: int) -> None:
+        assert stream >= 0
+        if len(data) > TOO_LARGE:
+            raise LimitExceeded("message", len(data), TOO_LARGE, "MESSAGE_BYTES_MAX")
+        self._said.append(decode(data))
+
+    def said(self) -> list[Any]:
+        """What the guest was told since the last time."""
+        said, self._said = self._said, []
+        return said
+
+    def guest(self, message: Any) -> None:
+        self.relay.receive(encode(message), self.now_s)
+
+    def subscribe(self, *topics: Topic) -> None:
+        self.guest(Subscribe(topics))
+
+    def serve(self, *topics: Topic) -> None:
+        """The guest serves these, and the broker has said that what was before is gone."""
+        self.subscribe(*topics)
+        self.relay.released()
+        self.broker.take()
+        self.wait(SUBSCRIBE_S)
+
+    def deliver(
+        self,
+        token: Hashable,
+        origin: BrokerRequest,
+        topic: Topic = A,
+        *,
+        fanout: bool = False,
+        redelivered: bool = False,
+    ) -> None:
+        self.relay.delivered(
+            token, origin, topic, fanout=fanout, redelivered=redelivered, now_s=self.now_s
+        )
+
+    def published(self, key: bytes, *, ok: bool = True) -> None:
+        self.relay.published(key, ok=ok, now_s=self.now_s)
+
+    def wait(self, for_s: float) -> None:
+        self.now_s += for_s
+        self.relay.handle_timeout(self.now_s)
+
+    def local(self, number: int = 1, **fields: Any) -> list[Outcome]:
+        """A local program's call. What it is told is added to the list."""
+        told: list[Outcome] = []
+        request = Request(identity(number), CALL, 0, 0, "nova", "a", VM, b"{}")
+        self.relay.submit_local(request._replace(**fields), told.append, self.now_s)
+        return told
+
+
+def identity(number: int) -> bytes:
+    return number.to_bytes(16)
+
+
+def cast(number: int = 1, **fields: Any) -> BrokerRequest:
+    origin = BrokerRequest(
+        id=identity(number),
+        method="m",
+        args={},
+        namespace=None,
+        version=None,
+        context={"request_id": "req-1", "auth_token": "secret"},
+        msg_id=None,
+        reply_q=None,
+        monitor_timeout_s=None,
+        timeout_s=None,
+    )
+    return replace(origin, **fields)
+
+
+def call(number: int = 1, **fields: Any) -> BrokerRequest:
+    return cast(number, **{"msg_id": f"msg-{number}", "reply_q": "reply_x", **fields})
+
+
+def reply(number: int = 1, body: bytes = b"42", flags: int = FINAL) -> Reply:
+    return Reply(identity(number), flags, body)
+
+
+@pytest.fixture
+def rig() -> Rig:
+    rig = Rig()
+    rig.serve(A, B)
+    return rig
+
+
+# -------------------------------------------------------------------- casts and calls
+
+
+def test_a_cast_is_acknowledged_when_the_guest_has_taken_it(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    (request,) = rig.said()
+    assert (request.id, request.flags, request.topic, request.server) == (identity(1), 0, "a", VM)
+    assert json.loads(request.body)["context"] == {"request_id": "req-1"}
+    assert rig.broker.take() == []
+    assert rig.relay.open_requests == 1
+
+    rig.guest(Receipt(identity(1)))
+    assert rig.broker.take() == [("ack", "t1")]
+    assert rig.relay.open_requests == 0
+    assert rig.relay.counters["taken"] == 1
+
+
+def test_a_call_is_acknowledged_when_its_reply_is_published(rig: Rig) -> None:
+    rig.deliver("t1", call())
+    assert rig.said()[0].is_call
+    rig.guest(reply())
+    assert rig.broker.take() == [("publish", "reply_x", identity(1))]
+    assert rig.broker.replies == [
+        {"result": 42, "failure": None, "ending": True, "_msg_id": "msg-1"}
+    ]
+    rig.published(identity(1))
+    assert rig.broker.take() == [("ack", "t1")]
+    rig.published(identity(1))  # once more: nothing
+    assert rig.broker.take() == []
+
+
+def test_a_failure_reaches_the_caller(rig: Rig) -> None:
+    rig.deliver("t1", call())
+    failure = {"class": "ValueError", "module": "builtins", "message": "no"}
+    rig.guest(reply(body=json.dumps(failure).encode(), flags=FINAL | FAILURE))
+    assert json.loads(rig.broker.replies[0]["failure"]) == failure
+
+
+def test_an_answer_that_is_none_is_a_bad_reply(rig: Rig) -> None:
+    rig.deliver("t1", call())
+    rig.guest(reply(body=b"no JSON"))
+    failure = json.loads(rig.broker.replies[0]["failure"])
+    assert failure["module"] == "vchan.errors"
+    assert issubclass(getattr(errors, failure["class"]), errors.RequestError)
+
+
+def test_every_reason_has_its_exception() -> None:
+    assert all(issubclass(getattr(errors, name), errors.RequestError) for name in _REASONS.values())
+
+
+def test_a_heartbeat_reaches_the_caller(rig: Rig) -> None:
+    rig.deliver("t1", call(monitor_timeout_s=5.0))
+    assert rig.said()[0].monitor_ms == 5000
+    rig.guest(reply(flags=0, body=b""))
+    assert rig.broker.take() == [("publish", "reply_x", b"")]
+    assert rig.broker.replies[0]["ending"] is False
+    for _ in range(10):  # a guest may send them at will
+        rig.guest(reply(flags=0, body=b""))
+    assert rig.broker.take() == []
+    rig.published(b"")  # of a heartbeat nobody wants to know
+    assert rig.broker.take() == []
+    assert rig.relay.open_requests == 1
+
+
+def test_answers_to_nothing_are_ignored(rig: Rig) -> None:
+    rig.deliver("t1", cast(1))
+    rig.guest(reply(1))  # an answer to a cast
+    rig.guest(reply(2))
+    rig.guest(Receipt(identity(3)))
+    assert rig.broker.take() == []
+    assert rig.relay.open_requests == 1
+
+
+def test_flags_and_times_travel_with_the_request(rig: Rig) -> None:
+    rig.deliver("t1", cast(1, timeout_s=2.5), B, fanout=True, redelivered=True)
+    rig.deliver("t2", cast(2, timeout_s=0.0001, monitor_timeout_s=1e9))
+    first, second = rig.said()
+    assert (first.flags, first.timeout_ms, first.topic) == (FANOUT | REDELIVERED, 2500, "b")
+    assert (second.timeout_ms, second.monitor_ms) == (1, 0xFFFFFFFF)
+
+
+# -------------------------------------------------------------------- replies not confirmed
+
+
+def test_a_reply_that_was_not_published_is_published_again(rig: Rig) -> None:
+    for number in (1, 2, 3):
+        rig.deliver(f"t{number}", call(number))
+    rig.guest(reply(1))
+    rig.guest(reply(2))
+    rig.broker.take()
+    rig.published(identity(1), ok=False)
+    rig.published(identity(2), ok=False)
+    assert rig.relay.next_timeout() == rig.now_s + RETRY_S
+    rig.wait(RETRY_S / 2)
+    assert rig.broker.take() == []
+    rig.wait(RETRY_S / 2)
+    assert rig.broker.take() == [
+        ("publish", "reply_x", identity(1)),
+        ("publish", "reply_x", identity(2)),
+    ]
+    assert rig.broker.replies[0] == rig.broker.replies[2]
+    rig.published(identity(1))
+    assert rig.broker.take() == [("ack", "t1")]
+
+
+def test_what_is_being_published_is_not_published_twice(rig: Rig) -> None:
+    rig.deliver("t1", call(1))
+    rig.deliver("t2", call(2))
+    rig.guest(reply(1))
+    rig.published(identity(1), ok=False)
+    rig.guest(reply(2))
+    rig.broker.take()
+    rig.wait(RETRY_S)
+    assert rig.broker.take() == [("publish", "reply_x", identity(1))]
+
+
+def test_a_reply_whose_request_comes_again_is_left_to_the_guest(rig: Rig) -> None:
+    rig.deliver("t1", call())
+    rig.guest(reply())
+    rig.relay.released()
+    assert rig.relay.open_requests == 0
+    rig.published(identity(1))  # of an answer nobody waits for any more
+    rig.broker.take()
+
+    rig.deliver("t2", call(), redelivered=True)
+    rig.guest(reply())
+    assert rig.broker.take() == [("publish", "reply_x", identity(1))]
+    rig.published(identity(1))
+    assert rig.broker.take() == [("ack", "t2")]
+
+
+def test_a_reply_after_the_channel_was_lost_is_published_and_not_kept(rig: Rig) -> None:
+    rig.deliver("t1", call(1))
+    rig.deliver("t2", call(2))
+    rig.relay.released()
+    rig.guest(reply(1))
+    rig.guest(reply(2))
+    rig.published(identity(1))
+    rig.published(identity(2), ok=False)
+    assert rig.relay.open_requests == 0
+    assert [what for what, *_ in rig.broker.take()] == ["publish", "publish"]  # nothing to ack
+    assert rig.relay.next_timeout() is None  # and nothing to settle, nothing to repeat
+
+
+# -------------------------------------------------------------------- redelivery and release
+
+
+def test_every_copy_is_acknowledged(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    rig.deliver("t2", cast(), redelivered=True)
+    assert len(rig.said()) == 1
+    rig.guest(Receipt(identity(1)))
+    assert rig.broker.take() == [("ack", "t1"), ("ack", "t2")]
+    assert (rig.relay.counters["requests"], rig.relay.counters["redelivered"]) == (1, 1)
+
+
+def test_a_redelivery_after_release_goes_on_where_it_was(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    rig.relay.released()
+    rig.deliver("t2", cast(), redelivered=True)
+    assert len(rig.said()) == 1  # the guest has it
+    rig.guest(Receipt(identity(1)))
+    assert rig.broker.take() == [("ack", "t2")]
+
+
+def test_deliveries_of_another_topic_or_a_channel_that_is_gone_are_ignored(rig: Rig) -> None:
+    rig.deliver("t1", cast(1), Topic("nova", "c"))
+    rig.relay.suspend()
+    rig.deliver("t2", cast(2))
+    rig.wait(SUBSCRIBE_S)
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    rig.deliver("t3", cast(3))  # Released has not come: this is older
+    assert rig.said() == []
+    rig.relay.released()
+    rig.deliver("t4", cast(4))
+    assert [request.id for request in rig.said()] == [identity(4)]
+
+
+# -------------------------------------------------------------------- settling
+
+
+def test_ids_are_settled_when_the_broker_has_proved_it(rig: Rig) -> None:
+    for number in (1, 2):
+        rig.deliver(f"t{number}", cast(number))
+        rig.guest(Receipt(identity(number)))
+        rig.now_s += 0.1
+    rig.said()
+    rig.broker.take()
+    rig.wait(SETTLE_S - 0.2)
+    assert rig.broker.take() == [("barrier", "t2", identity(1), identity(2))]
+    assert rig.said() == []
+    rig.relay.settled((identity(1), identity(2)))
+    assert rig.said() == [Settled((identity(1), identity(2)))]
+    rig.wait(SETTLE_S)
+    assert rig.broker.take() == []
+
+
+def test_nothing_is_settled_that_was_acknowledged_on_a_lost_channel(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    rig.guest(Receipt(identity(1)))
+    rig.broker.take()
+    rig.relay.released()
+    assert rig.relay.next_timeout() is None
+    rig.wait(SETTLE_S)
+    assert rig.broker.take() == []
+
+
+# -------------------------------------------------------------------- handed back
+
+
+@pytest.mark.parametrize("reason", [NO_AGENT, AGENT_GONE, BUSY, REFUSED, RELEASED])
+def test_a_call_that_is_handed_back_fails(rig: Rig, reason: int) -> None:
+    rig.deliver("t1", call())
+    rig.guest(Returned(identity(1), reason, "why"))
+    failure = json.loads(rig.broker.replies[0]["failure"])
+    assert (failure["class"], failure["message"]) == (_REASONS.get(reason, "Rejected"), "why")
+    rig.published(identity(1))
+    assert ("ack", "t1") in rig.broker.take()
+    assert rig.relay.counters["handed_back"] == 1
+
+
+@pytest.mark.parametrize("reason", [NO_AGENT, BUSY])
+def test_a_cast_nobody_can_take_now_keeps_its_place_in_the_queue(rig: Rig, reason: int) -> None:
+    for number in (1, 2, 3):
+        rig.deliver(f"t{number}", cast(number))
+    rig.guest(Returned(identity(1), reason, "why"))
+    rig.guest(Returned(identity(2), reason, "why"))
+    assert rig.broker.take() == [("release",)]
+    assert rig.relay.open_requests == 1  # the third: the guest has it
+    rig.relay.released()
+    rig.wait(RETRY_S / 2)
+    assert rig.broker.take() == []
+    rig.wait(RETRY_S / 2)
+    assert rig.broker.take() == [("consume", A, B)]
+    rig.deliver("t4", cast(1), redelivered=True)
+    assert rig.said()[-1].id == identity(1)
+
+
+@pytest.mark.parametrize("reason", [EXPIRED, AGENT_GONE, REFUSED])
+def test_a_cast_that_can_never_run_is_dropped(rig: Rig, reason: int) -> None:
+    rig.deliver("t1", cast())
+    rig.guest(Returned(identity(1), reason, "why"))
+    assert rig.broker.take() == [("ack", "t1")]
+
+
+def test_an_expired_call_is_dropped(rig: Rig) -> None:
+    rig.deliver("t1", call())
+    rig.guest(Returned(identity(1), EXPIRED, "too late"))
+    assert rig.broker.take() == [("ack", "t1")]
+    assert rig.broker.replies == []
+
+
+def test_what_is_overdue_is_dropped(rig: Rig) -> None:
+    rig.deliver("t1", call(timeout_s=3.0))
+    rig.said()
+    assert rig.relay.next_timeout() == rig.now_s + 3.0
+    rig.wait(3.0)
+    assert rig.said() == [Cancel(identity(1))]
+    assert rig.broker.take() == [("ack", "t1")]
+    assert rig.relay.counters["expired"] == 1
+
+
+def test_what_the_guest_cannot_take_fails_and_is_acknowledged(rig: Rig) -> None:
+    big = {"x": "x" * TOO_LARGE}
+    with pytest.raises(LimitExceeded):
+        rig.deliver("t1", cast(1, args=big))
+    assert rig.broker.take() == [("ack", "t1")]
+    with pytest.raises(LimitExceeded):
+        rig.deliver("t2", call(2, args=big))
+    assert rig.broker.take() == [("publish", "reply_x", identity(2))]
+    assert json.loads(rig.broker.replies[0]["failure"])["class"] == "LimitExceeded"
+    rig.published(identity(2))
+    assert rig.broker.take() == [("ack", "t2")]
+    assert rig.relay.open_requests == 0
+
+
+# -------------------------------------------------------------------- topics
+
+
+def test_the_first_topics_are_consumed_at_once() -> None:
+    """After a release: what an earlier relay of this VM was given may still be on its way."""
+    rig = Rig()
+    rig.subscribe(A, FORBIDDEN)
+    assert rig.broker.take() == [("release",), ("consume", A)]
+    assert rig.relay.topics == {A}
+    assert rig.relay.denied == {FORBIDDEN}
+    rig.deliver("old", cast(1))
+    rig.relay.released()
+    rig.deliver("t1", cast(2))
+    assert [request.id for request in rig.said()] == [identity(2)]
+
+
+def test_a_guest_that_serves_nothing_has_no_consumer() -> None:
+    rig = Rig()
+    rig.subscribe()
+    assert rig.broker.take() == [("release",)]
+
+
+def test_the_consumers_change_once_a_second_and_the_last_word_counts() -> None:
+    rig = Rig()
+    rig.subscribe(A)
+    began_s = rig.now_s
+    rig.broker.take()
+    for _ in range(10):
+        rig.now_s += 0.05
+        rig.subscribe()
+        rig.subscribe(A, B)
+    assert rig.broker.take() == []
+    assert rig.relay.topics == {A, B}
+    assert rig.relay.next_timeout() == began_s + SUBSCRIBE_S
+    rig.now_s = began_s
+    rig.wait(SUBSCRIBE_S)
+    assert rig.broker.take() == [("consume", A, B)]
+    rig.now_s += SUBSCRIBE_S
+    rig.subscribe(B)
+    assert rig.broker.take() == [("consume", B)]
+
+
+def test_a_change_that_is_taken_back_in_time_is_none() -> None:
+    rig = Rig()
+    rig.subscribe(A)
+    rig.broker.take()
+    rig.relay.released()
+    rig.subscribe()
+    rig.deliver("t1", cast())  # the broker knows nothing of it: neither does this delivery
+    rig.subscribe(A)
+    assert rig.relay.next_timeout() is None
+    rig.wait(SUBSCRIBE_S)
+    assert rig.broker.take() == []
+    rig.guest(Receipt(identity(1)))
+    assert rig.broker.take() == [("ack", "t1")]
+
+
+def test_a_cast_handed_back_while_a_change_waits_is_handed_back(rig: Rig) -> None:
+    rig.subscribe(A)
+    rig.subscribe(A, B)
+    rig.deliver("t1", cast(1), A)
+    rig.broker.take()
+    rig.guest(Returned(identity(1), NO_AGENT, "why"))
+    assert rig.broker.take() == [("release",)]
+    rig.wait(RETRY_S)
+    assert rig.broker.take() == [("consume", A, B)]
+
+
+def test_new_topics_end_the_pause_after_a_cast_was_handed_back(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    rig.guest(Returned(identity(1), NO_AGENT, "why"))
+    rig.broker.take()
+    rig.subscribe(A)
+    assert rig.broker.take() == [("consume", A)]
+    assert rig.relay.next_timeout() is None
+
+
+def test_a_guest_serves_so_many_topics_in_its_life() -> None:
+    rig = Rig()
+    every = [Topic("x", f"t{number:04}") for number in range(TOPICS_SEEN_MAX + 2)]
+    for at in range(0, TOPICS_SEEN_MAX, TOPICS_MAX):
+        rig.serve(*every[at : at + TOPICS_MAX])
+    assert rig.relay.counters["topics_over_limit"] == 0
+    rig.subscribe(every[0], *every[-2:])
+    assert rig.broker.take() == [("consume", every[0])]  # seen before
+    assert rig.relay.denied == set(every[-2:])
+    summary = rig.relay.summary()
+    assert summary["topics_over_limit"] == 2
+    assert summary["denied_topics"] == ["x/t0256", "x/t0257"]
+    rig.subscribe(FORBIDDEN)
+    assert rig.relay.counters["topics_over_limit"] == 2
+
+
+# -------------------------------------------------------------------- suspend, opened, release
+
+
+def test_suspend_hands_back_and_opened_goes_on(rig: Rig) -> None:
+    rig.deliver("t1", cast(1))
+    rig.deliver("t2", cast(2))
+    rig.relay.suspend()
+    rig.relay.suspend()
+    assert rig.broker.take() == [("release",)]
+    rig.guest(Receipt(identity(1)))  # it counts; there is no token to acknowledge
+    rig.guest(Returned(identity(2), NO_AGENT, "why"))  # the broker has it already
+    rig.subscribe(B)
+    rig.wait(2 * RETRY_S)
+    assert rig.broker.take() == []
+    assert rig.relay.open_requests == 0
+
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    assert rig.broker.take() == [("consume", B)]
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    assert rig.broker.take() == []
+
+
+def test_suspend_calls_off_what_was_to_be_consumed(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    rig.guest(Returned(identity(1), BUSY, "why"))
+    rig.relay.suspend()
+    rig.broker.take()
+    rig.wait(RETRY_S)
+    assert rig.broker.take() == []
+
+
+def test_a_new_session_is_told_again_and_says_its_topics(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    rig.said()
+    rig.relay.suspend()
+    rig.relay.opened(resumed=False, now_s=rig.now_s)
+    (request,) = rig.said()
+    assert (request.id, request.flags) == (identity(1), REDELIVERED)
+    assert rig.broker.take() == [("release",)]
+    rig.subscribe(A)
+    assert rig.broker.take() == [("consume", A)]
+
+
+def test_release_gives_everything_back(rig: Rig) -> None:
+    rig.deliver("t1", call(1))
+    told = rig.local(2)
+    rig.relay.release("the VM has gone")
+    assert rig.broker.take() == [("release",)]
+    assert told == [HandedBack(identity(2), RELEASED, "the VM has gone")]
+    assert rig.relay.open_requests == 0
+    assert rig.relay.topics == rig.relay.denied == frozenset()
+    assert rig.relay.next_timeout() is None
+    rig.local(2)  # and there is room again
+
+
+# -------------------------------------------------------------------- local programs
+
+
+def test_a_local_call(rig: Rig) -> None:
+    told = rig.local(1)
+    assert rig.said()[0].id == identity(1)
+    rig.guest(reply(flags=0))
+    rig.guest(reply())
+    rig.guest(reply())
+    assert told == [Heartbeat(identity(1)), Answered(identity(1), False, b"42")]
+    assert rig.said() == [Settled((identity(1),))]
+    assert rig.broker.take() == []
+
+
+@pytest.mark.parametrize("reason", [NO_AGENT, EXPIRED])
+def test_a_local_request_is_told_how_it_ended(rig: Rig, reason: int) -> None:
+    taken = rig.local(1, flags=0)
+    returned = rig.local(2)
+    overdue = rig.local(3, timeout_ms=500)
+    rig.guest(Receipt(identity(1)))
+    rig.guest(Returned(identity(2), reason, "why"))
+    rig.wait(0.5)
+    assert taken == [Taken(identity(1))]
+    assert returned == [HandedBack(identity(2), reason, "why")]
+    assert overdue == [Overdue(identity(3))]
+    assert rig.relay.open_requests == 0
+    assert rig.broker.take() == []
+
+
+def test_a_local_program_that_repeats_itself_or_leaves(rig: Rig) -> None:
+    told = rig.local(1)
+    assert rig.local(1) == []
+    assert len(rig.said()) == 1
+    rig.relay.cancel_local(identity(1))
+    assert rig.said() == [Cancel(identity(1))]
+    rig.relay.cancel_local(identity(1))
+    rig.guest(reply())
+    assert told == []
+
+
+def test_a_local_program_cannot_cancel_the_brokers_requests(rig: Rig) -> None:
+    rig.deliver("t1", call(1))
+    rig.relay.cancel_local(identity(1))
+    assert rig.relay.open_requests == 1
+
+
+def test_local_requests_are_bounded(rig: Rig) -> None:
+    for number in range(LOCAL_REQUESTS_MAX):
+        rig.local(number)
+    with pytest.raises(LimitExceeded, match="LOCAL_REQUESTS_MAX"):
+        rig.local(LOCAL_REQUESTS_MAX)
+    rig.relay.cancel_local(identity(0))
+    with pytest.raises(LimitExceeded, match="MESSAGE_BYTES_MAX"):
+        rig.local(LOCAL_REQUESTS_MAX, body=b"x" * TOO_LARGE)
+    rig.local(LOCAL_REQUESTS_MAX)  # nothing was left of the one that was too large
+    assert rig.relay.open_requests == LOCAL_REQUESTS_MAX
+
+
+def test_the_channels_end_leaves_local_requests_alone(rig: Rig) -> None:
+    told = rig.local(1)
+    rig.relay.suspend()
+    rig.relay.released()
+    rig.guest(reply())
+    assert told == [Answered(identity(1), False, b"42")]
+
+
+# -------------------------------------------------------------------- without a broker; nonsense
+
+
+def test_without_a_broker() -> None:
+    rig = Rig(with_broker=False)
+    rig.subscribe(A)
+    told = rig.local(1)
+    rig.relay.suspend()
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    rig.wait(10.0)
+    assert rig.relay.next_timeout() is None
+    assert rig.relay.topics == {A}
+    rig.relay.release("stopping")
+    assert len(told) == 1
+
+
+def test_a_guest_may_not_ask(rig: Rig) -> None:
+    rig.guest(Request(identity(1), CALL, 0, 0, "nova", "a", VM, b"{}"))
+    (returned,) = rig.said()
+    assert (returned.id, returned.reason) == (identity(1), REFUSED)
+
+
+def test_nonsense_is_counted(rig: Rig) -> None:
+    rig.relay.receive(b"nonsense", rig.now_s)
+    rig.guest(Holding((identity(1),)))
+    assert rig.relay.counters["bad_messages"] == 2
+
+
+def test_summary(rig: Rig) -> None:
+    rig.deliver("t1", cast())
+    summary = rig.relay.summary()
+    assert (summary["open"], summary["requests"]) == (1, 1)
+    assert (summary["topics"], summary["denied_topics"]) == (["nova/a", "nova/b"], [])

@@ -1,0 +1,562 @@
+"""The guest's router: which agent gets a request, and what the host is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from vchan.bodies import encode_invocation
+from vchan.errors import LimitExceeded
+from vchan.guest.router import (
+    AGENTS_MAX,
+    HOLDING_MAX,
+    LINGER_S,
+    OWN_TOPIC,
+    RESTART_GRACE_S,
+    Method,
+    Router,
+)
+from vchan.messages import (
+    AGENT_GONE,
+    BUSY,
+    CALL,
+    FAILURE,
+    FANOUT,
+    FINAL,
+    IDS_MAX,
+    NO_AGENT,
+    REDELIVERED,
+    REFUSED,
+    TOPICS_MAX,
+    Cancel,
+    Holding,
+    Receipt,
+    Reply,
+    Request,
+    Returned,
+    Settled,
+    Subscribe,
+    Topic,
+    decode,
+    encode,
+)
+
+A, B = Topic("nova", "a"), Topic("nova", "b")
+TOO_LARGE = 2000
+"""For the host. An agent takes half."""
+
+
+def forbid(_: Mapping[str, Any]) -> Any:
+    raise ValueError("not that")
+
+
+class Rig:
+    """A router between a host and agents that are lists of messages."""
+
+    def __init__(self, *, grace: bool = False) -> None:
+        self.now_s = 1000.0
+        self._host: list[Any] = []
+        self._agents: dict[int, list[Any]] = {}
+        methods: dict[str, Method] = {"ping": dict, "set": lambda args: {1}, "forbid": forbid}
+        self.router = Router(lambda data, _: self._to_host(data), methods, self.now_s)
+        if not grace:
+            self.wait(RESTART_GRACE_S)
+        self.router.host_opened(resumed=False)
+        self._host.clear()
+
+    def _to_host(self, data: bytes) -> None:
+        if len(data) > TOO_LARGE:
+            raise LimitExceeded("message", len(data), TOO_LARGE, "MESSAGE_BYTES_MAX")
+        self._host.append(decode(data))
+
+    def _to_agent(self, key: int, data: bytes) -> None:
+        if len(data) > TOO_LARGE // 2:
+            raise LimitExceeded("message", len(data), TOO_LARGE // 2, "MESSAGE_BYTES_MAX")
+        self._agents[key].append(decode(data))
+
+    def host(self) -> list[Any]:
+        """What the host was told since the last time."""
+        told = self._host[:]
+        self._host.clear()
+        return told
+
+    def given(self, key: int) -> list[Any]:
+        """What an agent was told since the last time."""
+        told = self._agents[key][:]
+        self._agents[key].clear()
+        return told
+
+    def ids(self, key: int) -> list[int]:
+        """The requests an agent was given since the last time, by number."""
+        return [
+            int.from_bytes(message.id)
+            for message in self.given(key)
+            if isinstance(message, Request)
+        ]
+
+    def attach(self, key: int, *topics: Topic, holding: tuple[int, ...] = ()) -> None:
+        self._agents[key] = []
+        self.router.attach(key, lambda data, _: self._to_agent(key, data), self.now_s)
+        if holding:
+            self.say(key, Holding(tuple(map(identity, holding))))
+        if topics:
+            self.say(key, Subscribe(topics))
+
+    def say(self, key: int, message: Any) -> None:
+        """An agent says something that is no reason to drop it."""
+        assert self.hear(key, message) == ""
+
+    def hear(self, key: int, message: Any) -> str:
+        return self.router.agent_receive(key, encode(message), self.now_s)
+
+    def detach(self, key: int) -> None:
+        self.router.detach(key, self.now_s)
+
+    def ask(self, *requests: Request) -> None:
+        for request in requests:
+            self.tell(request)
+
+    def tell(self, message: Any) -> None:
+        self.router.host_receive(encode(message), self.now_s)
+
+    def wait(self, for_s: float) -> None:
+        self.now_s += for_s
+        self.router.handle_timeout(self.now_s)
+
+
+def identity(number: int) -> bytes:
+    return number.to_bytes(16)
+
+
+def cast(number: int, topic: Topic = A, **fields: Any) -> Request:
+    request = Request(identity(number), 0, 0, 0, topic.exchange, topic.name, "vm", b"{}")
+    return request._replace(**fields)
+
+
+def call(number: int, topic: Topic = A, **fields: Any) -> Request:
+    return cast(number, topic, **{"flags": CALL, "timeout_ms": 60_000, **fields})
+
+
+def answer(number: int, body: bytes = b"42", flags: int = FINAL) -> Reply:
+    return Reply(identity(number), flags, body)
+
+
+@pytest.fixture
+def rig() -> Rig:
+    """Two agents on one topic."""
+    rig = Rig()
+    rig.attach(1, A)
+    rig.attach(2, A)
+    rig.host()
+    return rig
+
+
+# -------------------------------------------------------------------- there and back
+
+
+def test_casts_and_calls_go_there_and_back(rig: Rig) -> None:
+    rig.ask(cast(1), call(2))
+    assert (rig.ids(1), rig.ids(2)) == ([1], [2])
+    rig.say(2, answer(2, flags=0))
+    rig.say(2, answer(2))
+    rig.say(1, Receipt(identity(1)))
+    assert rig.host() == [answer(2, b"", 0), answer(2), Receipt(identity(1))]
+    assert rig.router.summary() == {
+        "agents": 2,
+        "topics": ["nova/a"],
+        "running": 0,
+        "repeats": 0,
+        "waiting": 0,
+    }
+
+
+def test_agents_take_turns(rig: Rig) -> None:
+    rig.ask(*map(cast, range(1, 6)))
+    assert (rig.ids(1), rig.ids(2)) == ([1, 3, 5], [2, 4])
+
+
+def test_a_copy_is_not_given_again(rig: Rig) -> None:
+    rig.ask(cast(1), cast(1, flags=REDELIVERED))
+    assert (rig.ids(1), rig.ids(2)) == ([1], [])
+    rig.say(1, Receipt(identity(1)))
+    rig.ask(cast(1, flags=REDELIVERED))
+    assert rig.host() == [Receipt(identity(1))] * 2
+
+
+def test_what_an_agent_hands_back_is_handed_back(rig: Rig) -> None:
+    rig.ask(call(1))
+    rig.say(1, Returned(identity(1), BUSY, "busy"))
+    assert rig.host() == [Returned(identity(1), BUSY, "busy")]
+
+
+def test_an_answer_that_is_too_large_is_a_failure(rig: Rig) -> None:
+    rig.ask(call(1))
+    rig.say(1, answer(1, b"x" * TOO_LARGE))
+    (reply,) = rig.host()
+    assert reply.flags == FINAL | FAILURE
+    assert json.loads(reply.body)["class"] == "LimitExceeded"
+
+
+def test_a_request_that_is_too_large_for_its_agent_is_refused(rig: Rig) -> None:
+    rig.ask(call(1, body=b"x" * (TOO_LARGE // 2)))
+    (returned,) = rig.host()
+    assert (returned.id, returned.reason) == (identity(1), REFUSED)
+    assert "MESSAGE_BYTES_MAX" in returned.text
+    rig.ask(cast(2, flags=FANOUT, body=b"x" * (TOO_LARGE // 2)))
+    assert [message.reason for message in rig.host()] == [REFUSED]  # by both, told once
+
+
+def test_settled_ids_are_settled_everywhere(rig: Rig) -> None:
+    rig.tell(Settled((identity(1),)))
+    assert rig.given(1) == rig.given(2) == [Settled((identity(1),))]
+
+
+def test_what_nobody_waits_for_is_cancelled_where_it_is(rig: Rig) -> None:
+    rig.ask(call(1), call(2, timeout_ms=500))
+    rig.given(1), rig.given(2)
+    rig.tell(Cancel(identity(1)))
+    rig.tell(Cancel(identity(1)))
+    assert rig.given(1) == [Cancel(identity(1))]
+    assert rig.router.next_timeout() == rig.now_s + 0.5
+    rig.wait(0.5)
+    assert rig.given(2) == [Cancel(identity(2))]
+    rig.say(2, answer(2))
+    assert rig.host() == []
+
+
+def test_old_ids_are_forgotten_in_time(rig: Rig) -> None:
+    rig.ask(cast(1))
+    rig.say(1, Receipt(identity(1)))
+    rig.wait(3601.0)
+    assert rig.router.next_timeout() is None
+
+
+# -------------------------------------------------------------------- fanout
+
+
+def test_a_fanout_goes_to_all_and_is_taken_when_all_have_it(rig: Rig) -> None:
+    rig.ask(cast(1, flags=FANOUT))
+    assert (rig.ids(1), rig.ids(2)) == ([1], [1])
+    rig.say(1, Receipt(identity(1)))
+    assert rig.host() == []
+    rig.say(2, Receipt(identity(1)))
+    assert rig.host() == [Receipt(identity(1))]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_fanout_that_one_agent_took_and_another_left_is_taken(rig: Rig, first: int) -> None:
+    rig.ask(cast(1, flags=FANOUT))
+    rig.say(first, Receipt(identity(1)))
+    rig.detach(3 - first)
+    assert rig.host() == [Receipt(identity(1))]
+
+
+def test_a_fanout_that_one_agent_left_is_still_with_the_other(rig: Rig) -> None:
+    rig.ask(cast(1, flags=FANOUT))
+    rig.detach(1)
+    assert rig.host() == []
+    rig.say(2, Receipt(identity(1)))
+    assert rig.host() == [Receipt(identity(1))]
+
+
+def test_a_fanout_that_one_agent_hands_back_comes_again(rig: Rig) -> None:
+    rig.ask(cast(1, flags=FANOUT))
+    rig.say(1, Receipt(identity(1)))
+    rig.say(2, Returned(identity(1), BUSY, "busy"))
+    assert rig.host() == [Returned(identity(1), BUSY, "busy")]
+    rig.ask(cast(1, flags=FANOUT | REDELIVERED))
+    rig.detach(1)
+    rig.detach(2)
+    assert rig.host() == []  # neither has it: it waits
+    assert rig.router.summary()["waiting"] == 1
+
+
+def test_a_cancelled_fanout_is_cancelled_with_all(rig: Rig) -> None:
+    rig.ask(cast(1, flags=FANOUT))
+    rig.say(1, Receipt(identity(1)))
+    rig.given(1), rig.given(2)
+    rig.tell(Cancel(identity(1)))
+    assert rig.given(1) == []
+    assert rig.given(2) == [Cancel(identity(1))]
+    rig.say(2, Receipt(identity(1)))
+    assert rig.host() == []
+
+
+# -------------------------------------------------------------------- nobody serves it
+
+
+def test_a_call_nobody_serves_is_handed_back(rig: Rig) -> None:
+    rig.ask(call(1, B), call(2, B, flags=CALL | REDELIVERED))
+    first, second = rig.host()
+    assert (first.id, first.reason) == (identity(1), NO_AGENT)
+    assert (second.id, second.reason) == (identity(2), AGENT_GONE)
+
+
+def test_a_cast_nobody_serves_waits_if_it_has_time(rig: Rig) -> None:
+    rig.ask(cast(1, B), cast(2, B, timeout_ms=1000))
+    assert [message.id for message in rig.host()] == [identity(2)]
+    rig.attach(3, B)
+    assert rig.ids(3) == [1]
+
+
+def test_what_waits_can_be_cancelled(rig: Rig) -> None:
+    rig.ask(cast(1, B), cast(2, B))
+    rig.tell(Cancel(identity(2)))
+    assert rig.router.summary()["waiting"] == 1
+    rig.ask(cast(3))
+    rig.tell(Cancel(identity(3)))  # with an agent: it waits nowhere
+    assert rig.router.summary()["waiting"] == 1
+    rig.tell(Cancel(identity(1)))
+    assert rig.router.summary()["waiting"] == 0
+    rig.attach(3, B)
+    assert rig.ids(3) == []
+
+
+# -------------------------------------------------------------------- agents come and go
+
+
+def test_the_host_is_told_what_is_served_when_it_changes() -> None:
+    rig = Rig()
+    rig.attach(1, B, A)
+    rig.attach(2, A)
+    assert rig.host() == [Subscribe((A, B))]
+    rig.say(1, Subscribe((A,)))
+    rig.wait(LINGER_S / 2)
+    assert rig.host() == []
+    rig.wait(LINGER_S / 2)
+    assert rig.host() == [Subscribe((A,))]
+    rig.router.host_opened(resumed=True)
+    assert rig.host() == []
+    rig.router.host_opened(resumed=False)
+    assert rig.host() == [Subscribe((A,))]
+
+
+def test_casts_of_an_agent_that_left_go_to_the_next_in_their_order() -> None:
+    rig = Rig()
+    rig.attach(1, A)
+    rig.ask(cast(1), cast(2), cast(3))
+    rig.say(1, Receipt(identity(1)))
+    rig.host()
+    rig.detach(1)
+    rig.ask(cast(4), cast(5, timeout_ms=4000))
+    assert rig.router.next_timeout() is not None
+    rig.now_s += 1.0
+    rig.attach(2, A)
+    given = rig.given(2)
+    assert [int.from_bytes(request.id) for request in given] == [2, 3, 4, 5]
+    assert given[-1].timeout_ms == 3000
+    assert rig.host() == []
+
+
+def test_casts_of_an_agent_that_left_go_to_the_others_at_once(rig: Rig) -> None:
+    rig.ask(cast(1), cast(2), cast(3))
+    rig.ids(2)
+    rig.detach(1)
+    assert rig.ids(2) == [1, 3]
+
+
+def test_calls_of_an_agent_that_left_fail(rig: Rig) -> None:
+    rig.ask(call(1))
+    rig.detach(1)
+    (returned,) = rig.host()
+    assert (returned.id, returned.reason) == (identity(1), AGENT_GONE)
+
+
+def test_what_waits_when_a_topic_is_given_up() -> None:
+    rig = Rig()
+    rig.attach(1, A)
+    rig.detach(1)
+    rig.host()
+    rig.ask(cast(1), call(2), call(3, flags=CALL | REDELIVERED))
+    rig.wait(LINGER_S)
+    told, *returned = rig.host()
+    assert told == Subscribe(())
+    assert [(message.id, message.reason) for message in returned] == [
+        (identity(2), NO_AGENT),
+        (identity(3), AGENT_GONE),
+    ]
+    assert rig.router.summary()["waiting"] == 1  # the cast
+
+
+def test_a_topic_that_is_given_up_with_calls_alone_waiting() -> None:
+    rig = Rig()
+    rig.attach(1, A)
+    rig.detach(1)
+    rig.ask(call(1))
+    rig.wait(LINGER_S)
+    assert rig.router.summary()["waiting"] == 0
+
+
+def test_an_agent_may_name_a_topic_twice() -> None:
+    rig = Rig()
+    rig.attach(1, A, A)
+    rig.ask(cast(1, flags=FANOUT))
+    assert rig.ids(1) == [1]
+    rig.say(1, Subscribe((A,)))
+    rig.detach(1)
+    rig.ask(cast(2))  # nobody is left
+    assert rig.router.summary()["waiting"] == 2
+    rig.attach(2, A)
+    assert rig.ids(2) == [1, 2]
+
+
+# -------------------------------------------------------------------- after this daemon's restart
+
+
+def test_after_a_restart_what_came_before_waits_for_who_holds_it() -> None:
+    rig = Rig(grace=True)
+    rig.ask(cast(1, flags=REDELIVERED), call(2, flags=CALL | REDELIVERED), cast(3))
+    assert rig.host() == []
+    rig.attach(1, A)
+    assert rig.ids(1) == []  # it holds nothing: perhaps the next one does
+    rig.attach(2, A, holding=(1, 2))
+    assert rig.ids(2) == [1, 2]
+    assert rig.router.summary()["waiting"] == 1
+    rig.wait(RESTART_GRACE_S)
+    assert (rig.ids(1), rig.ids(2)) == ([3], [])
+
+
+def test_after_a_restart_an_agents_casts_wait_for_the_grace_to_end() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(cast(1))
+    assert rig.ids(1) == [1]
+    rig.attach(2, A)
+    rig.detach(1)
+    assert rig.ids(2) == []
+    rig.wait(RESTART_GRACE_S)
+    assert rig.ids(2) == [1]
+
+
+def test_after_a_restart_nothing_is_given_up_before_the_agents_are_back() -> None:
+    rig = Rig(grace=True)
+    rig.router.host_opened(resumed=False)
+    rig.ask(call(1))
+    assert rig.host() == []
+    assert rig.router.next_timeout() == rig.now_s + RESTART_GRACE_S
+    rig.wait(RESTART_GRACE_S)
+    told, returned = rig.host()
+    assert told == Subscribe(())
+    assert returned.reason == NO_AGENT
+
+
+def test_during_the_grace_what_is_held_goes_straight_to_its_holder() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.attach(2, A, holding=(1,))
+    rig.ask(cast(1, flags=REDELIVERED), cast(3, flags=REDELIVERED))
+    assert (rig.ids(1), rig.ids(2)) == ([], [1])
+    rig.attach(3, A, holding=(3,))
+    assert rig.ids(3) == [3]
+    rig.ask(cast(4))  # nothing is waiting any more
+    assert rig.ids(1) == [4]
+
+
+def test_a_fanout_during_the_grace_waits_for_all_agents() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A, holding=(1,))
+    rig.ask(cast(1, flags=FANOUT | REDELIVERED), cast(2))
+    rig.attach(2, A)
+    assert rig.ids(1) == rig.ids(2) == []
+    rig.wait(RESTART_GRACE_S)
+    assert rig.ids(2) == [1]
+    assert rig.ids(1) == [1, 2]
+
+
+def test_who_holds_an_id_is_forgotten_when_it_is_settled_or_the_agent_leaves(rig: Rig) -> None:
+    rig.attach(3, A, holding=(1, 2, 3))
+    rig.attach(4, A, holding=(2,))  # says so later: believed
+    rig.tell(Settled((identity(1),)))
+    rig.detach(3)
+    rig.ask(cast(2, flags=REDELIVERED))
+    assert rig.ids(4) == [2]
+    rig.ask(cast(3, flags=REDELIVERED))
+    assert rig.ids(1) == [3]
+
+
+# -------------------------------------------------------------------- the daemon's own topic
+
+
+@pytest.mark.parametrize(
+    ("body", "failed", "expected"),
+    [
+        (encode_invocation("ping", {}), False, {}),
+        (encode_invocation("nonsense", {}), True, "NoSuchMethod"),
+        (encode_invocation("set", {}), True, "TypeError"),
+        (encode_invocation("forbid", {}), True, "ValueError"),
+        (b"nonsense", True, "BadBody"),
+    ],
+)
+def test_the_daemon_answers_itself(rig: Rig, body: bytes, failed: bool, expected: Any) -> None:
+    rig.ask(call(1, Topic("any", OWN_TOPIC), body=body))
+    (reply,) = rig.host()
+    assert bool(reply.flags & FAILURE) == failed
+    value = json.loads(reply.body)
+    assert (value["class"] if failed else value) == expected
+
+
+def test_the_daemon_takes_casts_itself(rig: Rig) -> None:
+    rig.ask(cast(1, Topic("any", OWN_TOPIC), body=encode_invocation("ping", {})))
+    assert rig.host() == [Receipt(identity(1))]
+
+
+# -------------------------------------------------------------------- limits and nonsense
+
+
+def test_agents_are_bounded() -> None:
+    rig = Rig()
+    for key in range(AGENTS_MAX):
+        assert rig.router.has_room
+        rig.attach(key)
+    assert not rig.router.has_room
+
+
+def test_topics_are_bounded(rig: Rig) -> None:
+    many = tuple(Topic("x", f"t{number}") for number in range(TOPICS_MAX))
+    assert "TOPICS_MAX" in rig.hear(1, Subscribe(many))
+    assert rig.host() == []
+    assert rig.hear(1, Subscribe(many[1:])) == ""
+
+
+def test_held_ids_are_bounded(rig: Rig) -> None:
+    ids = [identity(number) for number in range(HOLDING_MAX + 1)]
+    for at in range(0, HOLDING_MAX - IDS_MAX, IDS_MAX):
+        rig.say(1, Holding(tuple(ids[at : at + IDS_MAX])))
+    assert "HOLDING_MAX" in rig.hear(1, Holding(tuple(ids[-IDS_MAX:])))
+
+
+def test_an_agent_may_not_ask(rig: Rig) -> None:
+    rig.say(1, call(1))
+    (returned,) = rig.given(1)
+    assert (returned.id, returned.reason) == (identity(1), REFUSED)
+
+
+def test_nonsense(rig: Rig) -> None:
+    rig.router.host_receive(b"nonsense", rig.now_s)
+    assert rig.router.agent_receive(1, b"nonsense", rig.now_s) != ""
+    assert rig.router.bad_messages == 2
+    assert "Settled" in rig.hear(1, Settled(()))
+    rig.say(1, Receipt(identity(1)))  # of what it was never given
+    rig.tell(Receipt(identity(1)))
+    assert rig.host() == []
+
+
+def test_topics_that_linger_make_room_for_those_that_are_served(rig: Rig) -> None:
+    """An agent that changed its topics in a loop made a Subscribe that no message could hold."""
+    for lot in range(3):
+        served = tuple(Topic("x", f"t{lot}-{number}") for number in range(TOPICS_MAX - 8))
+        assert rig.hear(1, Subscribe(served)) == ""
+    told = [message for message in rig.host() if isinstance(message, Subscribe)]
+    assert told and all(len(message.topics) <= TOPICS_MAX for message in told)
+    assert set(served) <= set(told[-1].topics)
+
+
+def test_an_answer_of_our_own_that_is_too_large_is_a_failure(rig: Rig) -> None:
+    question = encode_invocation("ping", {"x": "y" * TOO_LARGE})
+    rig.ask(call(1, Topic("x", OWN_TOPIC), body=question))
+    (reply,) = rig.host()
+    assert reply.flags & FAILURE
+    assert b"MESSAGE_BYTES_MAX" in reply.body

@@ -1,0 +1,233 @@
+"""vchan: the operator's command on a compute host. The only module that prints.
+
+vchan list | status [VM] | ping VM | call VM TOPIC METHOD [KEY=VALUE ...] | cast ...
+      | attach VM | detach VM
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any, Final
+
+from vchan import __version__
+from vchan.client import EXCHANGE, HOST_SOCKET, Client
+from vchan.errors import (
+    CallTimeout,
+    ConfigError,
+    LimitExceeded,
+    LinkError,
+    RemoteError,
+    RequestError,
+    VchanError,
+)
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+"""The request was refused, or the method raised."""
+EXIT_USAGE: Final = 2
+EXIT_UNREACHABLE: Final = 3
+"""The daemon cannot be reached."""
+EXIT_TIMEOUT: Final = 4
+"""No answer in time: the method may have run."""
+
+_EPILOG = f"""\
+VM is a domain's UUID or name. A VALUE that is JSON is taken as such, anything else as text.
+
+exit status: {EXIT_OK} done; {EXIT_FAILED} refused or the method raised; {EXIT_USAGE} wrong
+arguments; {EXIT_UNREACHABLE} vchan-host cannot be reached; {EXIT_TIMEOUT} no answer in time
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="vchan",
+        description="Talk to agents inside this host's virtual machines.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--socket", default=HOST_SOCKET, help="vchan-host's socket [%(default)s]")
+    parser.add_argument(
+        "--timeout", type=float, default=10.0, metavar="SECONDS", help="[%(default)s]"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--version", action="version", version=f"vchan {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="the host's domains and their channels")
+    status = commands.add_parser("status", help="the daemon, or one VM, in detail")
+    status.add_argument("vm", nargs="?", metavar="VM")
+    ping = commands.add_parser("ping", help="round trips to a VM's guest daemon")
+    ping.add_argument("vm", metavar="VM")
+    ping.add_argument("--count", type=int, default=3, help="[%(default)s]")
+    for name, text in (
+        ("call", "call a method of an agent and print its result"),
+        ("cast", "send a request; done when an agent has taken it"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("vm", metavar="VM")
+        command.add_argument("topic", metavar="TOPIC")
+        command.add_argument("method", metavar="METHOD")
+        command.add_argument("args", nargs="*", metavar="KEY=VALUE")
+        command.add_argument("--exchange", default=EXCHANGE, help="[%(default)s]")
+        command.add_argument("--namespace")
+        command.add_argument("--rpc-version", metavar="MAJOR.MINOR")
+    for name, text in (
+        ("attach", "give a VM a channel, now and for its next boots"),
+        ("detach", "take a VM's channel away, now and for its next boots"),
+    ):
+        commands.add_parser(name, help=text).add_argument("vm", metavar="VM")
+    return parser
+
+
+def parse_values(words: list[str]) -> dict[str, Any]:
+    """KEY=VALUE words as arguments of a method.
+
+    Raises:
+        ConfigError: A word is no KEY=VALUE, or a key comes twice.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"argument {word!r}", "expected KEY=VALUE, KEY being a name")
+        if key in values:
+            raise ConfigError(f"argument {word!r}", f"{key} is given twice")
+        try:
+            values[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[key] = text
+    return values
+
+
+def _show(value: Any, as_json: bool) -> None:
+    if as_json or not isinstance(value, str):
+        print(json.dumps(value, indent=None if as_json else 2, ensure_ascii=False))
+    else:
+        print(value)
+
+
+def _list(client: Client, options: argparse.Namespace) -> None:
+    rows = client.call("vchan.host", "list", timeout_s=options.timeout)
+    libvirt = client.call("vchan.host", "status", timeout_s=options.timeout).get("libvirt")
+    if libvirt not in (None, "connected"):
+        print(f"vchan: libvirt: {_printable(libvirt)}: this may be out of date", file=sys.stderr)
+    if options.json:
+        _show(rows, as_json=True)
+        return
+    line = "{:36}  {:20}  {:8}  {:10}  {}"
+    print(line.format("UUID", "NAME", "DOMAIN", "CHANNEL", "TOPICS"))
+    for row in rows:
+        topics = ", ".join(row["topics"]) or row["problem"] or ""
+        fields = (row["uuid"], row["name"], row["domain"], row["channel"], _printable(topics))
+        print(line.format(*fields).rstrip())
+
+
+def _ping(client: Client, options: argparse.Namespace) -> None:
+    for number in range(options.count):
+        start = time.perf_counter()
+        client.call("vchan.guest", "ping", server=options.vm, timeout_s=options.timeout)
+        took_ms = (time.perf_counter() - start) * 1000
+        if options.json:
+            print(json.dumps({"vm": options.vm, "number": number + 1, "ms": round(took_ms, 3)}))
+        else:
+            print(f"answer from {options.vm}: {took_ms:.2f} ms")
+
+
+def _request(client: Client, options: argparse.Namespace) -> None:
+    arguments = parse_values(options.args)
+    names = {
+        "server": options.vm,
+        "timeout_s": options.timeout,
+        "exchange": options.exchange,
+        "namespace": options.namespace,
+        "version": options.rpc_version,
+    }
+    if options.command == "call":
+        value = client.call(options.topic, options.method, arguments, **names)
+        _show(value, options.json)
+    else:
+        client.cast(options.topic, options.method, arguments, **names)
+
+
+def _status(client: Client, options: argparse.Namespace) -> None:
+    args = {"vm": options.vm} if options.vm else {}
+    _show(client.call("vchan.host", "status", args, timeout_s=options.timeout), options.json)
+
+
+def _command(client: Client, options: argparse.Namespace) -> None:
+    client.call("vchan.host", options.command, {"vm": options.vm}, timeout_s=options.timeout)
+
+
+_COMMANDS: Final = {
+    "list": _list,
+    "status": _status,
+    "ping": _ping,
+    "call": _request,
+    "cast": _request,
+    "attach": _command,
+    "detach": _command,
+}
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.command in ("call", "cast"):
+            parse_values(options.args)  # wrong words are told before anything is connected
+        with Client(options.socket) as client:
+            _COMMANDS[options.command](client, options)
+    except VchanError as error:
+        print(f"vchan: {_explain(error)}", file=sys.stderr)
+        return _status_of(error)
+    return EXIT_OK
+
+
+def _printable(text: str) -> str:
+    """Without what a guest could steer a terminal by."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _explain(error: VchanError) -> str:
+    text = _printable(" ".join(str(error).split()))
+    if isinstance(error, LinkError):
+        return f"{text} (is vchan-host running?)"
+    if isinstance(error, CallTimeout):
+        return f"{text}: the method may have run; --timeout waits longer"
+    return text
+
+
+def _status_of(error: VchanError) -> int:
+    match error:
+        case ConfigError() | LimitExceeded():
+            return EXIT_USAGE
+        case LinkError():
+            return EXIT_UNREACHABLE
+        case CallTimeout():
+            return EXIT_TIMEOUT
+        case RemoteError() | RequestError() | _:
+            return EXIT_FAILED
+
+
+def main() -> None:
+    """The command."""
+    # What a guest answers may be no text that this terminal can show.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_OK
+    except UnicodeEncodeError:
+        print("vchan: an argument is not UTF-8", file=sys.stderr)
+        status = EXIT_USAGE
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

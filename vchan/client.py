@@ -1,0 +1,610 @@
+"""Local programs to a daemon's unix socket: agents in a guest, tools and services on a host.
+
+    with Client("/run/vchan/host.sock") as client:
+        client.call("agent", "echo", {"x": 1}, server=VM_UUID, timeout_s=10)
+
+    agent = Agent("/run/vchan/agent.sock")
+    agent.serve("agent", Endpoint())
+    agent.run()
+
+Light on purpose: the standard library only, no asyncio, so that an agent in a small guest starts in
+a fraction of a second. Code that already speaks oslo.messaging uses the vchan:// driver instead.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, Self
+
+from vchan.bodies import (
+    Invocation,
+    decode_failure,
+    decode_invocation,
+    encode_failure,
+    encode_invocation,
+    encode_json,
+)
+from vchan.errors import (
+    AgentGone,
+    BadBody,
+    CallTimeout,
+    ConfigError,
+    LimitExceeded,
+    LinkDown,
+    LinkError,
+    NoSuchAgent,
+    NoSuchDomain,
+    NoSuchMethod,
+    Rejected,
+    RemoteError,
+    RequestError,
+)
+from vchan.exchange import (
+    Answered,
+    Cancelled,
+    Deliver,
+    Delivery,
+    HandedBack,
+    Heartbeat,
+    Outcome,
+    Requester,
+    Responder,
+    Taken,
+)
+from vchan.link import Link
+from vchan.loop import Loop, Timer
+from vchan.messages import (
+    AGENT_GONE,
+    CALL,
+    EXPIRED,
+    FANOUT,
+    NO_AGENT,
+    NO_DOMAIN,
+    RELEASED,
+    BadMessage,
+    Cancel,
+    Holding,
+    Receipt,
+    Reply,
+    Request,
+    Returned,
+    Settled,
+    Subscribe,
+    Topic,
+    decode,
+    encode,
+    id_chunks,
+)
+from vchan.session import CONTROL, Config, Event, Opened, Received, Refused, Role, Session
+from vchan.streams import connect_unix
+
+AGENT_SOCKET: Final = "/run/vchan/agent.sock"
+HOST_SOCKET: Final = "/run/vchan/host.sock"
+EXCHANGE: Final = "openstack"
+"""oslo.messaging's default control_exchange."""
+TIMEOUT_S: Final = 60.0
+"""oslo.messaging's default rpc_response_timeout."""
+OPEN_CALLS_MAX: Final = 1024
+"""Requests of one client that wait for an answer."""
+RECONNECT_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+# Whatever is not listed has not run.
+_REASONS: Final[dict[int, type[RequestError]]] = {
+    NO_AGENT: NoSuchAgent,
+    AGENT_GONE: AgentGone,
+    RELEASED: AgentGone,  # with its VM
+    EXPIRED: CallTimeout,  # the daemon's clock was quicker than ours
+    NO_DOMAIN: NoSuchDomain,
+}
+
+
+class Connection:
+    """A connection to a daemon that comes back by itself. Belongs to its loop's thread.
+
+    Args:
+        path: The daemon's socket.
+        name: Ours, for the daemon's log.
+        deliver: Told each request and cancellation that arrives.
+        changed: Told when the daemon is there (True) or not (False), with the reason.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: str,
+        name: str,
+        deliver: Callable[[Delivery], object],
+        changed: Callable[[bool, str], object],
+    ) -> None:
+        self.loop = loop
+        self.path = path
+        self._deliver = deliver
+        self._changed = changed
+        self._session = Session(Config(Role.GUEST, os.urandom(16), name), os.urandom)
+        self._link: Link | None = None
+        self._attempts = 0
+        self._closed = False
+        self._retry: Timer | None = None
+        self._timer: Timer | None = None
+        self._waiting: dict[bytes, Callable[[Outcome], object]] = {}
+        self.topics: tuple[Topic, ...] = ()
+        self.requester = Requester(self._send)
+        self.responder = Responder(self._send)
+
+    # ---------------------------------------------------------------- connecting
+
+    def connect(self) -> None:
+        """Connect, now and whenever the connection is lost.
+
+        Raises:
+            LinkError: The first attempt failed. It is tried again all the same.
+        """
+        self._retry = None
+        try:
+            stream = connect_unix(self.path)
+        except LinkError as error:
+            is_first = self._attempts == 0
+            self._plan_retry()
+            self._changed(False, str(error))
+            if is_first:
+                raise
+            return
+        self._link = Link(self.loop, self._session, stream, self._handle, self._lost)
+
+    def _plan_retry(self) -> None:
+        delay_s = RECONNECT_S[min(self._attempts, len(RECONNECT_S) - 1)]
+        self._attempts += 1
+        self._retry = self.loop.call_later(delay_s, self._reconnect)
+
+    def _reconnect(self) -> None:
+        try:
+            self.connect()
+        except LinkError:
+            pass  # planned again, and `changed` told
+
+    def _lost(self, reason: str) -> None:
+        self._link = None
+        if not self._closed:
+            self._changed(False, reason)
+            self._plan_retry()
+
+    def close(self) -> None:
+        """Close it for good."""
+        self._closed = True
+        for timer in (self._retry, self._timer):
+            if timer is not None:
+                timer.cancel()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def flush(self) -> None:
+        """Write what is queued, as far as the socket takes it."""
+        if self._link is not None:
+            self._link.flush()
+
+    def _send(self, message: bytes, stream: int) -> None:
+        if self._link is not None:
+            self._link.send(message, stream)
+        else:
+            self._session.send(message, stream)
+
+    # ---------------------------------------------------------------- talking
+
+    def subscribe(self, topics: tuple[Topic, ...]) -> None:
+        """Serve these topics, now and after every reconnection."""
+        self.topics = topics
+        if self.requester.connected:
+            self._send(encode(Subscribe(topics)), CONTROL)
+
+    def submit(self, request: Request, told: Callable[[Outcome], object]) -> None:
+        """Send a request; `told` hears every outcome.
+
+        Raises:
+            LimitExceeded: Too many wait, or it is too large. Nothing was queued.
+        """
+        if len(self._waiting) >= OPEN_CALLS_MAX:
+            limit = OPEN_CALLS_MAX
+            raise LimitExceeded("open requests", limit + 1, limit, "OPEN_CALLS_MAX")
+        self.requester.submit(request, self.loop.time())
+        self._waiting[request.id] = told
+        self._set_timer()
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received():
+                self._receive(event.message)
+            case Opened(_, resumed):
+                self._attempts = 0
+                if not resumed:
+                    self._begin()
+                self._changed(True, "")
+            case Refused(reason):
+                self._changed(False, reason)
+            case _:
+                pass
+
+    def _begin(self) -> None:
+        for chunk in id_chunks(self.responder.remembered()):
+            self._send(encode(Holding(chunk)), CONTROL)
+        if self.topics:
+            self._send(encode(Subscribe(self.topics)), CONTROL)
+        self.requester.opened(self.loop.time())
+
+    def _receive(self, data: bytes) -> None:
+        message = decode(data)
+        match message:
+            case Request() | Cancel() | Settled():
+                for delivery in self.responder.receive(message, self.loop.time()):
+                    self._deliver(delivery)
+            case Reply() | Receipt() | Returned():
+                for outcome in self.requester.receive(message):
+                    self._tell(outcome)
+            case BadMessage() | Subscribe() | Holding():
+                pass  # a newer daemon's; nothing here depends on it
+
+    def _tell(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Heartbeat):
+            told = self._waiting.get(outcome.id)
+        else:
+            told = self._waiting.pop(outcome.id, None)
+            self.requester.settle((outcome.id,))
+        if told is not None:
+            told(outcome)
+
+    def _set_timer(self) -> None:
+        at_s = self.requester.next_timeout()
+        if at_s is not None and (self._timer is None or at_s < self._timer.at_s):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(at_s, self._timed_out)
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        for outcome in self.requester.handle_timeout(self.loop.time()):
+            self._tell(outcome)
+        self._set_timer()
+
+
+class _Pending:
+    """A caller that waits, in another thread than the loop's."""
+
+    __slots__ = ("done", "outcome", "problem")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.outcome: Outcome | None = None
+        self.problem: Exception | None = None
+
+    def tell(self, outcome: Outcome) -> None:
+        if not isinstance(outcome, Heartbeat):
+            self.outcome = outcome
+            self.done.set()
+
+    def fail(self, problem: Exception) -> None:
+        self.problem = problem
+        self.done.set()
+
+
+class Client:
+    """Calls and casts. Safe from several threads; calls do not block each other.
+
+    Args:
+        path: The daemon's socket.
+
+    Raises:
+        LinkError: The daemon cannot be reached: the subclass and the text say why.
+    """
+
+    def __init__(self, path: str = HOST_SOCKET) -> None:
+        self._loop = Loop()
+        self._ready = threading.Event()
+        self._closed = False
+        self._problem = ""
+        self._connection = Connection(self._loop, path, "client", _refuse, self._connected)
+        self._thread = threading.Thread(target=self._loop.run, name="vchan-client", daemon=True)
+        try:
+            self._connection.connect()
+        except LinkError:
+            self._connection.close()
+            self._loop.close()
+            raise
+        self._thread.start()
+
+    def _connected(self, up: bool, problem: str) -> None:
+        self._problem = problem
+        if up:
+            self._ready.set()
+        else:
+            self._ready.clear()
+
+    def call(
+        self,
+        topic: str,
+        method: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a method and wait for its result.
+
+        Args:
+            server: On a host: the VM, by UUID or name.
+            timeout_s: Over 0 and at most 86400.
+
+        Raises:
+            CallTimeout: No answer in time. The method may have run.
+            NoSuchDomain, NoSuchAgent, Rejected: It has not run.
+            AgentGone: The agent went away. The method may have run.
+            RemoteError: The method ran and raised.
+            LimitExceeded: The request is too large, or too many are open.
+            LinkDown: No session with the daemon within the time. Nothing was sent.
+        """
+        body = encode_invocation(
+            method, args or {}, namespace=namespace, version=version, context=context
+        )
+        outcome = self._request(topic, body, server, CALL, timeout_s, exchange)
+        match outcome:
+            case Answered(_, False, result):
+                return _parse(result)
+            case Answered(_, True, failure):
+                class_name, text = decode_failure(failure)
+                raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
+            case _:
+                raise _error_of(outcome, timeout_s)
+
+    def cast(
+        self,
+        topic: str,
+        method: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        fanout: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Send a request and wait until an agent has taken responsibility for it.
+
+        Raises:
+            CallTimeout: Nobody took it in time; it has been withdrawn, but may have been taken.
+            Others: as `call`.
+        """
+        body = encode_invocation(
+            method, args or {}, namespace=namespace, version=version, context=context
+        )
+        flags = FANOUT if fanout else 0
+        outcome = self._request(topic, body, server, flags, timeout_s, exchange)
+        if not isinstance(outcome, Taken):
+            raise _error_of(outcome, timeout_s)
+
+    def _request(
+        self, topic: str, body: bytes, server: str, flags: int, timeout_s: float, exchange: str
+    ) -> Outcome:
+        if not 0 < timeout_s <= 86400:
+            raise ConfigError("timeout_s", f"{timeout_s} is not over 0 and at most 86400 seconds")
+        for what, name in (("topic", topic), ("server", server), ("exchange", exchange)):
+            if len(name.encode()) > 255:
+                raise LimitExceeded(what, len(name.encode()), 255, "NAME_BYTES_MAX")
+        if not self._ready.wait(min(timeout_s, 5.0)):
+            raise LinkDown(self._connection.path, self._problem or "the daemon does not answer")
+        request = Request(
+            os.urandom(16), flags, max(1, int(timeout_s * 1000)), 0, exchange, topic, server, body
+        )
+        pending = _Pending()
+        self._loop.call_soon_threadsafe(lambda: self._submit(request, pending))
+        if not pending.done.wait(timeout_s + 1.0):  # the loop's own deadline comes first
+            raise CallTimeout(f"no answer within {timeout_s:g} s")
+        if pending.problem is not None:
+            raise pending.problem
+        assert pending.outcome is not None
+        return pending.outcome
+
+    def _submit(self, request: Request, pending: _Pending) -> None:
+        try:
+            self._connection.submit(request, pending.tell)
+        except LimitExceeded as error:
+            pending.fail(error)
+
+    def close(self) -> None:
+        """Close the connection and end the thread. Calls that wait time out. Harmless twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._end)
+        self._thread.join(5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def _end(self) -> None:
+        self._connection.close()
+        self._loop.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _refuse(_: Delivery) -> None:
+    """A client serves nothing; the daemon sends it nothing."""
+
+
+def _no_log(_: str) -> None:
+    pass
+
+
+def _parse(result: bytes) -> Any:
+    try:
+        return json.loads(result)
+    except (ValueError, RecursionError) as error:
+        raise RemoteError("BadBody", f"the result is not JSON: {error}", "") from error
+
+
+def _error_of(outcome: Outcome, timeout_s: float) -> RequestError:
+    if isinstance(outcome, HandedBack):
+        return _REASONS.get(outcome.reason, Rejected)(outcome.text)
+    if isinstance(outcome, Answered):
+        return Rejected("a cast was answered: the other end is broken")
+    return CallTimeout(f"no answer within {timeout_s:g} s")
+
+
+class _Endpoint(NamedTuple):
+    methods: object
+    namespace: str | None
+    version: str
+
+
+class Agent:
+    """Serves topics: runs the methods that the control side calls.
+
+    Methods run on the thread that calls `run`, one at a time, unless `workers` is over 0. A cast is
+    acknowledged before its method runs, as oslo.messaging's own server does, so a method never
+    runs twice.
+
+    Args:
+        path: The guest daemon's socket.
+        workers: Threads for methods; 0: the loop's own.
+        log: Told what an operator may want to know.
+    """
+
+    def __init__(
+        self,
+        path: str = AGENT_SOCKET,
+        *,
+        workers: int = 0,
+        log: Callable[[str], object] | None = None,
+    ) -> None:
+        self.loop = Loop()
+        self._log = log or _no_log
+        self._connection = Connection(self.loop, path, "agent", self._deliver, self._changed)
+        self._endpoints: dict[Topic, list[_Endpoint]] = {}
+        self._pool: Any = None
+        if workers:
+            from concurrent.futures import ThreadPoolExecutor  # here: it costs start-up time
+
+            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vchan-agent")
+
+    def serve(
+        self,
+        topic: str,
+        endpoint: object,
+        *,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str = "1.0",
+    ) -> None:
+        """Serve a topic with an object's public methods.
+
+        Args:
+            version: Calls for the same major and at most this minor version are accepted.
+        """
+        key = Topic(exchange, topic)
+        self._endpoints.setdefault(key, []).append(_Endpoint(endpoint, namespace, version))
+        self._connection.subscribe(tuple(self._endpoints))
+
+    def run(self) -> None:
+        """Serve until `stop`. Waits for the daemon when it is not there."""
+        self._connection._reconnect()
+        try:
+            self.loop.run()
+        finally:
+            self._connection.close()
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+            self.loop.close()
+
+    def stop(self) -> None:
+        """End `run`. From any thread or signal handler."""
+        self.loop.stop()
+
+    def _changed(self, up: bool, reason: str) -> None:
+        self._log("connected" if up else reason)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        match delivery:
+            case Deliver():
+                request = delivery.request
+                if not request.is_call:
+                    self._connection.responder.take(request.id, self.loop.time())
+                    self._connection.flush()
+                if self._pool is None:
+                    self._finish(request, *self._run_method(request))
+                else:
+                    self._pool.submit(self._run_in_pool, request)
+            case Cancelled():
+                pass  # a thread cannot be stopped; its answer will find nobody
+
+    def _run_in_pool(self, request: Request) -> None:
+        failed, body = self._run_method(request)
+        self.loop.call_soon_threadsafe(lambda: self._finish(request, failed, body))
+
+    def _finish(self, request: Request, failed: bool, body: bytes) -> None:
+        if not request.is_call:
+            if failed:
+                class_name, text = decode_failure(body)
+                self._log(f"cast to {request.topic} raised {class_name}: {text}")
+            return
+        responder, now_s = self._connection.responder, self.loop.time()
+        try:
+            responder.answer(request.id, body, failed=failed, now_s=now_s)
+        except LimitExceeded as error:
+            failure = encode_failure("LimitExceeded", str(error))
+            responder.answer(request.id, failure, failed=True, now_s=now_s)
+
+    def _run_method(self, request: Request) -> tuple[bool, bytes]:
+        """(failed, body). What a method raises is the caller's to see, whatever it is."""
+        try:
+            invocation = decode_invocation(request.body)
+            method = self._find(request.target, invocation)
+            return False, encode_json(method(**invocation.args))
+        except Exception as error:  # noqa: BLE001 - relayed to the caller
+            return True, _failure_of(error)
+
+    def _find(self, topic: Topic, wanted: Invocation) -> Callable[..., Any]:
+        for endpoint in self._endpoints.get(topic, ()):
+            if endpoint.namespace == wanted.namespace and _compatible(
+                endpoint.version, wanted.version or "1.0"
+            ):
+                method = getattr(endpoint.methods, wanted.method, None)
+                if callable(method) and not wanted.method.startswith("_"):
+                    return method  # type: ignore[no-any-return]
+        namespace = f" in namespace {wanted.namespace}" if wanted.namespace else ""
+        version = f", version {wanted.version or '1.0'}"
+        raise NoSuchMethod(f"{topic.name} has no method {wanted.method}{namespace}{version}")
+
+
+def _compatible(offered: str, wanted: str) -> bool:
+    if offered == wanted:
+        return True
+    try:
+        have_major, have_minor = (int(part) for part in offered.split(".")[:2])
+        want_major, want_minor = (int(part) for part in wanted.split(".")[:2])
+    except ValueError as error:
+        raise BadBody(f"version {wanted!r} is not MAJOR.MINOR") from error
+    return have_major == want_major and want_minor <= have_minor
+
+
+def _failure_of(error: Exception) -> bytes:
+    import traceback  # here: it costs start-up time
+
+    kind = type(error)
+    lines = traceback.format_exception(error)
+    try:
+        encode_json(list(error.args))
+        args = list(error.args)
+    except (TypeError, ValueError):
+        args = [str(error)]
+    return encode_failure(
+        kind.__name__, str(error), module=kind.__module__, args=args, traceback=lines
+    )

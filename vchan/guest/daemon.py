@@ -1,0 +1,306 @@
+"""vchan-guest: the daemon inside the VM. Relays between the channel and local agents.
+
+Light on purpose: the standard library only, and of that what starts fast. Logs to standard error,
+with systemd's priorities in front of each line.
+"""
+
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from vchan import __version__
+from vchan.errors import ConfigError, LinkError
+from vchan.guest.port import DEFAULT_PORT, Port, port_opener
+from vchan.guest.router import Router
+from vchan.link import Link
+from vchan.loop import Loop, Timer
+from vchan.server import Credentials, LocalServer
+from vchan.session import (
+    Config,
+    Event,
+    Heard,
+    Lost,
+    Opened,
+    Received,
+    Refused,
+    Role,
+    Session,
+    Silent,
+    Violation,
+)
+
+EXIT_OK: Final = 0
+EXIT_CONFIG: Final = 2
+"""A wrong argument or configuration value: starting again does not help."""
+EXIT_SOCKET: Final = 3
+"""The agents' socket cannot be made."""
+
+DEFAULT_SOCKET: Final = "/run/vchan/agent.sock"
+DEFAULT_CONFIG: Final = "/etc/vchan/guest.conf"
+
+GARBAGE_OBJECTS: Final = 20_000
+"""Objects more than at the last look for garbage, until the next."""
+TICK_S: Final = 0.1
+"""How late a request's time may run out here. To ask the router for its next timeout after every
+message would cost a tenth of all its work."""
+
+_ERROR, _WARNING, _INFO = 3, 4, 6
+
+USAGE: Final = f"""\
+usage: vchan-guest [--config FILE] [--port URL] [--socket PATH] [--socket-mode MODE] [--quiet]
+
+  --config FILE       read these options from FILE ({DEFAULT_CONFIG} if it is there):
+                      lines of  option = value , without the dashes; # begins a comment
+  --port URL          the channel [{DEFAULT_PORT}]
+  --socket PATH       where agents attach [{DEFAULT_SOCKET}]
+  --socket-mode MODE  the socket's permissions, octal [0660]
+  --quiet             log warnings and errors only
+  --version, --help
+
+exit status: {EXIT_OK} ended by a signal; {EXIT_CONFIG} wrong arguments or configuration;
+{EXIT_SOCKET} the agents' socket cannot be made
+"""
+
+
+class Options(NamedTuple):
+    """What the daemon is told."""
+
+    port: str = DEFAULT_PORT
+    socket: str = DEFAULT_SOCKET
+    socket_mode: int = 0o660
+    quiet: bool = False
+
+
+def parse_options(arguments: list[str]) -> Options:
+    """The options in a command line and in the configuration file it names.
+
+    Raises:
+        ConfigError: One of them is wrong; says which, where, and what was expected.
+    """
+    given = _read_arguments(arguments)
+    path = given.pop("config", "")
+    values = _read_file(path or DEFAULT_CONFIG, required=bool(path))
+    values.update({name: ("command line", value) for name, value in given.items()})
+    mode_where, mode_text = values.get("socket-mode", ("", "0660"))
+    try:
+        mode = int(mode_text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise ConfigError(f"{mode_where}: socket-mode", f"{mode_text!r} is no octal mode: try 0660")
+    where, port = values.get("port", ("", DEFAULT_PORT))
+    try:
+        port_opener(port)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.where}", error.problem) from error
+    where, socket = values.get("socket", ("", DEFAULT_SOCKET))
+    if not socket.startswith("/"):
+        raise ConfigError(f"{where}: socket", f"{socket!r} is no absolute path")
+    where, quiet = values.get("quiet", ("", "no"))
+    if quiet not in ("yes", "no"):
+        raise ConfigError(f"{where}: quiet", f"{quiet!r} is neither yes nor no")
+    return Options(port, socket, mode, quiet == "yes")
+
+
+_NAMES: Final = ("port", "socket", "socket-mode", "quiet")
+
+
+def _read_arguments(arguments: list[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in (*_NAMES, "config"):
+            raise ConfigError("command line", f"{word!r} is no option: see vchan-guest --help")
+        if name == "quiet":
+            value = "yes"
+        elif not equals:
+            if not rest:
+                raise ConfigError("command line", f"{word} needs a value")
+            value = rest.pop(0)
+        given[name] = value
+    return given
+
+
+def _read_file(path: str, *, required: bool) -> dict[str, tuple[str, str]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        if required:
+            raise ConfigError(path, "no such file") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, f"cannot be read: {error}") from error
+    values = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name not in _NAMES:
+            known = ", ".join(_NAMES)
+            raise ConfigError(f"{path}:{number}", f"expected OPTION = VALUE, one of {known}")
+        values[name] = (f"{path}:{number}", value)
+    return values
+
+
+class Daemon:
+    """Wires the port, the router and the agents' socket together.
+
+    Raises:
+        LinkError: The agents' socket cannot be made.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.loop = Loop()
+        self._quiet = options.quiet
+        instance = os.urandom(16)
+        name = os.uname().nodename
+        self._session = Session(Config(Role.GUEST, instance, name), os.urandom)
+        methods: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+            "ping": dict,
+            "info": lambda _: self.info(),
+        }
+        self._port = Port(
+            self.loop, port_opener(options.port), self._session, self._handle, self._note
+        )
+        self._router = Router(self._port.send, methods, self.loop.time())
+        self._timer: Timer | None = None
+        self._server = LocalServer(
+            self.loop, options.socket, options.socket_mode, instance, name, self, self._note
+        )
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.loop.stop())
+        self._log(_INFO, f"vchan-guest {__version__}: agents at {self._server.path}")
+        self._port.open()
+        self._set_timer()
+        # What start-up made stays, and what a request makes frees itself: to look for garbage
+        # every 700 objects would cost a twentieth of all work.
+        gc.freeze()
+        gc.set_threshold(GARBAGE_OBJECTS)
+        try:
+            self.loop.run()
+        finally:
+            self._server.close()
+            self._port.close()
+            self.loop.close()
+
+    # ---------------------------------------------------------------- the host
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received():
+                self._router.host_receive(event.message, self.loop.time())
+                self._set_timer()
+            case Opened(peer, resumed):
+                self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
+                self._router.host_opened(resumed=resumed)
+            case Lost(first, until):
+                self._log(_WARNING, f"frames {first} to {until - 1} were lost: asked for again")
+            case Violation(reason):
+                self._log(_WARNING, f"the host broke the protocol: {reason}")
+            case Refused(reason, by_peer):
+                self._log(_ERROR, f"refused {'by the host' if by_peer else ''}: {reason}")
+            case Silent(for_s):
+                self._log(_INFO, f"no word from the host for {for_s:.0f} s")
+            case Heard():
+                self._log(_INFO, "the host is back")
+
+    # ---------------------------------------------------------------- agents
+
+    def peer_opened(self, key: int, link: Link, who: Credentials) -> None:
+        """An agent attached."""
+        if not self._router.has_room:
+            self.loop.call_soon(lambda: self._server.drop(key, "too many agents (AGENTS_MAX)"))
+        self._log(_INFO, f"agent {key}: pid {who.pid}, uid {who.uid}")
+        self._router.attach(key, link.send, self.loop.time())
+
+    def peer_message(self, key: int, data: bytes) -> None:
+        """A message of an agent's."""
+        problem = self._router.agent_receive(key, data, self.loop.time())
+        if problem:
+            self._server.drop(key, problem)
+        self._set_timer()
+
+    def peer_closed(self, key: int) -> None:
+        """An agent went away."""
+        self._log(_INFO, f"agent {key}: gone")
+        self._router.detach(key, self.loop.time())
+        self._set_timer()
+
+    # ---------------------------------------------------------------- time and state
+
+    def _set_timer(self) -> None:
+        """The router may have a new timeout: look at it within TICK_S."""
+        at_s = self.loop.time() + TICK_S
+        if self._timer is not None:
+            if self._timer.at_s <= at_s:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(at_s, self._timed_out)
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        self._router.handle_timeout(self.loop.time())
+        at_s = self._router.next_timeout()
+        if at_s is not None:
+            self._timer = self.loop.call_at(at_s, self._timed_out)
+
+    def info(self) -> dict[str, Any]:
+        """What the control side sees of this daemon."""
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(self.loop.time(), 1),
+            "port_reopened": self._port.reopened,
+            "session": self._session.counters.as_dict(),
+            **self._router.summary(),
+        }
+
+    def _note(self, text: str) -> None:
+        self._log(_INFO, text)
+
+    def _log(self, priority: int, text: str) -> None:
+        if priority < _INFO or not self._quiet:
+            log(priority, text)
+
+
+def log(priority: int, text: str) -> None:
+    """One line to standard error, for the journal."""
+    line = "".join(c if c.isprintable() else "?" for c in text)
+    try:
+        os.write(2, f"<{priority}>{line}\n".encode("utf-8", "replace"))
+    except OSError:
+        pass  # nobody reads the log: that is no reason to stop serving
+
+
+def main() -> None:
+    """The command."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments:
+        os.write(1, USAGE.encode())
+        return
+    if "--version" in arguments:
+        os.write(1, f"vchan-guest {__version__}\n".encode())
+        return
+    try:
+        daemon = Daemon(parse_options(arguments))
+    except ConfigError as error:
+        log(_ERROR, f"vchan-guest: {error}")
+        sys.exit(EXIT_CONFIG)
+    except LinkError as error:
+        log(_ERROR, f"vchan-guest: {error}")
+        sys.exit(EXIT_SOCKET)
+    daemon.run()
+
+
+if __name__ == "__main__":
+    main()

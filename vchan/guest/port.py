@@ -1,0 +1,112 @@
+"""The guest's end of the channel: finds, opens and reopens it.
+
+virtio:org.openstack.vchan.0    the virtio-serial port of that name
+virtio:/dev/vport0p1            ... or that device
+unix:/path                      a unix socket (tests, namespaces)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from vchan.errors import ConfigError, LinkError, PortAbsent, PortBusy
+from vchan.link import Link
+from vchan.loop import Loop, Timer
+from vchan.session import Event, Session
+from vchan.streams import Stream, connect_unix, open_port
+
+DEFAULT_PORT: Final = "virtio:org.openstack.vchan.0"
+PORTS_DIRECTORY: Final = "/dev/virtio-ports"
+REOPEN_S: Final = (0.02, 0.05, 0.1, 0.25)
+"""Between attempts. A port that just lost its opener is busy for a moment; one that is unplugged
+comes back any time, and its coming wakes nobody who has no udev."""
+
+
+def port_opener(url: str) -> Callable[[], Stream]:
+    """What opens the port that `url` names.
+
+    Raises:
+        ConfigError: It names no kind of port this program knows.
+    """
+    kind, _, name = url.partition(":")
+    if kind == "virtio" and name:
+        path = name if name.startswith("/") else f"{PORTS_DIRECTORY}/{name}"
+        return lambda: open_port(path)
+    if kind == "unix" and name.startswith("/"):
+        return lambda: connect_unix(name)
+    raise ConfigError(
+        f"port {url!r}",
+        f"expected virtio:NAME, virtio:/dev/..., or unix:/path; e.g. {DEFAULT_PORT}",
+    )
+
+
+class Port:
+    """Keeps a session on the port, whatever happens to the port.
+
+    Args:
+        open_stream: Opens it; raises LinkError.
+        log: Told what an operator may want to know, once for each change.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        open_stream: Callable[[], Stream],
+        session: Session,
+        on_event: Callable[[Event], object],
+        log: Callable[[str], object],
+    ) -> None:
+        self._loop = loop
+        self._open_stream = open_stream
+        self._session = session
+        self._on_event = on_event
+        self._log = log
+        self._attempts = 0
+        self._told = ""
+        self._timer: Timer | None = None
+        self.link: Link | None = None
+        self.reopened = 0
+
+    def open(self) -> None:
+        """Open it now, or as soon as it can be."""
+        self._timer = None
+        try:
+            stream = self._open_stream()
+        except LinkError as error:
+            self._tell(str(error))
+            # Absence and a former opener pass; permissions do too, when udev gets to them.
+            patience = 4 if isinstance(error, PortAbsent | PortBusy) else 8
+            delay_s = REOPEN_S[min(self._attempts // patience, len(REOPEN_S) - 1)]
+            self._attempts += 1
+            self._timer = self._loop.call_later(delay_s, self.open)
+            return
+        self._attempts = 0
+        self._tell(f"{stream.path}: open")
+        self.link = Link(self._loop, self._session, stream, self._on_event, self._lost)
+
+    def _lost(self, reason: str) -> None:
+        self.link = None
+        self.reopened += 1
+        self._tell(reason)
+        self._timer = self._loop.call_later(REOPEN_S[0], self.open)
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            self._log(text)
+
+    def send(self, message: bytes, stream: int) -> None:
+        """Queue a message; it waits where the port is away."""
+        if self.link is not None:
+            self.link.send(message, stream)
+        else:
+            self._session.send(message, stream)
+
+    def close(self) -> None:
+        """Close it for good."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.link is not None:
+            self.link.close()
+            self.link = None

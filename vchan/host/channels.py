@@ -1,0 +1,322 @@
+"""The host's end of each VM's channel: connected early, spoken on late, reconnected when wedged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vchan.errors import LinkError
+from vchan.host.relay import BrokerPort, Relay
+from vchan.link import Link
+from vchan.loop import Loop, Timer
+from vchan.messages import Topic
+from vchan.session import (
+    Config,
+    Event,
+    Heard,
+    Lost,
+    Opened,
+    Received,
+    Refused,
+    Role,
+    Session,
+    Silent,
+    State,
+    Violation,
+)
+from vchan.streams import connect_unix
+
+RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
+"""Between attempts while libvirt says that the domain is there."""
+CURE_S: Final = (0.0, 10.0, 30.0, 60.0, 300.0)
+"""A silent channel is closed and connected anew: the one cure for QEMU's wedge. A guest without a
+daemon is silent too, so it is done ever more rarely."""
+SILENCE_S: Final = 4.0
+"""A guest that was asked and says nothing for so long is reconnected to. A round trip takes under a
+millisecond; a guest that is starved of CPU for so long loses nothing by it."""
+LOG_LINES: Final = 20
+LOG_PERIOD_S: Final = 10.0
+"""What one VM may have logged, with no word of it lost while it behaves."""
+ABSENT_S: Final = 60.0
+"""A guest that has been away so long leaves its requests to the broker."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPolicy:
+    """What holds for every channel of this host."""
+
+    may_listen: Callable[[Topic], bool]
+    context_allow: frozenset[str]
+
+
+class Channel:
+    """One VM's channel, from Connect to Release.
+
+    Args:
+        vm: The domain's UUID.
+        name: The domain's name, for the log.
+        host: This host's name and the daemon's instance, told to the guest.
+        log: Told what an operator may want to know.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        vm: str,
+        name: str,
+        host: tuple[str, bytes],
+        broker: BrokerPort | None,
+        policy: ChannelPolicy,
+        log: Callable[[str], None],
+    ) -> None:
+        self.vm = vm
+        self.name = name
+        self._loop = loop
+        self._log_line = log
+        self._session = Session(
+            Config(Role.HOST, host[1], host[0], silence_s=SILENCE_S), os.urandom
+        )
+        self.relay = Relay(vm, self._send, broker, policy.may_listen, policy.context_allow)
+        self._path = ""
+        self._link: Link | None = None
+        self._speaks = False
+        self._hushed = False
+        self._released = False
+        self.paused = False
+        self._attempts = 0
+        self._cures = 0
+        self._cure_not_before_s = 0.0
+        self._told = ""
+        self._log_left = LOG_LINES
+        self._log_period_s = 0.0  # when the next one begins
+        self._reconnect_timer: Timer | None = None
+        self._absent_timer: Timer | None = None
+        self._relay_timer: Timer | None = None
+        self._spoke_s: float | None = None
+        self.counters = {
+            "reconnects": 0,
+            "cures": 0,
+            "frames_in_doubt": 0,  # sent, and not acknowledged when the session ended
+            "requests_in_doubt": 0,  # handed to the guest, and not over then
+        }
+        self.first_answer_s: float | None = None
+        """From Speak to the first message of the guest's: how long a migration was felt."""
+
+    # ---------------------------------------------------------------- what domains.py decides
+
+    def connect(self, path: str) -> None:
+        """Connect to this socket, and stay connected. Say nothing before `speak`."""
+        self._path = path
+        self._open()
+
+    def speak(self) -> None:
+        """Begin the session, or go on after `hush`."""
+        if self._hushed:
+            self.relay.opened(resumed=True, now_s=self._loop.time())
+            self.set_timer()
+        self._speaks = True
+        self._hushed = False
+        self._spoke_s = self._loop.time()
+        if self._session.state is not State.OPEN:  # after `hush` it may be, and nothing would tell
+            self._plan_absence()
+        if self._link is not None:
+            self._link.speak()
+        elif self._reconnect_timer is None:
+            self._open()
+
+    def hush(self) -> None:
+        """The guest goes on elsewhere: write nothing more, read what it wrote here.
+
+        What it has not taken is handed back now, not at the end of the stream: by then it has been
+        running elsewhere for up to a quarter of a second.
+        """
+        self._hushed = True
+        self.relay.suspend()
+        if self._link is not None:
+            self._link.hush()
+
+    def release(self, reason: str) -> None:
+        """It is over."""
+        if not self._released:
+            self._count_doubt()
+        self._released = True
+        for timer in (self._reconnect_timer, self._absent_timer, self._relay_timer):
+            if timer is not None:
+                timer.cancel()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self.relay.release(reason)
+
+    def _count_doubt(self) -> None:
+        """What the session leaves open: found out here, repaired by the broker and the next one."""
+        self.counters["frames_in_doubt"] += self._session.unacknowledged
+        self.counters["requests_in_doubt"] += self.relay.open_requests
+
+    # ---------------------------------------------------------------- the stream
+
+    def _open(self) -> None:
+        self._reconnect_timer = None
+        try:
+            stream = connect_unix(self._path)
+        except LinkError as error:
+            self._tell(str(error))
+            self._plan_reconnect()
+            return
+        self._link = Link(
+            self._loop,
+            self._session,
+            stream,
+            self._handle,
+            self._lost,
+            silent=not self._speaks or self._hushed,
+        )
+
+    def _plan_reconnect(self) -> None:
+        delay_s = RECONNECT_S[min(self._attempts, len(RECONNECT_S) - 1)]
+        self._attempts += 1
+        self._reconnect_timer = self._loop.call_later(delay_s, self._open)
+
+    def _lost(self, reason: str) -> None:
+        self._link = None
+        self._tell(reason)
+        if self._hushed:
+            # The guest lives elsewhere by now: what it has not taken goes back at once.
+            self._count_doubt()
+            self._released = True
+            self.relay.release("migrated to another host")
+        elif not self._released:
+            self.counters["reconnects"] += 1
+            self._plan_reconnect()
+
+    def _cure(self, silent_s: float) -> None:
+        """Close and connect: what QEMU's wedge needs. The session goes on where it was."""
+        now_s = self._loop.time()
+        if self._link is None or self._hushed or self.paused or now_s < self._cure_not_before_s:
+            return
+        self._cures = min(self._cures + 1, len(CURE_S) - 1)
+        self._cure_not_before_s = now_s + CURE_S[self._cures]
+        self.counters["cures"] += 1
+        self._tell(f"silent for {silent_s:.0f} s: connecting anew")
+        self._link.close()
+        self._link = None
+        self._open()
+
+    # ---------------------------------------------------------------- the session
+
+    def _send(self, message: bytes, stream: int) -> None:
+        if self._link is not None:
+            self._link.send(message, stream)
+        else:
+            self._session.send(message, stream)
+
+    def _handle(self, event: Event) -> None:
+        now_s = self._loop.time()
+        match event:
+            case Received(_, message):
+                if self._spoke_s is not None:
+                    self.first_answer_s, self._spoke_s = now_s - self._spoke_s, None
+                self.relay.receive(message, now_s)
+                self.set_timer()
+            case Opened(peer, resumed):
+                self._attempts = self._cures = 0
+                self._cancel_absence()
+                before = f", last with {peer.attached}" if peer.attached else ""
+                kind = "session resumed" if resumed else "new session"
+                self._tell(f"{kind} with guest {peer.name!r}{before}")
+                self.relay.opened(resumed=resumed, now_s=now_s)
+                self.set_timer()
+            case Silent(for_s):
+                self._plan_absence()
+                self._cure(for_s)
+            case Heard():
+                self._cures = 0
+                self._cancel_absence()
+                self.relay.opened(resumed=True, now_s=now_s)
+                self.set_timer()
+            case Lost(first, until):
+                self._tell(f"frames {first} to {until - 1} were lost: asked for again")
+            case Violation(reason):
+                self._tell(f"the guest broke the protocol: {reason}")
+            case Refused(reason, by_peer):
+                self._tell(f"refused {'by the guest' if by_peer else ''}: {reason}")
+
+    def _plan_absence(self) -> None:
+        if self._absent_timer is None:
+            self._absent_timer = self._loop.call_later(ABSENT_S, self._absent)
+
+    def _cancel_absence(self) -> None:
+        if self._absent_timer is not None:
+            self._absent_timer.cancel()
+            self._absent_timer = None
+
+    def _absent(self) -> None:
+        self._absent_timer = None
+        self._tell(f"away for {ABSENT_S:.0f} s: the broker keeps its requests")
+        self.relay.suspend()
+
+    # ---------------------------------------------------------------- time and state
+
+    def set_timer(self) -> None:
+        """Keep one timer at or before the relay's next timeout. Call it after using `relay`."""
+        at_s = self.relay.next_timeout()
+        if at_s is not None and (self._relay_timer is None or at_s < self._relay_timer.at_s):
+            if self._relay_timer is not None:
+                self._relay_timer.cancel()
+            self._relay_timer = self._loop.call_at(at_s, self._relay_timed_out)
+
+    def _relay_timed_out(self) -> None:
+        self._relay_timer = None
+        self.relay.handle_timeout(self._loop.time())
+        self.set_timer()
+
+    def _tell(self, text: str) -> None:
+        """Log a line; not the same twice, and not more than LOG_LINES a LOG_PERIOD_S: a guest may
+        repeat a fault at will, and vary it."""
+        if text == self._told:
+            return
+        self._told = text
+        now_s = self._loop.time()
+        if now_s >= self._log_period_s:
+            if self._log_left < 0:
+                self._log_line(f"{self.name} ({self.vm}): {-self._log_left} lines left out")
+            self._log_period_s = now_s + LOG_PERIOD_S
+            self._log_left = LOG_LINES
+        self._log_left -= 1
+        if self._log_left >= 0:
+            self._log_line(f"{self.name} ({self.vm}): {text}")
+
+    @property
+    def state(self) -> str:
+        """One word for `vchan list`."""
+        if self._link is None:
+            return "connecting"
+        if self._hushed:
+            return "leaving"
+        if not self._speaks:
+            return "arriving"
+        if self._session.state is State.OPEN:
+            return "ready"
+        return "waiting" if self._session.state is State.GREETING else self._session.state.value
+
+    def totals(self) -> dict[str, int]:
+        """Every counter of this channel, in one table."""
+        session = self._session.counters.as_dict()
+        return {**session, **self.counters, **self.relay.counters}
+
+    def summary(self) -> dict[str, Any]:
+        """What `vchan status` shows."""
+        peer = self._session.peer
+        return {
+            "state": self.state,
+            "guest": peer.name if peer else None,
+            "path": self._path,
+            "unacknowledged_frames": self._session.unacknowledged,
+            "backlog_bytes": self._session.backlog_bytes,
+            "first_answer_s": self.first_answer_s,
+            "channel": self.counters,
+            "session": self._session.counters.as_dict(),
+            "requests": self.relay.summary(),
+        }

@@ -1,0 +1,381 @@
+"""vchan-host: the daemon on the compute host. Follows libvirt, relays between broker and guests.
+
+Threads: this one runs the loop, every link and every relay. One follows libvirt, one talks to the
+broker; they hand over events and take commands, and nothing here ever waits for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from oslo_log import log as oslo_log
+
+from vchan import __version__
+from vchan.errors import ConfigError, LimitExceeded, LinkError, NoSuchDomain, Rejected
+from vchan.exchange import Outcome
+from vchan.host import broker_events, config, domains
+from vchan.host.broker import Broker
+from vchan.host.broker_config import BrokerConfig
+from vchan.host.broker_events import BrokerEvent
+from vchan.host.channels import Channel, ChannelPolicy
+from vchan.host.domains import Domains, Effect, HypervisorEvent
+from vchan.host.hypervisor import Hypervisor
+from vchan.host.local import Answer, LocalService, failure, result
+from vchan.loop import Loop, Timer
+from vchan.messages import Request
+from vchan.server import LocalServer
+
+LOG = logging.getLogger("vchan.host")
+
+VmEvent = (
+    broker_events.Consuming
+    | broker_events.Delivered
+    | broker_events.Undecodable
+    | broker_events.Released
+    | broker_events.Settled
+)
+
+EXIT_OK: Final = 0
+EXIT_CONFIG: Final = 2
+"""A wrong option: starting again does not help."""
+EXIT_SOCKET: Final = 3
+"""The local socket cannot be made."""
+
+
+class _VmBroker:
+    """The broker as one VM's relay sees it: replies are known by VM and request."""
+
+    def __init__(self, broker: Broker, vm: str) -> None:
+        self._broker = broker
+        self._vm = vm.encode()
+        self.consume = broker.consume
+        self.release = broker.release
+        self.ack = broker.ack
+        self.barrier = broker.barrier
+
+    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+        self._broker.publish_reply(reply_q, body, self._vm + b" " + key)
+
+
+class Daemon:
+    """Wires hypervisor, broker, channels and the local socket together.
+
+    Raises:
+        ConfigError, LinkError: As `main` reports them.
+    """
+
+    def __init__(self, conf: Any) -> None:
+        options = conf[config.GROUP]
+        self.loop = Loop()
+        self._host = (options.host, os.urandom(16))
+        self._policy = ChannelPolicy(
+            config.TopicRule(options.listen_topics), frozenset(options.context_allow)
+        )
+        self._channels: dict[str, Channel] = {}
+        self._domains = Domains(config.selection(conf))
+        self._past: Counter[str] = Counter()  # counters of channels that are over
+        self._timer: Timer | None = None
+        self._broker = self._make_broker(conf)
+        self._broker_problem = "" if self._broker is None else "not connected yet"
+        self._attaching: dict[str, list[tuple[str, Answer]]] = {}
+        self._hypervisor = Hypervisor(
+            options.libvirt_uri,
+            self._poster(self._on_hypervisor),
+            target_name=options.target_name,
+        )
+        self._server = LocalServer(
+            self.loop,
+            options.socket,
+            config.socket_mode(conf),
+            self._host[1],
+            options.host,
+            LocalService(self.loop, self, LOG.debug),
+            LOG.info,
+        )
+
+    def _make_broker(self, conf: Any) -> Broker | None:
+        """None where no transport_url is configured: local programs can call into VMs all the
+        same."""
+        if not config.names_a_broker(conf):
+            return None
+        return Broker(BrokerConfig.from_oslo(conf), self._poster(self._on_broker))
+
+    def _poster(self, handle: Callable[[Any], None]) -> Callable[[Any], None]:
+        return lambda event: self.loop.call_soon_threadsafe(lambda: handle(event))
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.loop.stop())
+        broker = "no broker: local programs only" if self._broker is None else "with a broker"
+        LOG.info("vchan-host %s: %s, %s", __version__, self._server.path, broker)
+        if self._broker is not None:
+            self._broker.start()
+        self._hypervisor.start()
+        try:
+            self.loop.run()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._server.close()
+        for channel in self._channels.values():
+            channel.release("this host's daemon is stopping")
+        if self._broker is not None:
+            self._broker.stop()
+        self._hypervisor.stop()
+        self.loop.close()
+
+    # ---------------------------------------------------------------- libvirt
+
+    def _on_hypervisor(self, event: HypervisorEvent) -> None:
+        match event:
+            case domains.HypervisorLost(reason):
+                LOG.warning("libvirt: %s", reason)
+            case domains.Rebooted(uuid):
+                LOG.info("%s: the guest was reset", uuid)
+            case domains.AttachDone(uuid, _, _, problem):
+                self._answer_command("attach", uuid, problem)
+            case domains.DetachDone(uuid, problem):
+                self._answer_command("detach", uuid, problem)
+            case domains.Changed(facts):
+                self._note_pause(facts)
+            case domains.Resync(every):
+                for facts in every:
+                    self._note_pause(facts)
+            case _:
+                pass
+        self._carry_out(self._domains.receive(event, self.loop.time()))
+
+    def _note_pause(self, facts: domains.DomainFacts) -> None:
+        channel = self._channels.get(facts.uuid)
+        if channel is not None:
+            channel.paused = facts.state is domains.DomainState.PAUSED
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case domains.Connect(uuid, path):
+                    self._connect(uuid, path)
+                case domains.Speak(uuid):
+                    self._channels[uuid].speak()
+                case domains.Hush(uuid):
+                    self._channels[uuid].hush()
+                case domains.Release(uuid, why):
+                    channel = self._channels.pop(uuid)
+                    LOG.info("%s (%s): released: %s", channel.name, uuid, why.value)
+                    channel.release(why.value)
+                    self._past.update(channel.totals())
+                case domains.Attach(uuid):
+                    self._hypervisor.attach(uuid)
+                case domains.Warn(uuid, name, problem):
+                    LOG.warning("%s (%s): %s", name, uuid, problem)
+        self._set_timer()
+
+    def _connect(self, uuid: str, path: str) -> None:
+        report = self._domains.report(uuid)
+        channel = self._channels[uuid] = Channel(
+            self.loop,
+            uuid,
+            report.facts.name if report else uuid,
+            self._host,
+            _VmBroker(self._broker, uuid) if self._broker is not None else None,
+            self._policy,
+            LOG.info,
+        )
+        channel.connect(path)
+
+    def _set_timer(self) -> None:
+        at_s = self._domains.next_timeout()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if at_s is not None:
+            self._timer = self.loop.call_at(at_s, self._timed_out)
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        self._carry_out(self._domains.handle_timeout(self.loop.time()))
+
+    # ---------------------------------------------------------------- the broker
+
+    def _on_broker(self, event: BrokerEvent) -> None:
+        match event:
+            case broker_events.Connected():
+                self._broker_problem = ""
+                LOG.info("broker: connected")
+            case broker_events.Disconnected(reason):
+                self._broker_problem = reason
+                LOG.warning("broker: %s", reason)
+            case broker_events.Published(key, ok, reason):
+                vm, _, request_id = key.partition(b" ")
+                if not ok and request_id:  # a heartbeat has none, and is not missed
+                    LOG.warning("%s: a reply was not published: %s", vm.decode(), reason)
+                channel = self._channels.get(vm.decode())
+                if channel is not None:
+                    channel.relay.published(request_id, ok=ok, now_s=self.loop.time())
+                    channel.set_timer()
+            case _:
+                channel = self._channels.get(event.vm)
+                if channel is not None:
+                    self._on_vm_broker(channel, event)
+                    channel.set_timer()
+
+    def _on_vm_broker(self, channel: Channel, event: VmEvent) -> None:
+        match event:
+            case broker_events.Delivered():
+                self._deliver(channel, event)
+            case broker_events.Undecodable(_, token, reason):
+                LOG.warning("%s (%s): dropped a message: %s", channel.name, channel.vm, reason)
+                assert self._broker is not None
+                self._broker.reject(token)
+            case broker_events.Released(_, reason):
+                LOG.info("%s (%s): consumers closed: %s", channel.name, channel.vm, reason)
+                channel.relay.released()
+            case broker_events.Consuming():
+                topics = ", ".join(sorted(topic.name for topic in channel.relay.topics))
+                LOG.info("%s (%s): consuming %s", channel.name, channel.vm, topics)
+            case broker_events.Settled(_, ids):
+                channel.relay.settled(ids)
+
+    def _deliver(self, channel: Channel, event: broker_events.Delivered) -> None:
+        try:
+            channel.relay.delivered(
+                event.token,
+                event.request,
+                event.topic,
+                fanout=event.fanout,
+                redelivered=event.redelivered,
+                now_s=self.loop.time(),
+            )
+        except LimitExceeded as error:
+            LOG.warning("%s (%s): refused: %s", channel.name, channel.vm, error)
+
+    # ---------------------------------------------------------------- local programs
+
+    def submit(
+        self, server: str, request: Request, told: Callable[[Outcome], None]
+    ) -> Callable[[], None]:
+        """See `local.Guests`."""
+        channel = self._channel_of(server)
+        channel.relay.submit_local(request, told, self.loop.time())
+        channel.set_timer()
+        return lambda: channel.relay.cancel_local(request.id)
+
+    def _find(self, server: str) -> domains.DomainReport:
+        for report in self._domains.reports():
+            if server in (report.facts.uuid, report.facts.name):
+                return report
+        problem = self._domains.hypervisor_problem
+        raise NoSuchDomain(f"{server!r}: {problem or 'this host has no such domain'}")
+
+    def _channel_of(self, server: str) -> Channel:
+        report = self._find(server)
+        channel = self._channels.get(report.facts.uuid)
+        if channel is None:
+            state = report.facts.state.name.lower()
+            problem = report.problem or f"it is {state} and has no live channel"
+            raise Rejected(f"{server}: {problem}; vchan attach {server} gives it one")
+        return channel
+
+    def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
+        """See `local.Guests`."""
+        match name:
+            case "list":
+                answer(*result(self._list()))
+            case "status":
+                answer(*result(self._status(**args)))
+            case "attach" | "detach":
+                self._command(name, answer, **args)
+            case _:
+                raise KeyError(name)
+
+    def _list(self) -> list[dict[str, Any]]:
+        rows = []
+        for report in self._domains.reports():
+            channel = self._channels.get(report.facts.uuid)
+            rows.append(
+                {
+                    "uuid": report.facts.uuid,
+                    "name": report.facts.name,
+                    "domain": report.facts.state.name.lower(),
+                    "channel": channel.state if channel else "none",
+                    "topics": sorted(f"{t.exchange}/{t.name}" for t in channel.relay.topics)
+                    if channel
+                    else [],
+                    "problem": report.problem,
+                }
+            )
+        return rows
+
+    def _status(self, vm: str | None = None) -> dict[str, Any]:
+        if vm is not None:
+            report = self._find(vm)
+            channel = self._channels.get(report.facts.uuid)
+            return {
+                "uuid": report.facts.uuid,
+                "name": report.facts.name,
+                "domain": report.facts.state.name.lower(),
+                "problem": report.problem,
+                **(channel.summary() if channel else {"state": "none"}),
+            }
+        broker = self._broker_problem or "connected"
+        return {
+            "version": __version__,
+            "host": self._host[0],
+            "libvirt": self._domains.hypervisor_problem or "connected",
+            "broker": "none configured" if self._broker is None else broker,
+            "domains": len(self._domains.reports()),
+            "channels": len(self._channels),
+            "totals": dict(self._totals()),
+        }
+
+    def _totals(self) -> Counter[str]:
+        totals = Counter(self._past)
+        for channel in self._channels.values():
+            totals.update(channel.totals())
+        return totals
+
+    def _command(self, name: str, answer: Answer, vm: str) -> None:
+        """Attach or detach; answered when libvirt has done it."""
+        uuid = self._find(vm).facts.uuid
+        self._attaching.setdefault(uuid, []).append((name, answer))
+        if name == "attach":
+            self._hypervisor.attach(uuid)
+        else:
+            self._hypervisor.detach(uuid)
+
+    def _answer_command(self, name: str, uuid: str, problem: str | None) -> None:
+        waiting = self._attaching.pop(uuid, [])
+        for asked, answer in waiting:
+            if asked != name:
+                self._attaching.setdefault(uuid, []).append((asked, answer))
+            elif problem is None:
+                answer(*result(None))
+            else:
+                answer(*failure(Rejected(problem)))
+
+
+def main() -> None:
+    """The command."""
+    try:
+        conf = config.load(sys.argv[1:])
+        oslo_log.setup(conf, "vchan")
+        daemon = Daemon(conf)
+    except ConfigError as error:
+        sys.stderr.write(f"vchan-host: {error}\n")
+        sys.exit(EXIT_CONFIG)
+    except LinkError as error:
+        sys.stderr.write(f"vchan-host: {error}\n")
+        sys.exit(EXIT_SOCKET)
+    daemon.run()
+
+
+if __name__ == "__main__":
+    main()

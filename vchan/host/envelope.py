@@ -1,0 +1,359 @@
+"""oslo.messaging's wire envelope: what its RPC clients publish, and what they take as a reply.
+
+Rules of this file
+1. Pure: no I/O, no clock, no randomness.
+2. What a caller sent raises `EnvelopeError` and nothing else, whatever its bytes.
+3. What a guest sent never raises: a bad reply becomes a failure that says what was wrong.
+
+    AMQP body   {"oslo.version": "2.0", "oslo.message": "<the message, as JSON again>"}
+    request     {"method", "args", "namespace", "version", "_unique_id", "_context_<key>"...}
+                a call also has "_msg_id", "_reply_q", "_timeout" and the AMQP property `expiration`
+    reply       {"result", "failure", "ending", "_msg_id", "_unique_id"}
+    failure     a JSON text: {"class", "module", "message", "tb", "args", "kwargs"}
+
+Version 1 of the envelope had no envelope: such bodies are the message itself, and are taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+from vchan.bodies import encode_failure
+from vchan.errors import VchanError
+from vchan.messages import ID_BYTES, NAME_BYTES_MAX
+from vchan.session import MESSAGE_BYTES_MAX
+
+REQUEST_BYTES_MAX: Final = 16 * 1024 * 1024
+"""An AMQP body from a caller: RabbitMQ's own default limit since 4.0."""
+RESULT_BYTES_MAX: Final = MESSAGE_BYTES_MAX
+"""A result from a guest: what one message of a session can carry."""
+FAILURE_BYTES_MAX: Final = 256 * 1024
+"""A failure from a guest: a long traceback takes a tenth of it."""
+DEPTH_MAX: Final = 100
+"""Arrays and objects inside each other. Python's own parsers, the callers' among them, give up at
+some 1000, less what is on the stack already: what passes here must not break a caller there."""
+REASON_CHARS_MAX: Final = 200
+
+CONTEXT_ALLOW: Final = frozenset(
+    {
+        "request_id",  # so that the guest's log can be matched with the control plane's
+        "global_request_id",  # the same, across services
+        "resource_uuid",  # what the request is about
+        "project_id",  # whose request it is: a name, and no authority to act in it
+        "tenant",  # what project_id was called before
+        "user_id",  # who asked: likewise
+        "user",
+    }
+)
+"""What of a caller's context a guest may see. Tokens, catalogs and trusts are secrets; roles and
+is_admin are nothing a guest could check, so it is better off without them."""
+CONTEXT_ALLOW_ALL: Final = frozenset({"*"})
+
+_CONTEXT_PREFIX: Final = "_context_"
+_UNIQUE_ID: Final = re.compile("[0-9a-f]{32}")
+_EXPIRATION: Final = re.compile("[0-9]{1,15}")
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_ascii = json.JSONEncoder(separators=(",", ":"))
+
+
+class EnvelopeError(VchanError):
+    """A message from the broker is not one of oslo.messaging's. The reason says how."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason[:REASON_CHARS_MAX]
+        super().__init__(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerRequest:
+    """A call, cast, fanout or notification, as it came from the broker.
+
+    `id` is the same on every redelivery. `timeout_s` is the caller's whole timeout, counted from
+    when it was sent; how long it was queued is not known. A notification's `method` is its priority
+    in lower case ("info"), its `args` what an endpoint's method of that name takes.
+    """
+
+    id: bytes
+    method: str
+    args: Mapping[str, Any]
+    namespace: str | None
+    version: str | None
+    context: Mapping[str, Any]
+    msg_id: str | None
+    reply_q: str | None
+    monitor_timeout_s: float | None
+    timeout_s: float | None
+    is_notification: bool = False
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the caller waits for a reply."""
+        return self.msg_id is not None
+
+
+def decode(body: bytes, *, expiration: str | None) -> BrokerRequest:
+    """Read an AMQP message's body.
+
+    Args:
+        expiration: The AMQP property: the caller's timeout, as a number of milliseconds.
+
+    Raises:
+        EnvelopeError: It is no request. Sending it again will not help.
+    """
+    message = _open_envelope(body)
+    identity = _identity(message, body)
+    context = {
+        key.removeprefix(_CONTEXT_PREFIX): value
+        for key, value in message.items()
+        if key.startswith(_CONTEXT_PREFIX)
+    }
+    is_notification = "method" not in message and "event_type" in message
+    method, args = _notification(message) if is_notification else _invocation(message)
+    msg_id, reply_q = _name(message, "_msg_id"), _name(message, "_reply_q")
+    if (msg_id is None) != (reply_q is None):
+        raise EnvelopeError("_msg_id and _reply_q: one without the other")
+    return BrokerRequest(
+        id=identity,
+        method=method,
+        args=args,
+        namespace=_name(message, "namespace"),
+        version=_name(message, "version"),
+        context=context,
+        msg_id=msg_id,
+        reply_q=reply_q,
+        monitor_timeout_s=_seconds(message.get("_timeout")),
+        timeout_s=_milliseconds(expiration),
+        is_notification=is_notification,
+    )
+
+
+def request_body(request: BrokerRequest, context_allow: frozenset[str] = CONTEXT_ALLOW) -> bytes:
+    """The body of the request that goes into the guest: compact UTF-8 JSON.
+
+    Args:
+        context_allow: Keys of the context that the guest may see; "*" lets all through.
+    """
+    everything = "*" in context_allow
+    context = {
+        key: value for key, value in request.context.items() if everything or key in context_allow
+    }
+    return _encode(
+        {
+            "method": request.method,
+            "args": request.args,
+            "namespace": request.namespace,
+            "version": request.version,
+            "context": context,
+        }
+    )
+
+
+def encode_reply(
+    msg_id: str,
+    *,
+    result_json: bytes = b"null",
+    failure_json: bytes | None = None,
+    ending: bool = True,
+    unique_id: str = "",
+) -> bytes:
+    """The AMQP body of a reply or, with `ending` false, of a heartbeat.
+
+    The result is written anew, so that no caller's parser meets what ours did not. NaN and
+    Infinity pass, because they do between a stock client and a stock server. A failure passes as it
+    is, so that the caller sees the agent's exception as if there were no relay. One that is
+    too large, too deep or not what it should be is replaced by a failure that says so.
+
+    Args:
+        result_json: From a guest, and so not trusted. Ignored when there is a failure.
+        failure_json: Likewise.
+        unique_id: 32 random hex digits, new for each message; clients may drop one they have
+            seen. "" leaves it out, which clients accept.
+    """
+    result, failure = None, None
+    try:
+        if failure_json is not None:
+            failure = _checked_failure(failure_json)
+        else:
+            result = _bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX)
+    except EnvelopeError as error:
+        failure = make_failure("BadReply", "vchan.errors", str(error))
+    message = {"result": result, "failure": failure, "ending": ending, "_msg_id": msg_id}
+    if unique_id:
+        message["_unique_id"] = unique_id
+    return _encode({"oslo.version": "2.0", "oslo.message": _encode(message).decode()})
+
+
+def make_failure(class_name: str, module: str, message: str) -> str:
+    """A failure of vchan's own, e.g. ("AgentGone", "vchan.errors", "..."). Long texts are cut."""
+    return encode_failure(class_name, message, module=module).decode("utf-8", "surrogatepass")
+
+
+def _open_envelope(body: bytes) -> dict[str, Any]:
+    envelope = _bounded_json(body, "the body", REQUEST_BYTES_MAX)
+    if not isinstance(envelope, dict):
+        raise EnvelopeError("the body is not a JSON object")
+    if "oslo.message" not in envelope:
+        return envelope
+    version, text = envelope.get("oslo.version"), envelope["oslo.message"]
+    if not isinstance(version, str) or version.partition(".")[0] != "2":
+        raise EnvelopeError(f"oslo.version is {_short(version)}: only 2.x is known")
+    if not isinstance(text, str):
+        raise EnvelopeError("oslo.message is not a string")
+    message = _bounded_json(text.encode("utf-8", "surrogatepass"), "oslo.message")
+    if not isinstance(message, dict):
+        raise EnvelopeError("oslo.message is not a JSON object")
+    return message
+
+
+def _identity(message: Mapping[str, Any], body: bytes) -> bytes:
+    """The id: oslo's own if it is 32 hex digits, else a hash of it, or of the body without one.
+
+    Two messages without any id and with the same body count as one.
+    """
+    unique_id = message.get("_unique_id")
+    if unique_id is None:
+        return blake2b(body, digest_size=ID_BYTES).digest()
+    if not isinstance(unique_id, str):
+        raise EnvelopeError("_unique_id is not a string")
+    if _UNIQUE_ID.fullmatch(unique_id):
+        return bytes.fromhex(unique_id)
+    return blake2b(unique_id.encode("utf-8", "surrogatepass"), digest_size=ID_BYTES).digest()
+
+
+def _invocation(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    method = _name(message, "method")
+    if not method:
+        raise EnvelopeError("there is no method")
+    args = message.get("args", {})
+    if not isinstance(args, dict):
+        raise EnvelopeError(f"args is {_short(args)}, not an object")
+    return method, args
+
+
+def _notification(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    priority = _name(message, "priority")
+    if not priority:
+        raise EnvelopeError("a notification without a priority")
+    args = {
+        "publisher_id": _name(message, "publisher_id"),
+        "event_type": _name(message, "event_type"),
+        "payload": message.get("payload"),
+        "metadata": {
+            "message_id": _name(message, "message_id"),
+            "timestamp": _name(message, "timestamp"),
+        },
+    }
+    return priority.lower(), args
+
+
+def _name(message: Mapping[str, Any], key: str) -> str | None:
+    value = message.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise EnvelopeError(f"{key} is {_short(value)}, not a string")
+    if len(value.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
+        raise EnvelopeError(f"{key} is over {NAME_BYTES_MAX} bytes (NAME_BYTES_MAX)")
+    return value
+
+
+def _seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise EnvelopeError(f"_timeout is {_short(value)}, not a number of seconds")
+    try:
+        seconds = float(value)
+    except OverflowError:  # an integer beyond what a float can say
+        seconds = math.inf
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise EnvelopeError(f"_timeout is {_short(value)}, not a time")
+    return seconds
+
+
+def _milliseconds(expiration: str | None) -> float | None:
+    if expiration is None:
+        return None
+    if not isinstance(expiration, str) or not _EXPIRATION.fullmatch(expiration):
+        raise EnvelopeError(f"expiration is {_short(expiration)}, not a number of milliseconds")
+    return int(expiration) / 1000
+
+
+def _checked_failure(failure_json: bytes) -> str:
+    """The same text, if a caller can rebuild an exception from it.
+
+    A caller imports the module if its own list allows it: here it is made sure that class and
+    module are names and nothing else.
+    """
+    what = "the agent's failure"
+    failure = _bounded_json(failure_json, what, FAILURE_BYTES_MAX)
+    if not isinstance(failure, dict):
+        raise EnvelopeError(f"{what} is not a JSON object")
+    if not _is_dotted_name(failure.get("module")):
+        raise EnvelopeError(f"{what}: module is not a name")
+    if not _is_dotted_name(failure.get("class")) or "." in failure["class"]:
+        raise EnvelopeError(f"{what}: class is not a name")
+    if not isinstance(failure.get("message", ""), str):
+        raise EnvelopeError(f"{what}: message is not a string")
+    for key, kind in (("tb", list), ("args", list), ("kwargs", dict)):
+        if not isinstance(failure.get(key, kind()), kind):
+            raise EnvelopeError(f"{what}: {key} is of the wrong type")
+    if not all(isinstance(line, str) for line in failure.get("tb", ())):
+        raise EnvelopeError(f"{what}: tb is not a list of strings")
+    return failure_json.decode("utf-8", "surrogatepass")
+
+
+def _is_dotted_name(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and len(value) <= NAME_BYTES_MAX
+        and all(part.isidentifier() for part in value.split("."))
+    )
+
+
+def _bounded_json(data: bytes, what: str, bytes_max: int = REQUEST_BYTES_MAX) -> Any:
+    if len(data) > bytes_max:
+        raise EnvelopeError(f"{what} has {len(data)} bytes, {bytes_max} are allowed")
+    try:
+        # surrogatepass, because Python's own encoders write a lone surrogate that way.
+        value = json.loads(data.decode("utf-8", "surrogatepass"))
+    except RecursionError as error:
+        raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep") from error
+    except ValueError as error:
+        raise EnvelopeError(f"{what} is not JSON: {error}") from error
+    # Cheap first: most messages have fewer brackets in all.
+    if data.count(b"[") + data.count(b"{") > DEPTH_MAX and _deeper_than(value, DEPTH_MAX):
+        raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep")
+    return value
+
+
+def _deeper_than(value: object, depth_max: int) -> bool:
+    """Level by level, and so without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth_max):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _encode(value: object) -> bytes:
+    try:
+        return _compact.encode(value).encode()
+    except UnicodeEncodeError:  # a lone surrogate: UTF-8 cannot say it, an escape can
+        return _ascii.encode(value).encode()
+
+
+def _short(value: object) -> str:
+    return repr(value)[:40] if isinstance(value, str | int | float) else type(value).__name__

@@ -1,0 +1,534 @@
+"""One VM's requests on the host: between the broker and local programs above, the guest below.
+
+Rules of this file
+1. No I/O, no clock, no logging. Time comes in as `now_s`; the ports handed in do what is decided.
+2. The broker keeps a request until the guest has taken responsibility: a cast is acknowledged to
+   the broker at the guest's receipt, a call when its reply has been published and confirmed.
+3. Nothing here must be remembered for correctness. What is lost with this object, or with the
+   broker's channel, the broker hands out again, and the guest knows the id.
+4. The guest is told to forget an id only when the broker has proved that it has.
+
+    broker --delivered--> Relay --Request--> guest
+    broker <--ack-------- Relay <--Receipt-- guest                        (casts)
+    broker <--publish_reply, then ack-- Relay <--Reply-- guest            (calls)
+    broker --settled----> Relay --Settled--> guest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Final, Protocol
+
+from vchan.bodies import encode_failure
+from vchan.errors import LimitExceeded
+from vchan.exchange import (
+    HEARTBEAT_S,
+    Answered,
+    HandedBack,
+    Heartbeat,
+    Outcome,
+    Overdue,
+    Requester,
+    Send,
+    Taken,
+)
+from vchan.host.envelope import BrokerRequest, encode_reply, request_body
+from vchan.messages import (
+    AGENT_GONE,
+    BUSY,
+    CALL,
+    EXPIRED,
+    FANOUT,
+    NO_AGENT,
+    REDELIVERED,
+    REFUSED,
+    RELEASED,
+    BadMessage,
+    Receipt,
+    Reply,
+    Request,
+    Returned,
+    Subscribe,
+    Topic,
+    decode,
+    encode,
+)
+from vchan.session import CONTROL
+
+SETTLE_S: Final = 1.0
+"""Acknowledged ids are settled in lots, this often at most."""
+RETRY_S: Final = 1.0
+"""A reply the broker did not confirm is published again after this."""
+LOCAL_REQUESTS_MAX: Final = 256
+"""Requests of local programs open at a time, for one VM."""
+TOPICS_SEEN_MAX: Final = 256
+"""Topics a VM's agents may ever serve: each leaves a queue with the broker."""
+SUBSCRIBE_S: Final = 1.0
+"""A VM's consumers change this often at most: each change is work for the broker."""
+
+_REASONS: Final = {
+    NO_AGENT: "NoSuchAgent",
+    AGENT_GONE: "AgentGone",
+    BUSY: "Rejected",
+    REFUSED: "Rejected",
+}
+
+
+class BrokerPort(Protocol):
+    """What a relay asks of the broker. Every method returns at once."""
+
+    def consume(self, vm: str, topics: frozenset[Topic]) -> None:
+        """From now on consume these topics for the VM."""
+
+    def release(self, vm: str) -> None:
+        """Stop consuming and hand everything unacknowledged back, in order."""
+
+    def ack(self, token: Any) -> None:
+        """The broker may forget this delivery."""
+
+    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+        """Publish; `Relay.published` comes with the key."""
+
+    def barrier(self, vm: str, token: Any, ids: tuple[bytes, ...]) -> None:
+        """`Relay.settled` comes when the broker has processed all acks up to the token's."""
+
+
+class _Entry:
+    """A request that is not over."""
+
+    __slots__ = ("answer", "beat_s", "local", "origin", "reply", "tokens")
+
+    def __init__(
+        self,
+        origin: BrokerRequest | None,
+        local: Callable[[Outcome], None] | None,
+    ) -> None:
+        self.origin = origin
+        self.local = local
+        self.tokens: list[Hashable] = []
+        self.reply: bytes | None = None  # what is to be published
+        self.answer = False  # ... and is under way
+        self.beat_s = float("-inf")  # when the next heartbeat may be published
+
+
+class Relay:
+    """One VM's requests.
+
+    Args:
+        vm: The domain's UUID.
+        send: Queues a message on the guest's session.
+        broker: None where no broker is configured.
+        may_listen: Whether this VM's agents may serve a topic.
+        context_allow: The context keys that may enter a guest.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        send: Send,
+        broker: BrokerPort | None,
+        may_listen: Callable[[Topic], bool],
+        context_allow: frozenset[str],
+    ) -> None:
+        self.vm = vm
+        self._send = send
+        self._broker = broker
+        self._may_listen = may_listen
+        self._context_allow = context_allow
+        self._requester = Requester(send)
+        self._entries: dict[bytes, _Entry] = {}
+        self._local_open = 0
+        self._asked: frozenset[Topic] = frozenset()
+        self._topics: frozenset[Topic] = frozenset()
+        self._topics_seen: set[Topic] = set()
+        self._consumed: frozenset[Topic] = frozenset()  # what the broker was last told
+        self._consume_not_before_s = 0.0
+        self._suspended = False
+        self._is_first_topics = True
+        self._handing_back = False  # released, and the broker has not said so yet
+        self._settle_ids: list[bytes] = []
+        self._settle_token: Hashable = None
+        self._settle_at_s: float | None = None
+        self._republish_at_s: float | None = None
+        self._consume_at_s: float | None = None
+        self.counters = {
+            "requests": 0,
+            "redelivered": 0,
+            "taken": 0,
+            "answered": 0,
+            "handed_back": 0,
+            "expired": 0,
+            "bad_messages": 0,
+            "topics_over_limit": 0,
+        }
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that are not over."""
+        return len(self._entries)
+
+    # ---------------------------------------------------------------- the guest
+
+    @property
+    def topics(self) -> frozenset[Topic]:
+        """The topics this VM's agents serve, and may."""
+        return self._topics
+
+    @property
+    def denied(self) -> frozenset[Topic]:
+        """The topics this VM's agents asked for and may not serve."""
+        return self._asked - self._topics
+
+    def opened(self, *, resumed: bool, now_s: float) -> None:
+        """The guest's session is open, or the guest speaks again after `suspend`."""
+        was_suspended, self._suspended = self._suspended, False
+        if not resumed:
+            self._requester.opened(now_s)
+        elif was_suspended:
+            self._consume_in_time(now_s)
+
+    def receive(self, data: bytes, now_s: float) -> None:
+        """Take a message of the guest's: any bytes at all."""
+        message = decode(data)
+        match message:
+            case Reply() | Receipt() | Returned():
+                for outcome in self._requester.receive(message):
+                    self._settle_outcome(outcome, now_s)
+            case Subscribe(topics):
+                self._subscribe(topics, now_s)
+            case Request(request_id):
+                text = "requests from guests are not accepted by this host"
+                self._send(encode(Returned(request_id, REFUSED, text)), CONTROL)
+            case BadMessage():
+                self.counters["bad_messages"] += 1
+            case _:
+                self.counters["bad_messages"] += 1
+
+    def _subscribe(self, topics: Iterable[Topic], now_s: float) -> None:
+        self._asked = frozenset(topics)
+        self._topics = frozenset(filter(self._admit, topics))
+        if self._is_first_topics:
+            # What an earlier relay of this VM released may still be on its way to us.
+            self._is_first_topics = False
+            self._release()
+        self._consume_in_time(now_s)
+
+    def _admit(self, topic: Topic) -> bool:
+        if not self._may_listen(topic):
+            return False
+        if topic not in self._topics_seen:
+            if len(self._topics_seen) >= TOPICS_SEEN_MAX:
+                self.counters["topics_over_limit"] += 1
+                return False
+            self._topics_seen.add(topic)
+        return True
+
+    def _consume_in_time(self, now_s: float) -> None:
+        """Consume the topics served now, or as soon as the consumers may change again."""
+        self._consume_at_s = None
+        if self._suspended or self._topics == self._consumed:
+            return
+        if now_s >= self._consume_not_before_s:
+            self._consume(now_s)
+        else:
+            self._consume_at_s = self._consume_not_before_s
+
+    def _consume(self, now_s: float) -> None:
+        if self._broker is not None:
+            self._consume_not_before_s = now_s + SUBSCRIBE_S
+            self._consumed = self._topics
+            self._broker.consume(self.vm, self._topics)
+
+    def _settle_outcome(self, outcome: Outcome, now_s: float) -> None:
+        entry = self._entries[outcome.id]
+        if entry.local is not None:
+            self._finish_local(outcome, entry)
+            return
+        match outcome:
+            case Taken(request_id):
+                self.counters["taken"] += 1
+                self._finish(request_id, now_s)
+            case Answered(request_id, failed, body):
+                self.counters["answered"] += 1
+                self._publish(request_id, entry, failed, body)
+            case Heartbeat():
+                self._publish_heartbeat(entry, now_s)
+            case HandedBack(request_id, reason, text):
+                self.counters["handed_back"] += 1
+                self._handed_back(request_id, entry, reason, text, now_s)
+            case Overdue(request_id):
+                self.counters["expired"] += 1
+                self._finish(request_id, now_s)
+
+    def _finish_local(self, outcome: Outcome, entry: _Entry) -> None:
+        assert entry.local is not None
+        if not isinstance(outcome, Heartbeat):
+            del self._entries[outcome.id]
+            self._local_open -= 1
+            self._requester.settle((outcome.id,))
+        entry.local(outcome)
+
+    def _handed_back(
+        self, request_id: bytes, entry: _Entry, reason: int, text: str, now_s: float
+    ) -> None:
+        if reason == EXPIRED:
+            self._finish(request_id, now_s)
+        elif entry.origin is not None and entry.origin.is_call:
+            failure = encode_failure(_REASONS.get(reason, "Rejected"), text)
+            self._publish(request_id, entry, failed=True, body=failure)
+        elif reason in (NO_AGENT, BUSY):
+            self._hand_to_broker(request_id, now_s)
+        else:
+            self._finish(request_id, now_s)
+
+    def _hand_to_broker(self, request_id: bytes, now_s: float) -> None:
+        """A cast nobody can take now. Closing the channel keeps it in its place in the queue."""
+        del self._entries[request_id]
+        if self._consumed:
+            self._release()
+            self._consume_at_s = now_s + RETRY_S
+
+    # ---------------------------------------------------------------- the broker
+
+    def delivered(
+        self,
+        token: Hashable,
+        origin: BrokerRequest,
+        topic: Topic,
+        *,
+        fanout: bool,
+        redelivered: bool,
+        now_s: float,
+    ) -> None:
+        """The broker handed out a request, perhaps not for the first time.
+
+        Raises:
+            LimitExceeded: It is larger than the guest takes. It is answered with a failure (a
+                call) or dropped (a cast) and acknowledged.
+        """
+        if self._handing_back or topic not in self._consumed:
+            return  # of a channel that is gone: taken now, it would overtake what comes before it
+        entry = self._entries.get(origin.id)
+        if entry is not None:
+            self.counters["redelivered"] += 1
+            entry.tokens.append(token)
+            return
+        self.counters["requests"] += 1
+        entry = self._entries[origin.id] = _Entry(origin, None)
+        entry.tokens.append(token)
+        request = self._make_request(origin, topic, fanout=fanout, redelivered=redelivered)
+        try:
+            self._requester.submit(request, now_s)
+        except LimitExceeded as error:
+            self._requester.forget(origin.id)
+            if origin.is_call:
+                failure = encode_failure("LimitExceeded", str(error))
+                self._publish(origin.id, entry, failed=True, body=failure)
+            else:
+                self._finish(origin.id, now_s)
+            raise
+
+    def _make_request(
+        self, origin: BrokerRequest, topic: Topic, *, fanout: bool, redelivered: bool
+    ) -> Request:
+        flags = (
+            (CALL if origin.is_call else 0)
+            | (FANOUT if fanout else 0)
+            | (REDELIVERED if redelivered else 0)
+        )
+        return Request(
+            origin.id,
+            flags,
+            _milliseconds(origin.timeout_s),
+            _milliseconds(origin.monitor_timeout_s),
+            topic.exchange,
+            topic.name,
+            self.vm,
+            request_body(origin, self._context_allow),
+        )
+
+    def _publish(self, request_id: bytes, entry: _Entry, failed: bool, body: bytes) -> None:
+        origin = entry.origin
+        assert origin is not None and origin.msg_id is not None  # the Requester looks to that
+        if failed:
+            entry.reply = encode_reply(origin.msg_id, failure_json=body)
+        else:
+            entry.reply = encode_reply(origin.msg_id, result_json=body)
+        self._publish_again(request_id, entry)
+
+    def _publish_again(self, request_id: bytes, entry: _Entry) -> None:
+        assert entry.origin is not None and entry.reply is not None
+        assert entry.origin.reply_q is not None and self._broker is not None
+        entry.answer = True
+        self._broker.publish_reply(entry.origin.reply_q, entry.reply, request_id)
+
+    def _publish_heartbeat(self, entry: _Entry, now_s: float) -> None:
+        if now_s < entry.beat_s:
+            return  # a guest may send them at will
+        entry.beat_s = now_s + HEARTBEAT_S
+        origin = entry.origin
+        assert origin is not None and origin.msg_id is not None
+        assert origin.reply_q is not None and self._broker is not None
+        body = encode_reply(origin.msg_id, ending=False)
+        self._broker.publish_reply(origin.reply_q, body, b"")
+
+    def published(self, key: bytes, *, ok: bool, now_s: float) -> None:
+        """A reply is safe with the broker, or is not."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.answer:
+            return
+        entry.answer = False
+        if ok:
+            self._finish(key, now_s)
+        elif entry.tokens:
+            if self._republish_at_s is None:
+                self._republish_at_s = now_s + RETRY_S
+        else:
+            del self._entries[key]  # the broker hands it out again, the guest answers again
+
+    def _finish(self, request_id: bytes, now_s: float) -> None:
+        """It is over: let the broker forget it, and by and by the guest."""
+        assert self._broker is not None
+        entry = self._entries.pop(request_id)
+        for token in entry.tokens:
+            self._broker.ack(token)
+        if entry.tokens:
+            self._settle_ids.append(request_id)
+            self._settle_token = entry.tokens[-1]
+            if self._settle_at_s is None:
+                self._settle_at_s = now_s + SETTLE_S
+
+    def settled(self, ids: Iterable[bytes]) -> None:
+        """The broker has proved that it has forgotten these."""
+        self._requester.settle(ids)
+
+    def released(self) -> None:
+        """The VM's channel is gone, and all its tokens: what was not over comes again."""
+        self._handing_back = False
+        self._drop_tokens()
+
+    def _release(self) -> None:
+        if self._broker is not None:
+            self._handing_back = True
+            self._consumed = frozenset()
+            self._broker.release(self.vm)
+            self._drop_tokens()
+
+    def _drop_tokens(self) -> None:
+        self._settle_ids.clear()
+        self._settle_at_s = None
+        for request_id, entry in list(self._entries.items()):
+            entry.tokens.clear()
+            if entry.reply is not None:
+                del self._entries[request_id]
+
+    # ---------------------------------------------------------------- local programs
+
+    def submit_local(
+        self, request: Request, answer: Callable[[Outcome], None], now_s: float
+    ) -> None:
+        """A request of a program on this host.
+
+        Args:
+            answer: Told each outcome; exactly one of them is not a Heartbeat.
+
+        Raises:
+            LimitExceeded: Too many are open, or it is too large. Nothing was sent.
+        """
+        if self._local_open >= LOCAL_REQUESTS_MAX:
+            limit = LOCAL_REQUESTS_MAX
+            raise LimitExceeded("open local requests", limit + 1, limit, "LOCAL_REQUESTS_MAX")
+        if request.id in self._entries:
+            return  # the client repeats itself; it is told when there is news
+        self._entries[request.id] = _Entry(None, answer)
+        self._local_open += 1
+        try:
+            self._requester.submit(request, now_s)
+        except LimitExceeded:
+            self._requester.forget(request.id)
+            del self._entries[request.id]
+            self._local_open -= 1
+            raise
+
+    def cancel_local(self, request_id: bytes) -> None:
+        """The program no longer waits."""
+        entry = self._entries.get(request_id)
+        if entry is not None and entry.local is not None:
+            del self._entries[request_id]
+            self._local_open -= 1
+            self._requester.cancel(request_id)
+
+    # ---------------------------------------------------------------- the end
+
+    def suspend(self) -> None:
+        """The guest is away, or going: hand back to the broker what is not over, until `opened`.
+
+        What the guest still says of it counts; the copies that the broker hands out are harmless.
+        """
+        if self._suspended or self._broker is None:
+            return
+        self._suspended = True
+        self._consume_at_s = None
+        self._release()
+
+    def release(self, reason: str) -> None:
+        """The VM is no longer here: everything that is not over goes back where it came from."""
+        self._release()
+        self._consume_at_s = None
+        self._topics = self._asked = frozenset()
+        entries, self._entries = self._entries, {}
+        self._local_open = 0
+        for request_id, entry in entries.items():
+            self._requester.forget(request_id)
+            if entry.local is not None:
+                entry.local(HandedBack(request_id, RELEASED, reason))
+
+    # ---------------------------------------------------------------- time
+
+    def next_timeout(self) -> float | None:
+        """When to call `handle_timeout`."""
+        times = [
+            at_s
+            for at_s in (
+                self._settle_at_s,
+                self._republish_at_s,
+                self._consume_at_s,
+                self._requester.next_timeout(),
+            )
+            if at_s is not None
+        ]
+        return min(times) if times else None
+
+    def handle_timeout(self, now_s: float) -> None:
+        """Do what is due. Calling it early or late is harmless."""
+        for outcome in self._requester.handle_timeout(now_s):
+            self._settle_outcome(outcome, now_s)
+        if self._settle_at_s is not None and now_s >= self._settle_at_s:
+            self._settle_at_s = None
+            ids, self._settle_ids = tuple(self._settle_ids), []
+            assert self._broker is not None and ids
+            self._broker.barrier(self.vm, self._settle_token, ids)
+        if self._republish_at_s is not None and now_s >= self._republish_at_s:
+            self._republish_at_s = None
+            for request_id, entry in list(self._entries.items()):
+                if entry.reply is not None and not entry.answer:
+                    self._publish_again(request_id, entry)
+        if self._consume_at_s is not None and now_s >= self._consume_at_s:
+            self._consume_at_s = None
+            self._consume(now_s)
+
+    def summary(self) -> dict[str, Any]:
+        """What `vchan status` shows of this VM's requests."""
+        return {
+            **self.counters,
+            "open": len(self._entries),
+            "topics": sorted(f"{t.exchange}/{t.name}" for t in self._topics),
+            "denied_topics": sorted(f"{t.exchange}/{t.name}" for t in self.denied),
+        }
+
+
+def _milliseconds(seconds: float | None) -> int:
+    """For the wire: 0 means none, so what is nearly over is 1."""
+    if seconds is None:
+        return 0
+    return min(max(1, int(seconds * 1000)), 0xFFFFFFFF)

@@ -1,0 +1,315 @@
+"""A link: one session bound to one byte stream. The only loop that moves bytes.
+
+The recipe, for every cause: call the session, hand out its events, then write what it has to
+send. What is sent while events are handled goes out in the same write. Nothing blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from vchan.frames import FRAME_BYTES_MAX
+from vchan.loop import Loop, Timer
+from vchan.session import WRITE_BYTES_MAX, Event, Session, State
+from vchan.streams import Stream, hangup_watch
+
+TURN_BYTES: Final = 64 * 1024
+"""Read in a row before others get their turn: one read of a socket, sixteen of a port. What a
+hostile guest sends costs up to 10 ms for so much."""
+LAST_READS_MAX: Final = 64
+"""Turns of reading what the other end wrote before it went."""
+STALL_S: Final = 15.0
+"""A stream that takes no bytes for so long, while its other end is there, is opened anew: wake-ups
+on virtio-serial get lost."""
+STALL_RETRY_S: Final = 1.0
+"""Until then, writing is tried again this often, whatever readiness says."""
+HANGUP_POLL_S: Final = 1.0
+"""While the other end is away it is looked for this often, should its coming wake nobody."""
+
+
+class Link:
+    """Binds a session to a stream.
+
+    Args:
+        session: Survives the link; the owner binds it to the next one.
+        stream: Owned by the link from now on.
+        on_event: Called with each of the session's events.
+        on_down: Called once, when the stream is of no use any more, with the reason.
+        silent: Say nothing yet: drop what arrives, write nothing, until `speak`.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        session: Session,
+        stream: Stream,
+        on_event: Callable[[Event], object],
+        on_down: Callable[[str], object],
+        *,
+        silent: bool = False,
+    ) -> None:
+        self.session = session
+        self.stream = stream
+        self._loop = loop
+        self._on_event = on_event
+        self._on_down = on_down
+        self._out = b""  # taken from the session, not yet by the stream
+        self._may_write = not silent
+        self._write_problem = ""
+        self._flush_planned = False
+        self._waits_to_write = False
+        self._stalled_s: float | None = None
+        self._hangup_fd = -1
+        self._down = False
+        self._timer: Timer | None = None
+        self._hangup_timer: Timer | None = None
+        self.bytes_dropped = 0
+        loop.add_reader(stream.fileno(), self._readable)
+        if not silent:
+            session.open(loop.time())
+            self.flush()
+
+    # ---------------------------------------------------------------- for the owner
+
+    @property
+    def is_silent(self) -> bool:
+        """Neither writes nor greets."""
+        return not self._may_write
+
+    def _is_over(self) -> bool:
+        """Closed, perhaps by who was just told an event."""
+        return self._down
+
+    def speak(self) -> None:
+        """Begin the conversation on a stream that was opened silently, or go on after `hush`."""
+        if not self._may_write and not self._down:
+            self._may_write = True
+            if self.session.state is State.CLOSED:
+                self.session.open(self._loop.time())
+            self.flush()
+
+    def hush(self) -> None:
+        """Write nothing more; go on reading."""
+        self._may_write = False
+        self._stop_waiting_to_write()
+
+    def send(self, message: bytes, stream: int) -> None:
+        """Queue a message on the session and write it soon.
+
+        Raises:
+            LimitExceeded: It is too large. Nothing was queued.
+        """
+        self.session.send(message, stream)
+        if not self._flush_planned:
+            self._flush_planned = True
+            self._loop.call_soon(self._planned_flush)
+
+    def close(self) -> None:
+        """Close the stream. The session goes on; `on_down` is not called."""
+        if self._down:
+            return
+        self._down = True
+        self._loop.remove_reader(self.stream.fileno())
+        self._stop_waiting_to_write()
+        self._end_hangup()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.session.close()
+        self.stream.close()
+
+    # ---------------------------------------------------------------- reading
+
+    def _readable(self) -> None:
+        self._flush_planned = True  # what is sent meanwhile goes out at the end of this
+        self._read()
+        self._planned_flush()
+
+    def _read(self) -> None:
+        now_s = self._loop.time()
+        left = TURN_BYTES
+        while left > 0:
+            try:
+                data = self.stream.read()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._fail(f"cannot read: {error.strerror}")
+                return
+            if not data:
+                self._hung_up()
+                return
+            if self._hangup_fd >= 0:
+                self._end_hangup()
+            self._receive(data, now_s)
+            left -= len(data)
+            if self._is_over() or len(data) < 4096:
+                return  # most likely all there was: asking again costs a system call
+
+    def _receive(self, data: bytes, now_s: float) -> None:
+        if self.session.state is State.CLOSED:
+            self.bytes_dropped += len(data)
+            return
+        for event in self.session.receive_data(data, now_s):
+            self._on_event(event)
+            if self._is_over():
+                return
+
+    def _hung_up(self) -> None:
+        if self.stream.ends_at_hangup:
+            self._fail("closed by the other end")
+        elif self._hangup_fd < 0:
+            # Always readable from now on: be woken by its change instead.
+            self._loop.remove_reader(self.stream.fileno())
+            self._stop_waiting_to_write()
+            self._watch = hangup_watch(self.stream)
+            self._hangup_fd = self._watch.fileno()
+            self._loop.add_reader(self._hangup_fd, self._hangup_changed)
+            self._poll_hangup()
+
+    def _poll_hangup(self) -> None:
+        self._hangup_timer = self._loop.call_later(HANGUP_POLL_S, self._hangup_changed)
+
+    def _hangup_changed(self) -> None:
+        if self._down or self._hangup_fd < 0:
+            return
+        self._watch.poll(0)
+        if self._hangup_timer is not None:
+            self._hangup_timer.cancel()
+        try:
+            data = self.stream.read()
+        except BlockingIOError:
+            data = b""
+            self._end_hangup()
+        except OSError as error:
+            self._fail(f"cannot read: {error.strerror}")
+            return
+        if data:
+            self._end_hangup()
+            self._receive(data, self._loop.time())
+        if self._is_over():
+            return
+        if self.is_hung_up:
+            self._poll_hangup()
+        else:
+            self._loop.add_reader(self.stream.fileno(), self._readable)
+            self.flush()
+
+    def _end_hangup(self) -> None:
+        if self._hangup_fd >= 0:
+            self._loop.remove_reader(self._hangup_fd)
+            self._hangup_fd = -1
+            self._watch.close()
+            self._stalled_s = None
+        if self._hangup_timer is not None:
+            self._hangup_timer.cancel()
+            self._hangup_timer = None
+
+    @property
+    def is_hung_up(self) -> bool:
+        """The other end of a port is not there; it may come back."""
+        return self._hangup_fd >= 0
+
+    # ---------------------------------------------------------------- writing
+
+    def _planned_flush(self) -> None:
+        self._flush_planned = False
+        if not self._down:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what the session has to send, as far as the stream takes it."""
+        is_free = not self._waits_to_write and self._hangup_fd < 0 and not self._write_problem
+        if self._may_write and is_free:
+            self._write()
+        if not self._is_over():
+            self._set_timer()
+
+    def _write(self) -> None:
+        data = self._out
+        is_last = False
+        while True:
+            if not data:
+                data = b"" if is_last else self.session.data_to_send()
+                if not data:
+                    break
+                # There is no more when another frame would have found room.
+                is_last = len(data) <= WRITE_BYTES_MAX - FRAME_BYTES_MAX
+            try:
+                taken = self.stream.write(data)
+            except BlockingIOError:
+                self._out = data
+                self._wait_to_write()
+                return
+            except OSError as error:
+                self._write_problem = f"cannot write: {error.strerror}"
+                self._loop.call_soon(self._end_after_reading)
+                return
+            self._stalled_s = None
+            data = data[taken:]
+        self._out = b""
+
+    def _end_after_reading(self) -> None:
+        """What the other end wrote before it went may still be read: a receipt, perhaps."""
+        for _ in range(LAST_READS_MAX):
+            if self._is_over():
+                return
+            self._read()
+        if not self._is_over():
+            self._fail(self._write_problem)
+
+    def _wait_to_write(self) -> None:
+        now_s = self._loop.time()
+        if self._stalled_s is None:
+            self._stalled_s = now_s
+        if not self._waits_to_write:
+            self._waits_to_write = True
+            self._loop.add_writer(self.stream.fileno(), self._writable)
+            self._loop.call_later(STALL_RETRY_S, self._retry_write)
+
+    def _stop_waiting_to_write(self) -> None:
+        if self._waits_to_write:
+            self._waits_to_write = False
+            self._loop.remove_writer(self.stream.fileno())
+
+    def _writable(self) -> None:
+        self._stop_waiting_to_write()
+        self.flush()
+
+    def _retry_write(self) -> None:
+        if self._down or not self._waits_to_write or self._stalled_s is None:
+            return
+        if self._loop.time() - self._stalled_s >= STALL_S and not self.stream.ends_at_hangup:
+            self._fail(f"takes no bytes for {STALL_S:g} s")
+            return
+        self._writable()
+
+    # ---------------------------------------------------------------- time
+
+    def _set_timer(self) -> None:
+        """Keep one timer at or before the session's next timeout."""
+        at_s = self.session.next_timeout()
+        if at_s is None:
+            return
+        timer = self._timer
+        if timer is not None:
+            if timer.at_s <= at_s:
+                return
+            timer.cancel()
+        self._timer = self._loop.call_at(at_s, self._timed_out)
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        if self._down:
+            return
+        at_s, now_s = self.session.next_timeout(), self._loop.time()
+        if at_s is not None and at_s <= now_s:
+            for event in self.session.handle_timeout(now_s):
+                self._on_event(event)
+                if self._is_over():
+                    return
+        self.flush()
+
+    def _fail(self, reason: str) -> None:
+        self.close()
+        self._on_down(f"{self.stream.path}: {reason}")

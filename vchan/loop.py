@@ -1,0 +1,216 @@
+"""A small event loop: readiness, timers, calls from other threads. Nothing else.
+
+Why not asyncio: in a small guest it costs 0.6 s of start-up and 10 MiB before the first byte is
+read, and vchan needs a tenth of it (`docs/decisions/0002-own-loop.md`). The method names are
+asyncio's, so whoever knows one knows the other.
+
+Every method but `call_soon_threadsafe` and `stop` belongs to the thread that runs the loop.
+An exception that a callback lets out ends `run`: a daemon that goes on after a bug lies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
+from select import EPOLLIN, EPOLLOUT, epoll
+from time import monotonic
+from typing import Any
+
+Callback = Callable[[], object]
+
+_EVENTS_MAX = 64
+"""Descriptors served in one turn; the others have theirs in the next."""
+
+
+class Timer:
+    """A call that is to come. `cancel` it to have it not come."""
+
+    __slots__ = ("_callback", "at_s")
+
+    def __init__(self, at_s: float, callback: Callback) -> None:
+        self.at_s = at_s
+        self._callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        """Harmless when it has come already."""
+        self._callback = None
+
+    def _run(self) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+
+
+class _Watch:
+    """Who is to be called for a descriptor."""
+
+    __slots__ = ("reader", "writer")
+
+    def __init__(self) -> None:
+        self.reader: Callback | None = None
+        self.writer: Callback | None = None
+
+    def events(self) -> int:
+        """What epoll is to look for."""
+        return (EPOLLIN if self.reader else 0) | (EPOLLOUT if self.writer else 0)
+
+
+class Loop:
+    """See the top of this file."""
+
+    time = staticmethod(monotonic)
+    """Seconds; they stand still while the machine sleeps."""
+
+    def __init__(self) -> None:
+        self._epoll = epoll()
+        self._watches: dict[int, _Watch] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = count()
+        self._soon: deque[Callback] = deque()
+        self._from_threads: deque[Callback] = deque()
+        self._stopping = False
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.add_reader(self._wake_read, self._drain_wakeups)
+
+    # ---------------------------------------------------------------- calls
+
+    def call_soon(self, callback: Callback) -> None:
+        """Call it before waiting again."""
+        self._soon.append(callback)
+
+    def call_later(self, delay_s: float, callback: Callback) -> Timer:
+        """Call it after `delay_s` seconds."""
+        return self.call_at(monotonic() + delay_s, callback)
+
+    def call_at(self, at_s: float, callback: Callback) -> Timer:
+        """Call it when `time()` has reached `at_s`."""
+        timer = Timer(at_s, callback)
+        heappush(self._timers, (at_s, next(self._order), timer))
+        return timer
+
+    def call_soon_threadsafe(self, callback: Callback) -> None:
+        """Call it soon, from any thread or signal handler."""
+        self._from_threads.append(callback)
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # it is full of wake-ups already
+        except OSError:
+            if not self._stopping:  # closed: nobody waits
+                raise
+
+    # ---------------------------------------------------------------- readiness
+
+    def add_reader(self, fd: int, callback: Callback) -> None:
+        """Call it whenever `fd` is readable or hung up."""
+        self._watch(fd).reader = callback
+        self._changed(fd)
+
+    def remove_reader(self, fd: int) -> None:
+        """Harmless when there is none."""
+        watch = self._watches.get(fd)
+        if watch is not None and watch.reader is not None:
+            watch.reader = None
+            self._changed(fd)
+
+    def add_writer(self, fd: int, callback: Callback) -> None:
+        """Call it whenever `fd` takes bytes."""
+        self._watch(fd).writer = callback
+        self._changed(fd)
+
+    def remove_writer(self, fd: int) -> None:
+        """Harmless when there is none."""
+        watch = self._watches.get(fd)
+        if watch is not None and watch.writer is not None:
+            watch.writer = None
+            self._changed(fd)
+
+    def _watch(self, fd: int) -> _Watch:
+        watch = self._watches.get(fd)
+        if watch is None:
+            self._epoll.register(fd, 0)
+            watch = self._watches[fd] = _Watch()
+        return watch
+
+    def _changed(self, fd: int) -> None:
+        events = self._watches[fd].events()
+        if events:
+            self._epoll.modify(fd, events)
+        else:
+            del self._watches[fd]
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                pass  # closed already: epoll has forgotten it
+
+    # ---------------------------------------------------------------- running
+
+    def run(self) -> None:
+        """Run until `stop`, which may have been called already."""
+        while not self._stopping:
+            self.run_once()
+        self._stopping = False
+
+    def run_once(self, wait_s: float | None = None) -> None:
+        """One turn: wait for something, or `wait_s` seconds at most, and do it."""
+        watches = self._watches
+        for fd, events in self._epoll.poll(self._patience(wait_s), _EVENTS_MAX):
+            watch = watches.get(fd)  # None: removed by who was called before it
+            if watch is not None:
+                # A hang-up or an error is for both.
+                if events & ~EPOLLOUT and watch.reader is not None:
+                    watch.reader()
+                if events & ~EPOLLIN and watch.writer is not None:
+                    watch.writer()
+        timers = self._timers
+        if timers:
+            now_s = monotonic()
+            while timers and timers[0][0] <= now_s:
+                heappop(timers)[2]._run()
+        soon = self._soon
+        for _ in range(len(soon)):
+            soon.popleft()()
+
+    def _patience(self, wait_s: float | None) -> float | None:
+        if self._soon or self._from_threads or self._stopping:
+            return 0
+        timers = self._timers
+        while timers and timers[0][2]._callback is None:
+            heappop(timers)
+        if not timers:
+            return wait_s
+        left_s = max(0.0, timers[0][0] - monotonic())
+        return left_s if wait_s is None else min(left_s, wait_s)
+
+    def _drain_wakeups(self) -> None:
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            pass
+        while self._from_threads:
+            self._soon.append(self._from_threads.popleft())
+
+    def stop(self) -> None:
+        """End `run` after this turn. From any thread."""
+        self._stopping = True
+        self.call_soon_threadsafe(_nothing)
+
+    def close(self) -> None:
+        """Free the loop's own descriptors. It must not be running."""
+        self._stopping = True
+        self._epoll.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _nothing() -> None:
+    pass
