@@ -651,7 +651,7 @@ def test_an_idle_connection_is_kept(config: BrokerConfig, topic: Topic, vm: str)
 def test_a_reply_to_nobody_is_done(host: Host) -> None:
     host.events.take(Connected)
     host.broker.publish_reply("reply_of_nobody", b"{}", b"key")
-    assert host.events.take(Published) == Published(b"key", ok=True, reason="returned")
+    assert host.events.take(Published) == Published(b"key", ok=False, reason="returned", gone=True)
 
 
 def test_replies_are_confirmed_one_by_one(host: Host, rabbit: RabbitServer) -> None:

@@ -16,6 +16,7 @@ from vchan.host.envelope import BrokerRequest
 from vchan.host.relay import (
     _REASONS,
     LOCAL_REQUESTS_MAX,
+    REPLY_KEPT_S,
     RETRY_S,
     SETTLE_S,
     SUBSCRIBE_S,
@@ -137,8 +138,8 @@ class Rig:
             token, origin, topic, fanout=fanout, redelivered=redelivered, now_s=self.now_s
         )
 
-    def published(self, key: bytes, *, ok: bool = True) -> None:
-        self.relay.published(key, ok=ok, now_s=self.now_s)
+    def published(self, key: bytes, *, ok: bool = True, gone: bool = False) -> None:
+        self.relay.published(key, ok=ok, gone=gone, now_s=self.now_s)
 
     def wait(self, for_s: float) -> None:
         self.now_s += for_s
@@ -303,32 +304,58 @@ def test_what_is_being_published_is_not_published_twice(rig: Rig) -> None:
     assert rig.broker.take() == [("publish", "reply_x", identity(1))]
 
 
-def test_a_reply_whose_request_comes_again_is_left_to_the_guest(rig: Rig) -> None:
+def test_a_reply_in_hand_answers_the_request_that_comes_again(rig: Rig) -> None:
     rig.deliver("t1", call())
     rig.guest(reply())
     rig.relay.released()
-    assert rig.relay.open_requests == 0
-    rig.published(identity(1))  # of an answer nobody waits for any more
     rig.broker.take()
-
     rig.deliver("t2", call(), redelivered=True)
-    rig.guest(reply())
-    assert rig.broker.take() == [("publish", "reply_x", identity(1))]
+    assert rig.broker.take() == []  # it is under way already
     rig.published(identity(1))
     assert rig.broker.take() == [("ack", "t2")]
+    assert rig.relay.open_requests == 0
 
 
-def test_a_reply_after_the_channel_was_lost_is_published_and_not_kept(rig: Rig) -> None:
+def test_a_reply_in_hand_is_published_though_the_broker_lost_the_request(rig: Rig) -> None:
+    """A broker that restarts forgets queues that are not durable; the caller waits all the same."""
     rig.deliver("t1", call(1))
     rig.deliver("t2", call(2))
-    rig.relay.released()
     rig.guest(reply(1))
+    rig.relay.released()
     rig.guest(reply(2))
+    rig.broker.take()
+    rig.published(identity(1), ok=False)
+    rig.published(identity(2))
+    rig.wait(RETRY_S)
+    assert rig.broker.take() == [("publish", "reply_x", identity(1))]
     rig.published(identity(1))
-    rig.published(identity(2), ok=False)
     assert rig.relay.open_requests == 0
-    assert [what for what, *_ in rig.broker.take()] == ["publish", "publish"]  # nothing to ack
-    assert rig.relay.next_timeout() is None  # and nothing to settle, nothing to repeat
+    assert rig.broker.take() == []  # nothing to ack
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_reply_that_cannot_be_published_is_given_up_in_the_end(rig: Rig, gone: bool) -> None:
+    rig.deliver("t1", call())
+    rig.guest(reply())
+    if not gone:
+        rig.relay.released()
+    tries = 0
+    while rig.relay.open_requests:
+        tries += 1
+        rig.published(identity(1), ok=False, gone=gone)
+        rig.wait(RETRY_S)
+    assert tries == REPLY_KEPT_S / RETRY_S + 1
+    assert rig.relay.counters["replies_given_up"] == 1
+    assert (("ack", "t1") in rig.broker.take()) == gone
+
+
+def test_while_the_broker_is_away_a_reply_to_a_request_it_keeps_is_never_given_up(rig: Rig) -> None:
+    rig.deliver("t1", call())
+    rig.guest(reply())
+    for _ in range(int(2 * REPLY_KEPT_S / RETRY_S)):
+        rig.published(identity(1), ok=False)
+        rig.wait(RETRY_S)
+    assert rig.relay.open_requests == 1
 
 
 # -------------------------------------------------------------------- redelivery and release

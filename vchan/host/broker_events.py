@@ -67,11 +67,13 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What became of a reply. Not `ok`: the broker may have it all the same."""
+    """What became of a reply. Not `ok`: the broker may have it all the same, unless the caller's
+    queue is `gone`."""
 
     key: bytes
     ok: bool
     reason: str
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,10 +119,9 @@ class Publisher(Owner):
                 continue
             returned = confirmed in self._returned
             self._returned.discard(confirmed)
-            # Returned: its queue is gone, and with it the caller. There is nobody left to answer.
             reason = "returned" if returned else "confirmed" if ok else "refused by the broker"
-            self._done(reply, ok=ok or returned, reason=reason)
+            self._done(reply, ok=ok and not returned, reason=reason, gone=returned)
 
-    def _done(self, reply: Reply, *, ok: bool, reason: str) -> None:
+    def _done(self, reply: Reply, *, ok: bool, reason: str, gone: bool = False) -> None:
         self._broker.reply_done(reply)
-        self._broker.post(Published(reply.key, ok, reason))
+        self._broker.post(Published(reply.key, ok, reason, gone))

@@ -213,13 +213,14 @@ class Daemon:
             case broker_events.Disconnected(reason):
                 self._broker_problem = reason
                 LOG.warning("broker: %s", reason)
-            case broker_events.Published(key, ok, reason):
+            case broker_events.Published(key, ok, reason, gone):
                 vm, _, request_id = key.partition(b" ")
                 if not ok and request_id:  # a heartbeat has none, and is not missed
                     LOG.warning("%s: a reply was not published: %s", vm.decode(), reason)
                 channel = self._channels.get(vm.decode())
                 if channel is not None:
-                    channel.relay.published(request_id, ok=ok, now_s=self.loop.time())
+                    now_s = self.loop.time()
+                    channel.relay.published(request_id, ok=ok, gone=gone, now_s=now_s)
                     channel.set_timer()
             case _:
                 channel = self._channels.get(event.vm)

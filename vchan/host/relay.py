@@ -3,7 +3,8 @@
 Rules of this file
 1. No I/O, no clock, no logging. Time comes in as `now_s`; the ports handed in do what is decided.
 2. The broker keeps a request until the guest has taken responsibility: a cast is acknowledged to
-   the broker at the guest's receipt, a call when its reply has been published and confirmed.
+   the broker at the guest's receipt, a call when its reply has been published and confirmed. A
+   reply in hand is published even if the broker has lost the request: not all queues are durable.
 3. Nothing here must be remembered for correctness. What is lost with this object, or with the
    broker's channel, the broker hands out again, and the guest knows the id.
 4. The guest is told to forget an id only when the broker has proved that it has.
@@ -59,6 +60,10 @@ SETTLE_S: Final = 1.0
 """Acknowledged ids are settled in lots, this often at most."""
 RETRY_S: Final = 1.0
 """A reply the broker did not confirm is published again after this."""
+REPLY_KEPT_S: Final = 60.0
+"""A reply whose caller's queue is gone, or that the broker no longer asks for, is kept so long: a
+caller that lost its broker too makes its queue anew. oslo.messaging's own servers try as long
+(kombu_missing_consumer_retry_timeout)."""
 LOCAL_REQUESTS_MAX: Final = 256
 """Requests of local programs open at a time, for one VM."""
 TOPICS_SEEN_MAX: Final = 256
@@ -96,7 +101,7 @@ class BrokerPort(Protocol):
 class _Entry:
     """A request that is not over."""
 
-    __slots__ = ("answer", "beat_s", "local", "origin", "reply", "tokens")
+    __slots__ = ("answer", "beat_s", "kept_until_s", "local", "origin", "reply", "tokens")
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class _Entry:
         self.tokens: list[Hashable] = []
         self.reply: bytes | None = None  # what is to be published
         self.answer = False  # ... and is under way
+        self.kept_until_s = 0.0
         self.beat_s = float("-inf")  # when the next heartbeat may be published
 
 
@@ -158,6 +164,7 @@ class Relay:
             "answered": 0,
             "handed_back": 0,
             "expired": 0,
+            "replies_given_up": 0,
             "bad_messages": 0,
             "topics_over_limit": 0,
         }
@@ -250,7 +257,7 @@ class Relay:
                 self._finish(request_id, now_s)
             case Answered(request_id, failed, body):
                 self.counters["answered"] += 1
-                self._publish(request_id, entry, failed, body)
+                self._publish(request_id, entry, failed, body, now_s)
             case Heartbeat():
                 self._publish_heartbeat(entry, now_s)
             case HandedBack(request_id, reason, text):
@@ -275,7 +282,7 @@ class Relay:
             self._finish(request_id, now_s)
         elif entry.origin is not None and entry.origin.is_call:
             failure = encode_failure(_REASONS.get(reason, "Rejected"), text)
-            self._publish(request_id, entry, failed=True, body=failure)
+            self._publish(request_id, entry, True, failure, now_s)
         elif reason in (NO_AGENT, BUSY):
             self._hand_to_broker(request_id, now_s)
         else:
@@ -323,7 +330,7 @@ class Relay:
             self._requester.forget(origin.id)
             if origin.is_call:
                 failure = encode_failure("LimitExceeded", str(error))
-                self._publish(origin.id, entry, failed=True, body=failure)
+                self._publish(origin.id, entry, True, failure, now_s)
             else:
                 self._finish(origin.id, now_s)
             raise
@@ -347,13 +354,16 @@ class Relay:
             request_body(origin, self._context_allow),
         )
 
-    def _publish(self, request_id: bytes, entry: _Entry, failed: bool, body: bytes) -> None:
+    def _publish(
+        self, request_id: bytes, entry: _Entry, failed: bool, body: bytes, now_s: float
+    ) -> None:
         origin = entry.origin
         assert origin is not None and origin.msg_id is not None  # the Requester looks to that
         if failed:
             entry.reply = encode_reply(origin.msg_id, failure_json=body)
         else:
             entry.reply = encode_reply(origin.msg_id, result_json=body)
+        entry.kept_until_s = now_s + REPLY_KEPT_S
         self._publish_again(request_id, entry)
 
     def _publish_again(self, request_id: bytes, entry: _Entry) -> None:
@@ -372,19 +382,23 @@ class Relay:
         body = encode_reply(origin.msg_id, ending=False)
         self._broker.publish_reply(origin.reply_q, body, b"")
 
-    def published(self, key: bytes, *, ok: bool, now_s: float) -> None:
-        """A reply is safe with the broker, or is not."""
+    def published(self, key: bytes, *, ok: bool, now_s: float, gone: bool = False) -> None:
+        """A reply is safe with the broker, or is not.
+
+        Args:
+            gone: The caller's queue is not there; the caller may be away, or gone for good.
+        """
         entry = self._entries.get(key)
         if entry is None or not entry.answer:
             return
         entry.answer = False
         if ok:
             self._finish(key, now_s)
-        elif entry.tokens:
-            if self._republish_at_s is None:
-                self._republish_at_s = now_s + RETRY_S
-        else:
-            del self._entries[key]  # the broker hands it out again, the guest answers again
+        elif now_s >= entry.kept_until_s and (gone or not entry.tokens):
+            self.counters["replies_given_up"] += 1
+            self._finish(key, now_s)
+        elif self._republish_at_s is None:
+            self._republish_at_s = now_s + RETRY_S
 
     def _finish(self, request_id: bytes, now_s: float) -> None:
         """It is over: let the broker forget it, and by and by the guest."""
@@ -417,10 +431,8 @@ class Relay:
     def _drop_tokens(self) -> None:
         self._settle_ids.clear()
         self._settle_at_s = None
-        for request_id, entry in list(self._entries.items()):
+        for entry in self._entries.values():
             entry.tokens.clear()
-            if entry.reply is not None:
-                del self._entries[request_id]
 
     # ---------------------------------------------------------------- local programs
 
