@@ -262,6 +262,7 @@ def test_the_command_line_goes_before_the_file(directory: Path) -> None:
         (["--port", "unix:relative"], "port 'unix:relative': expected"),
         (["--socket", "relative"], "command line: socket: 'relative' is no absolute path"),
         (["--socket-mode", "9"], "command line: socket-mode: '9' is no octal mode"),
+        (["--exit-without-port", "-1"], "'-1' is no whole number of seconds"),
         (["--config", "/no/such/file"], "/no/such/file: no such file"),
         (["--config", "/proc/self"], "/proc/self: cannot be read"),
         (["--config", "{file}"], "{file}:2: expected OPTION = VALUE"),

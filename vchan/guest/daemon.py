@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from vchan import __version__
-from vchan.errors import ConfigError, LinkError
+from vchan.errors import ConfigError, LinkError, PortAbsent
 from vchan.guest.port import DEFAULT_PORT, Port, port_opener
 from vchan.guest.router import Router
 from vchan.link import Link
 from vchan.loop import Loop, Timer
+from vchan.notify import ServiceManager
 from vchan.server import Credentials, LocalServer
 from vchan.session import (
     Config,
@@ -31,6 +32,7 @@ from vchan.session import (
     Silent,
     Violation,
 )
+from vchan.streams import Stream
 
 EXIT_OK: Final = 0
 EXIT_CONFIG: Final = 2
@@ -50,17 +52,21 @@ message would cost a tenth of all its work."""
 _ERROR, _WARNING, _INFO = 3, 4, 6
 
 USAGE: Final = f"""\
-usage: vchan-guest [--config FILE] [--port URL] [--socket PATH] [--socket-mode MODE] [--quiet]
+usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
+                   [--socket PATH] [--socket-mode MODE] [--quiet]
 
   --config FILE       read these options from FILE ({DEFAULT_CONFIG} if it is there):
                       lines of  option = value , without the dashes; # begins a comment
   --port URL          the channel [{DEFAULT_PORT}]
+  --exit-without-port SECONDS
+                      end when the port has been absent so long, for who starts the daemon
+                      when it appears [0: never]
   --socket PATH       where agents attach [{DEFAULT_SOCKET}]
   --socket-mode MODE  the socket's permissions, octal [0660]
   --quiet             log warnings and errors only
   --version, --help
 
-exit status: {EXIT_OK} ended by a signal; {EXIT_CONFIG} wrong arguments or configuration;
+exit status: {EXIT_OK} ended by a signal, or without its port; {EXIT_CONFIG} wrong arguments or configuration;
 {EXIT_SOCKET} the agents' socket cannot be made
 """
 
@@ -72,6 +78,7 @@ class Options(NamedTuple):
     socket: str = DEFAULT_SOCKET
     socket_mode: int = 0o660
     quiet: bool = False
+    exit_without_port_s: int = 0
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -96,16 +103,20 @@ def parse_options(arguments: list[str]) -> Options:
         port_opener(port)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.where}", error.problem) from error
+    where, absence = values.get("exit-without-port", ("", "0"))
+    if not absence.isdecimal():
+        problem = f"{absence!r} is no whole number of seconds"
+        raise ConfigError(f"{where}: exit-without-port", problem)
     where, socket = values.get("socket", ("", DEFAULT_SOCKET))
     if not socket.startswith("/"):
         raise ConfigError(f"{where}: socket", f"{socket!r} is no absolute path")
     where, quiet = values.get("quiet", ("", "no"))
     if quiet not in ("yes", "no"):
         raise ConfigError(f"{where}: quiet", f"{quiet!r} is neither yes nor no")
-    return Options(port, socket, mode, quiet == "yes")
+    return Options(port, socket, mode, quiet == "yes", int(absence))
 
 
-_NAMES: Final = ("port", "socket", "socket-mode", "quiet")
+_NAMES: Final = ("port", "exit-without-port", "socket", "socket-mode", "quiet")
 
 
 def _read_arguments(arguments: list[str]) -> dict[str, str]:
@@ -159,6 +170,7 @@ class Daemon:
     def __init__(self, options: Options) -> None:
         self.loop = Loop()
         self._quiet = options.quiet
+        self._manager = ServiceManager(self.loop)
         instance = os.urandom(16)
         name = os.uname().nodename
         self._session = Session(Config(Role.GUEST, instance, name), os.urandom)
@@ -166,9 +178,10 @@ class Daemon:
             "ping": dict,
             "info": lambda _: self.info(),
         }
-        self._port = Port(
-            self.loop, port_opener(options.port), self._session, self._handle, self._note
-        )
+        self._opener = port_opener(options.port)
+        self._exit_without_port_s = options.exit_without_port_s
+        self._absent_since_s: float | None = None
+        self._port = Port(self.loop, self._open_port, self._session, self._handle, self._note)
         self._router = Router(self._port.send, methods, self.loop.time())
         self._timer: Timer | None = None
         self._server = LocalServer(
@@ -186,9 +199,11 @@ class Daemon:
         # every 700 objects would cost a twentieth of all work.
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS)
+        self._manager.ready(f"agents at {self._server.path}")
         try:
             self.loop.run()
         finally:
+            self._manager.stopping()
             self._server.close()
             self._port.close()
             self.loop.close()
@@ -202,7 +217,9 @@ class Daemon:
                 self._set_timer()
             case Opened(peer, resumed):
                 self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
-                self._router.host_opened(resumed=resumed)
+                self._manager.status(f"host {peer.name}")
+                self._router.host_opened(resumed=resumed, now_s=self.loop.time())
+                self._set_timer()
             case Lost(first, until):
                 self._log(_WARNING, f"frames {first} to {until - 1} were lost: asked for again")
             case Violation(reason):
@@ -213,6 +230,25 @@ class Daemon:
                 self._log(_INFO, f"no word from the host for {for_s:.0f} s")
             case Heard():
                 self._log(_INFO, "the host is back")
+
+    def _open_port(self) -> Stream:
+        """Open the port; end the daemon if it has been absent for too long."""
+        try:
+            stream = self._opener()
+        except PortAbsent:
+            now_s = self.loop.time()
+            if self._absent_since_s is None:
+                self._absent_since_s = now_s
+            absent_s = now_s - self._absent_since_s
+            if self._exit_without_port_s and absent_s >= self._exit_without_port_s:
+                self._log(_INFO, f"no port for {absent_s:.0f} s: ending (exit-without-port)")
+                self.loop.stop()
+            raise
+        except LinkError:  # it is there
+            self._absent_since_s = None
+            raise
+        self._absent_since_s = None
+        return stream
 
     # ---------------------------------------------------------------- agents
 

@@ -29,6 +29,7 @@ from vchan.host.hypervisor import Hypervisor
 from vchan.host.local import Answer, LocalService, failure, result
 from vchan.loop import Loop, Timer
 from vchan.messages import Request
+from vchan.notify import ServiceManager
 from vchan.server import LocalServer
 
 LOG = logging.getLogger("vchan.host")
@@ -73,6 +74,7 @@ class Daemon:
     def __init__(self, conf: Any) -> None:
         options = conf[config.GROUP]
         self.loop = Loop()
+        self._manager = ServiceManager(self.loop)
         self._host = (options.host, os.urandom(16))
         self._policy = ChannelPolicy(
             config.TopicRule(options.listen_topics), frozenset(options.context_allow)
@@ -118,12 +120,14 @@ class Daemon:
         if self._broker is not None:
             self._broker.start()
         self._hypervisor.start()
+        self._manager.ready(f"{self._server.path}, {broker}")
         try:
             self.loop.run()
         finally:
             self._close()
 
     def _close(self) -> None:
+        self._manager.stopping()
         self._server.close()
         for channel in self._channels.values():
             channel.release("this host's daemon is stopping")
