@@ -85,14 +85,14 @@ def connect_unix(path: str) -> SocketStream:
     try:
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     except OSError as error:  # no descriptors left
-        raise _explain(path, error, "socket") from error
+        raise explain(path, error, "socket") from error
     client.setblocking(False)
     try:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         client.connect(path)
     except OSError as error:
         client.close()
-        raise _explain(path, error, "socket") from error
+        raise explain(path, error, "socket") from error
     return SocketStream(client, path)
 
 
@@ -128,7 +128,7 @@ def listen_unix(path: str, mode: int) -> socket.socket:
         server.listen(128)
     except OSError as error:
         server.close()
-        raise _explain(path, error, "directory") from error
+        raise explain(path, error, "directory") from error
     except LinkError:
         server.close()
         raise
@@ -196,7 +196,7 @@ def open_port(path: str) -> PortStream:
             raise NotAPort(path, problem)
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        raise _explain(path, error, "port") from error
+        raise explain(path, error, "port") from error
     if os.isatty(fd):
         os.close(fd)
         raise NotAPort(path, "is a terminal: give the path of a virtio-serial port")
@@ -221,7 +221,8 @@ def hangup_watch(stream: Stream) -> select.epoll:
     return watch
 
 
-def _explain(path: str, error: OSError, what: str) -> LinkError:
+def explain(path: str, error: OSError, what: str) -> LinkError:
+    """What an operator is told of an error at opening `path`, which should be a `what`."""
     match error.errno:
         case errno.ENOENT | errno.ENODEV | errno.ENXIO | errno.ENOTDIR:
             return PortAbsent(path, f"no such {what}: it may appear later")
@@ -232,9 +233,26 @@ def _explain(path: str, error: OSError, what: str) -> LinkError:
         case errno.EAGAIN:
             return PortBusy(path, "other clients are waiting for it already")
         case errno.EACCES | errno.EPERM:
-            user = f"uid {os.geteuid()}"
-            return PortDenied(path, f"{user} may not open it: see docs/host.md, permissions")
+            return PortDenied(path, f"uid {os.geteuid()} may not open it: {_permissions(path)}")
         case errno.ENOTSOCK | errno.EPROTOTYPE:
             return NotAPort(path, "is no stream socket")
         case _:  # a path that is too long has no errno
             return LinkError(path, f"cannot open this {what}: {error.strerror or error}")
+
+
+def _permissions(path: str) -> str:
+    """Who may open it, and what to do for others."""
+    for name in (path, os.path.dirname(path)):
+        try:
+            found = os.stat(name)
+        except FileNotFoundError:
+            continue  # a socket that was to be made: its directory says who may
+        except OSError:
+            return "a directory above it may not be entered"
+        owner = f"uid {found.st_uid}, gid {found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
+        do = "run as that user or in that group, or give access with a udev rule"
+        if not stat.S_ISCHR(found.st_mode):
+            do = "run as that user or in that group, or change the mode"
+        which = "it has" if name == path else f"{name} has"
+        return f"{which} {owner}; {do}"
+    return "its directory is missing"

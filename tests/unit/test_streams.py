@@ -230,5 +230,23 @@ def test_permissions(directory: Path) -> None:
         str(device),
         str(directory / "l"),
     ]
-    assert all("may not open it" in line for line in lines)
+    assert all(": uid 65534 may not open it: " in line for line in lines)
+    assert "it has uid 0, gid 0, mode 0600; run as that user or in that group" in lines[0]
+    assert lines[1].endswith("or give access with a udev rule")
+    assert f"{directory} has uid 0, gid 0, mode 0755; run as that user" in lines[2]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what this user may not open")
+def test_a_directory_that_may_not_be_entered(directory: Path) -> None:
+    program = DENIED.format(
+        root=str(ROOT), s=str(directory / "s"), p=str(directory / "p"), l=str(directory / "l")
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(
+        line.endswith("may not open it: a directory above it may not be entered") for line in lines
+    )
     assert PortDenied.__doc__

@@ -1,8 +1,11 @@
 """The guest's end of the channel: finds, opens and reopens it.
 
-virtio:org.openstack.vchan.0    the virtio-serial port of that name
-virtio:/dev/vport0p1            ... or that device
-unix:/path                      a unix socket (tests, namespaces)
+virtio:org.openstack.vchan.0              the virtio-serial port of that name
+virtio:/dev/vport0p1                      ... or that device
+virtio:\\\\.\\Global\\org.openstack.vchan.0  ... in Windows (untested)
+unix:/path                                a unix socket (tests, namespaces)
+serial:/dev/ttyS1?baudrate=115200         a serial line: `serial_port` has its options
+pyserial:socket://host:4000               one of pyserial's own URLs
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from vchan.session import Event, Session
 from vchan.streams import Stream, connect_unix, open_port
 
 DEFAULT_PORT: Final = "virtio:org.openstack.vchan.0"
+KINDS: Final = (
+    "virtio:NAME, virtio:/dev/..., unix:/path, serial:/dev/...?baudrate=115200, pyserial:URL"
+)
 PORTS_DIRECTORY: Final = "/dev/virtio-ports"
 REOPEN_S: Final = (0.02, 0.05, 0.1, 0.25)
 """Between attempts. A port that just lost its opener is busy for a moment; one that is unplugged
@@ -30,15 +36,29 @@ def port_opener(url: str) -> Callable[[], Stream]:
         ConfigError: It names no kind of port this program knows.
     """
     kind, _, name = url.partition(":")
+    if kind == "virtio" and name.startswith("\\\\"):
+        from vchan.guest import windows_port
+
+        windows_port.require_win32()
+        return lambda: windows_port.open_windows_port(name)
     if kind == "virtio" and name:
         path = name if name.startswith("/") else f"{PORTS_DIRECTORY}/{name}"
         return lambda: open_port(path)
     if kind == "unix" and name.startswith("/"):
         return lambda: connect_unix(name)
-    raise ConfigError(
-        f"port {url!r}",
-        f"expected virtio:NAME, virtio:/dev/..., or unix:/path; e.g. {DEFAULT_PORT}",
-    )
+    if kind in ("serial", "pyserial") and name:
+        return _serial_opener(kind, name)
+    raise ConfigError(f"port {url!r}", f"expected one of {KINDS}; e.g. {DEFAULT_PORT}")
+
+
+def _serial_opener(kind: str, name: str) -> Callable[[], Stream]:
+    from vchan.guest import serial_port  # here: it and pyserial cost start-up time
+
+    serial_port.require_pyserial()
+    if kind == "pyserial":
+        return serial_port.UrlOpener(name)
+    line = serial_port.parse_line(name)
+    return lambda: serial_port.open_line(line)
 
 
 class Port:

@@ -1,0 +1,361 @@
+"""The guest's port: its URLs, and serial lines on pseudo-terminals."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import socket
+import sys
+import termios
+import threading
+import time
+import tty
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vchan.errors import ConfigError, LinkError, NotAPort, PortAbsent, PortBusy
+from vchan.guest.port import port_opener
+from vchan.guest.serial_port import (
+    BRIDGE_READ_S,
+    BridgeStream,
+    Line,
+    SerialStream,
+    open_line,
+    parse_line,
+)
+from vchan.streams import Stream
+
+serial = pytest.importorskip("serial")
+
+WAIT_S = 20.0
+EVERY_BYTE = bytes(range(256))
+
+
+@pytest.fixture
+def line() -> Iterator[tuple[int, str]]:
+    """A pseudo-terminal as a kernel gives it, cooked and echoing: the other end, and its path."""
+    other, ours = pty.openpty()
+    os.set_blocking(other, False)
+    yield other, os.ttyname(ours)
+    with contextlib.suppress(OSError):
+        os.close(ours)
+    with contextlib.suppress(OSError):
+        os.close(other)
+
+
+def read_exactly(read: Callable[[], bytes], count: int) -> bytes:
+    data = b""
+    deadline_s = time.monotonic() + WAIT_S
+    while len(data) < count:
+        assert time.monotonic() < deadline_s, f"{len(data)} of {count} bytes"
+        try:
+            data += read()
+        except BlockingIOError:
+            time.sleep(0.001)
+    return data
+
+
+def pass_both_ways(stream: Stream, other_read: Callable[[], bytes], other_write: Any) -> None:
+    """Every value of a byte, and more of them than any buffer holds."""
+    sent = EVERY_BYTE * 512
+    for write, read in ((stream.write, other_read), (other_write, stream.read)):
+        received = bytearray()
+
+        def receive(read: Callable[[], bytes] = read, into: bytearray = received) -> None:
+            into += read_exactly(read, len(sent))
+
+        reader = threading.Thread(target=receive)
+        reader.start()
+        rest = sent
+        while rest:
+            try:
+                rest = rest[write(rest) :]
+            except BlockingIOError:
+                time.sleep(0.001)
+        reader.join(WAIT_S)
+        assert bytes(received) == sent
+
+
+# --- URLs
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("/dev/ttyS1", Line("/dev/ttyS1", 115200, "N", 1, False)),
+        ("/dev/hvc1?", Line("/dev/hvc1")),
+        (
+            "/dev/ttyUSB0?baudrate=9600&parity=E&stopbits=2&rtscts=yes",
+            Line("/dev/ttyUSB0", 9600, "E", 2, True),
+        ),
+        ("/dev/ttyS0?rtscts=no&", Line("/dev/ttyS0")),
+    ],
+)
+def test_a_line_and_its_options(text: str, line: Line) -> None:
+    assert parse_line(text) == line
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("tcp:1", "port 'tcp:1': expected one of virtio:NAME"),
+        ("virtio:", "port 'virtio:': expected one of"),
+        ("unix:relative", "port 'unix:relative': expected one of"),
+        ("serial:", "port 'serial:': expected one of"),
+        ("serial:ttyS1", "port 'serial:ttyS1': expected a device's path; e.g. serial:/dev/ttyS1"),
+        ("serial:COM3", "expected a device's path"),
+        ("serial:/dev/ttyS1?baudrate=fast", "baudrate=fast: expected bits per second"),
+        ("serial:/dev/ttyS1?baudrate=0", "baudrate=0: expected bits per second"),
+        ("serial:/dev/ttyS1?baudrate=-1", "baudrate=-1: expected bits per second"),
+        ("serial:/dev/ttyS1?parity=odd", "parity=odd: expected N (none), E (even) or O (odd)"),
+        ("serial:/dev/ttyS1?stopbits=3", "stopbits=3: expected 1 or 2"),
+        ("serial:/dev/ttyS1?rtscts=1", "rtscts=1: expected yes or no"),
+        ("serial:/dev/ttyS1?xonxoff=yes", "xonxoff=yes: no such option: a serial line has baud"),
+        ("pyserial:dance://x", "port 'pyserial:dance://x': pyserial cannot use it"),
+        ("virtio:\\\\.\\Global\\x", "port: a Windows path needs Windows"),
+    ],
+)
+def test_a_wrong_url_says_what_was_expected(url: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        port_opener(url)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["serial:/dev/ttyS1", "pyserial:socket://localhost:1"])
+def test_without_pyserial(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "serial", None)
+    with pytest.raises(ConfigError, match="install python3-serial"):
+        port_opener(url)
+
+
+# --- lines
+
+
+def test_a_line_is_raw_and_passes_every_byte_both_ways(line: tuple[int, str]) -> None:
+    other, path = line
+    stream = port_opener(f"serial:{path}")()
+    assert isinstance(stream, SerialStream)
+    with pytest.raises(BlockingIOError):  # not b"", which would mean that it was hung up
+        stream.read()
+    os.write(other, EVERY_BYTE)
+    assert read_exactly(stream.read, 256) == EVERY_BYTE
+    with pytest.raises(BlockingIOError):  # nothing is echoed
+        os.read(other, 1)
+    pass_both_ways(stream, lambda: os.read(other, 4096), lambda data: os.write(other, data))
+    stream.close()
+    stream.close()
+
+
+def test_a_line_has_no_flow_control(line: tuple[int, str]) -> None:
+    _, path = line
+    stream = open_line(Line(path))
+    iflag, oflag, cflag, lflag, _, _, characters = termios.tcgetattr(stream.fileno())
+    assert not iflag & (termios.IXON | termios.IXOFF | termios.ICRNL | termios.ISTRIP)
+    assert not iflag & termios.BRKINT
+    assert characters[termios.VMIN] == 1
+    assert not oflag & termios.OPOST
+    assert not cflag & termios.CRTSCTS
+    assert not lflag & (termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
+    stream.close()
+
+
+def test_options_reach_the_line(line: tuple[int, str]) -> None:
+    _, path = line
+    stream = open_line(parse_line(f"{path}?baudrate=9600&stopbits=2&rtscts=yes"))
+    _, _, cflag, _, ispeed, ospeed, _ = termios.tcgetattr(stream.fileno())
+    assert (ispeed, ospeed) == (termios.B9600, termios.B9600)
+    assert cflag & termios.CSTOPB
+    assert cflag & termios.CRTSCTS
+    stream.close()
+
+
+def test_a_line_that_takes_no_more_does_not_block(line: tuple[int, str]) -> None:
+    _, path = line
+    stream = open_line(Line(path))
+    with pytest.raises(BlockingIOError):
+        for _ in range(10_000):
+            stream.write(bytes(4096))
+    started_s = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started_s < 5
+
+
+def test_a_line_that_was_hung_up_ends(line: tuple[int, str]) -> None:
+    other, path = line
+    stream = open_line(Line(path))
+    os.close(other)
+    watch = select.poll()
+    watch.register(stream.fileno(), select.POLLIN)
+    assert watch.poll(WAIT_S * 1000)
+    try:
+        assert stream.read() == b""
+    except OSError as error:
+        assert not isinstance(error, BlockingIOError)
+    assert stream.ends_at_hangup
+    stream.close()
+
+
+def test_a_line_has_one_opener(line: tuple[int, str]) -> None:
+    _, path = line
+    other_program = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    fcntl.flock(other_program, fcntl.LOCK_EX)
+    with pytest.raises(PortBusy, match="another program has it open"):
+        open_line(Line(path))
+    os.close(other_program)
+    open_line(Line(path)).close()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "text"),
+    [
+        ("/dev/nothing", PortAbsent, "no such serial port: it may appear later"),
+        ("/dev/null", NotAPort, "is no serial line that works"),
+        ("/etc/hostname", NotAPort, "is no character device"),
+    ],
+)
+def test_what_is_no_line(path: str, kind: type[LinkError], text: str) -> None:
+    with pytest.raises(kind, match=text) as caught:
+        open_line(Line(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+# --- pyserial's URLs
+
+
+def opened(opener: Callable[[], Stream]) -> Stream:
+    """Ask until it is open, as the port does."""
+    deadline_s = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return opener()
+        except PortAbsent as error:
+            if "is being opened" not in str(error):
+                raise
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+
+
+def test_a_socket_through_pyserial() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        opener = port_opener(f"pyserial:socket://127.0.0.1:{server.getsockname()[1]}")
+        stream = opened(opener)
+        assert isinstance(stream, SerialStream)  # it has a descriptor: no thread in between
+        with server.accept()[0] as other:
+            with pytest.raises(BlockingIOError):
+                stream.read()
+            pass_both_ways(stream, lambda: other.recv(65536), other.send)
+            started_s = time.monotonic()
+        assert read_exactly(lambda: stream.read() or b"end", 3) == b"end"
+        stream.close()  # pyserial sleeps 0.3 s there
+        assert time.monotonic() - started_s < 0.3
+        again = opened(opener)
+        server.accept()[0].close()
+        again.close()
+
+
+def test_a_socket_that_nobody_listens_on_is_tried_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    opener = port_opener(f"pyserial:socket://127.0.0.1:{port}")
+    for _ in range(2):
+        with pytest.raises(PortAbsent, match=r"cannot be opened: .*refused"):
+            opened(opener)
+
+
+def test_a_device_through_pyserial(line: tuple[int, str]) -> None:
+    other, path = line
+    stream = opened(port_opener(f"pyserial:alt://{path}?class=Serial"))
+    assert isinstance(stream, SerialStream)
+    with pytest.raises(BlockingIOError):
+        stream.read()
+    pass_both_ways(stream, lambda: os.read(other, 4096), lambda data: os.write(other, data))
+    stream.close()
+
+
+# --- what has no descriptor
+
+
+class Telephone:
+    """A port as BridgeStream wants it, on a socket; blocks where pyserial would."""
+
+    def __init__(self) -> None:
+        self.far, self._near = socket.socketpair()
+        self._near.settimeout(BRIDGE_READ_S)
+        self.closed = threading.Event()
+        self.in_waiting = 0
+        self.fails = ""
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._near.recv(max(size, 4096))
+        except TimeoutError:
+            return b""
+
+    def write(self, data: bytes) -> None:
+        if self.fails:
+            raise OSError(self.fails)
+        self._near.sendall(data)
+
+    def close(self) -> None:
+        self._near.close()
+        self.closed.set()
+
+
+def test_a_bridge_passes_every_byte_both_ways() -> None:
+    port = Telephone()
+    stream = BridgeStream(port, "telephone")
+    with port.far as far:
+        with pytest.raises(BlockingIOError):
+            stream.read()
+        pass_both_ways(stream, lambda: far.recv(65536), far.send)
+        stream.close()
+        stream.close()
+        assert port.closed.wait(WAIT_S)
+
+
+def test_a_bridge_takes_no_more_than_its_port() -> None:
+    port = Telephone()
+    stream = BridgeStream(port, "telephone")
+    with port.far:
+        taken = 0
+        with pytest.raises(BlockingIOError):
+            for _ in range(100):
+                taken += stream.write(bytes(1 << 16))
+                time.sleep(0.01)
+        assert taken < 2 << 20
+        stream.close()
+
+
+def test_a_bridge_whose_port_breaks_says_why() -> None:
+    port = Telephone()
+    port.fails = "the modem\nis on fire"
+    stream = BridgeStream(port, "telephone")
+    with port.far:
+        stream.write(b"x")
+        with pytest.raises(OSError, match="the modem is on fire"):
+            read_exactly(lambda: stream.read() or b"end", 3)
+        assert port.closed.wait(WAIT_S)
+        stream.close()
+
+
+def test_a_url_without_a_descriptor_is_bridged() -> None:
+    stream = opened(port_opener("pyserial:loop://"))  # it gives back what is written
+    assert isinstance(stream, BridgeStream)
+    stream.write(EVERY_BYTE)
+    assert read_exactly(stream.read, 256) == EVERY_BYTE
+    stream.close()
+
+
+def test_raw_terminals_are_what_pyserial_makes() -> None:
+    """The line's other tests rest on this: a new pseudo-terminal is not raw by itself."""
+    other, ours = pty.openpty()
+    assert termios.tcgetattr(ours)[tty.LFLAG] & termios.ECHO
+    os.close(other)
+    os.close(ours)
