@@ -25,7 +25,7 @@ from tests.rig import rig_directory, wait_until
 from tests.rig.rabbit import RabbitServer
 from vchan.errors import ConfigError, LimitExceeded
 from vchan.host import broker as broker_module
-from vchan.host import broker_replies, broker_vm
+from vchan.host import broker_declared, broker_replies, broker_vm
 from vchan.host.broker import Broker
 from vchan.host.broker_config import BrokerConfig, BrokerHost, BrokerTls
 from vchan.host.broker_events import (
@@ -617,7 +617,8 @@ def test_a_silent_broker_is_given_up(config: BrokerConfig, topic: Topic, vm: str
 def test_a_broker_that_does_not_answer(
     config: BrokerConfig, topic: Topic, vm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_vm, "ANSWER_TIMEOUT_S", 0.5)
+    for module in (broker_vm, broker_declared):
+        monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.5)
     monkeypatch.setattr(broker_module, "WATCH_S", 0.1)
     (node,) = config.hosts
     other = str(uuid.uuid4())
@@ -662,8 +663,8 @@ def test_replies_are_confirmed_one_by_one(host: Host, rabbit: RabbitServer) -> N
             reply_q = queue if number % 3 else "nowhere"
             host.broker.publish_reply(reply_q, b"%d" % number, b"%d" % number)
         published = {event.key: event for event in host.events.take_all(Published, 1000)}
-        assert all(event.ok for event in published.values())
-        returned = {key for key, event in published.items() if event.reason == "returned"}
+        assert all(event.ok is not event.gone for event in published.values())
+        returned = {key for key, event in published.items() if event.gone}
         assert returned == {b"%d" % number for number in range(0, 1000, 3)}
         assert channel.queue_declare(queue, passive=True).message_count == 666
 
@@ -710,7 +711,7 @@ def test_a_broker_that_does_not_read(config: BrokerConfig) -> None:
         host.broker.publish_reply("nowhere", b"x" * 10_000_000, b"over REPLIES_BYTES_MAX")
         assert host.events.take(Published).reason == "limit"
         proxy.plug_it_in()
-        assert all(event.ok for event in host.events.take_all(Published, 30))
+        assert all(event.gone for event in host.events.take_all(Published, 30))
 
 
 def test_an_error_on_the_channel_for_replies(
@@ -756,7 +757,7 @@ def test_an_alarm_blocks_replies_alone(host: Host, rabbit: RabbitServer) -> None
         assert not host.events.take(Published, key=b"second").ok
     finally:
         rabbit.ctl("set_vm_memory_high_watermark", "0.4")
-    assert host.events.take(Published, key=b"first").ok
+    assert host.events.take(Published, key=b"first").gone
     assert not host.events.has(Disconnected)
 
 

@@ -1,15 +1,17 @@
-"""The broker: one thread, one AMQP connection, one channel per VM, one channel for replies.
+"""The broker: one thread, one AMQP connection, one channel per VM, some to publish on.
 
 Why not oslo.messaging's server: it acknowledges a request when it arrives, and takes a connection
 and a thread per VM. Here a request stays with the broker until `ack`; closing a VM's channel hands
 back, in order, all that was not acknowledged; and a channel's error touches that VM alone.
 
     broker          Broker: commands, the connection, who is next (this file)
-    broker_vm       Vm: a VM's channel, its queues and their exchanges
-    broker_replies  Publisher: the channel for replies
-    amqp_link       py-amqp made non-blocking
-    broker_events   what is posted
-    broker_config   where the broker is
+    broker_vm        Vm: a VM's channel and its queues
+    broker_replies   Publisher: the channel for replies to callers
+    broker_requests  Requests: publishes what guests ask of the control side
+    broker_declared  Declared: exchanges, and queues of notifications
+    amqp_link        py-amqp made non-blocking
+    broker_events    what is posted
+    broker_config    where the broker is
 
 Everything but `Broker`'s public methods runs on the broker's thread, and nothing there waits, but
 for the handshake of a new connection.
@@ -28,9 +30,19 @@ from typing import Final
 from vchan.errors import LimitExceeded
 from vchan.host.amqp_link import BROKEN, Link, ResourceError, spec
 from vchan.host.broker_config import BrokerConfig
-from vchan.host.broker_events import BrokerEvent, Connected, Disconnected, Published, Token
+from vchan.host.broker_declared import Declared
+from vchan.host.broker_events import (
+    BrokerEvent,
+    Connected,
+    Disconnected,
+    Publication,
+    Published,
+    Sent,
+    Token,
+)
 from vchan.host.broker_replies import Publisher, Reply
-from vchan.host.broker_vm import Exchange, Queue, Sweep, Vm, back_off, is_usable
+from vchan.host.broker_requests import Outgoing, Quota, Requests
+from vchan.host.broker_vm import Sweep, Vm, back_off, is_usable
 from vchan.host.envelope import REQUEST_BYTES_MAX
 from vchan.loop import Loop
 from vchan.messages import Topic
@@ -46,8 +58,6 @@ REPLY_BYTES_MAX: Final = REQUEST_BYTES_MAX
 """One reply: over RabbitMQ's own limit it would close the channel that all VMs' replies share."""
 DELETIONS_MAX: Final = 10_000
 """VMs whose queues are to be deleted when the broker is back."""
-EXCHANGES_MAX: Final = 1024
-"""Exchanges known to exist. It only saves asking, so over this it starts anew."""
 OPENINGS_MAX: Final = 32
 """VMs whose queues are being declared at a time: a broker that just came back has enough to do."""
 SETTLED_IN_S: Final = 10.0
@@ -66,7 +76,7 @@ class Broker:
     Promises
     - `Released` comes once for each time a VM's channel was lost or closed, and once for each
       `release` of a VM that has none. After it the VM's older tokens are ignored.
-    - `Published` comes once for each `publish_reply`.
+    - `Published` comes once for each `publish_reply`, `Sent` for each `publish_request`.
     - `Settled` comes for a `barrier` unless `Released` comes first.
     - Connections and channels that are lost are opened again, with back-off, until `release` or
       `stop`.
@@ -77,12 +87,13 @@ class Broker:
         self.post = post
         self.loop = Loop()
         self.link: Link | None = None
-        self._exchanges: dict[str, Exchange] = {}
+        self.declared = Declared(self)
         self._openings: deque[Vm] = deque()
         self._opening: set[Vm] = set()
         self._vms: dict[str, Vm] = {}
         self._deletions: dict[str, frozenset[Topic]] = {}
         self._publisher = Publisher(self)
+        self._requests = Requests(self)
         self._generations = 0
         self._hosts = list(config.hosts)
         if config.shuffle:
@@ -98,6 +109,7 @@ class Broker:
         self._commands: deque[Callable[[], None]] = deque()
         self._replies = 0
         self._replies_bytes = 0
+        self._quota = Quota()
 
     # ---------------------------------------------------------------- any thread
 
@@ -135,6 +147,13 @@ class Broker:
         if usable != topics:
             LOG.warning("%s: no names for a topic: %s", vm, sorted(topics - usable))
         self._submit(partial(self._consume, vm, usable))
+
+    def listen_for_answers(self, vm: str) -> None:
+        """Consume the VM's own queue, too, until `release`: what is in it comes as `Mail`.
+
+        Its name is `own_queue(vm)`. A channel that is open stays open.
+        """
+        self._submit(partial(self._listen, vm))
 
     def release(self, vm: str) -> None:
         """Close the VM's channel: the broker puts back, in order, what was not acknowledged."""
@@ -182,6 +201,26 @@ class Broker:
             self.reply_done(reply)
             raise
 
+    def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        """Publish a VM's request to the control side. `Sent` tells what became of it.
+
+        A VM's requests are published in the order of these commands. While the broker is away, or
+        REQUESTS_MAX, REQUESTS_BYTES_MAX, VM_REQUESTS_MAX or VM_REQUESTS_BYTES_MAX is exceeded, one
+        is not published and `Sent` says so.
+        """
+        outgoing = Outgoing(vm, request_id, publication)
+        with self._lock:
+            problem = self._quota.admit(outgoing)
+        if problem:
+            sent = Sent(vm, request_id, ok=False, unroutable=False, reason=problem)
+            self._submit(partial(self.post, sent))
+            return
+        try:
+            self._submit(partial(self._requests.publish, outgoing))
+        except LimitExceeded:
+            self.request_done(outgoing)
+            raise
+
     def delete_queues(self, vm: str, topics: frozenset[Topic]) -> None:
         """Delete the VM's queues, with what is in them. For a VM that is gone for good.
 
@@ -216,6 +255,12 @@ class Broker:
                 return
             self._vms[vm] = Vm(self, vm)
         self._vms[vm].want(topics)
+
+    def _listen(self, vm: str) -> None:
+        self._deletions.pop(vm, None)
+        if vm not in self._vms:
+            self._vms[vm] = Vm(self, vm)
+        self._vms[vm].listen()
 
     def _release(self, vm: str) -> None:
         self._vms.get(vm, Vm(self, vm)).release()
@@ -259,25 +304,6 @@ class Broker:
         self._generations += 1
         return self._generations
 
-    def has_exchange(self, queue: Queue, vm: Vm) -> bool:
-        """Whether the queue's exchange is there; if not yet, the VM is told when it is."""
-        exchange = self._exchanges.get(queue.exchange)
-        if exchange is None:
-            if len(self._exchanges) >= EXCHANGES_MAX:
-                self._forget_exchanges()
-            exchange = self._exchanges[queue.exchange] = Exchange(self, queue)
-        if not exchange.is_there:
-            exchange.waiting.add(vm)
-        return exchange.is_there
-
-    def forget_exchange(self, name: str) -> None:
-        """Ask for it again when it is needed."""
-        self._exchanges.pop(name, None)
-
-    def _forget_exchanges(self) -> None:
-        for name in [name for name, known in self._exchanges.items() if known.is_there]:
-            del self._exchanges[name]
-
     def line_up(self, vm: Vm) -> None:
         """It wants to open a channel."""
         self._openings.append(vm)
@@ -299,6 +325,11 @@ class Broker:
         with self._lock:
             self._replies -= 1
             self._replies_bytes -= len(reply.body)
+
+    def request_done(self, outgoing: Outgoing) -> None:
+        """It is confirmed, or will never be."""
+        with self._lock:
+            self._quota.done(outgoing)
 
     def _open_next(self) -> None:
         while self.link is not None and self._openings and len(self._opening) < OPENINGS_MAX:
@@ -323,7 +354,7 @@ class Broker:
             return
         host = self._hosts[self._host_index]
         try:
-            link = Link(self.config, host, self.loop, self._on_lost, self._publisher.on_blocked)
+            link = Link(self.config, host, self.loop, self._on_lost, self._on_blocked)
             link.connect()
         except BROKEN as error:
             self._on_no_connection(f"{host.address}: {error or type(error).__name__}")
@@ -341,11 +372,16 @@ class Broker:
     def _watch(self) -> None:
         self.loop.call_later(WATCH_S, self._watch)
         now_s = self.loop.time()
-        watched: list[Exchange | Vm] = [*self._exchanges.values(), *self._vms.values()]
+        self._requests.watch(now_s)
+        watched: list[Declared | Vm] = [self.declared, *self._vms.values()]
         for each in watched:
             if self.link is None or self._stopping:
                 return
             each.watch(self.link, now_s)
+
+    def _on_blocked(self, reason: str) -> None:
+        self._publisher.on_blocked(reason)
+        self._requests.on_blocked(reason)
 
     def _on_no_connection(self, reason: str) -> None:
         LOG.warning("no connection to the broker: %s", reason)
@@ -358,12 +394,13 @@ class Broker:
     def _on_lost(self, reason: str) -> None:
         """The connection is gone. First what that means, then that it is so."""
         self.link = None
-        self._exchanges.clear()
+        self.declared.clear()
         self._openings.clear()
         self._opening.clear()
         for vm in list(self._vms.values()):
             vm.on_disconnected(reason)
         self._publisher.on_disconnected(reason)
+        self._requests.on_disconnected(reason)
         self.post(Disconnected(reason))
         if self._stopping:
             self.loop.stop()

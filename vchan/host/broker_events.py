@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 from vchan.host.envelope import BrokerRequest
 from vchan.messages import Topic
@@ -15,6 +17,38 @@ class Token:
     vm: str
     generation: int
     tag: int
+
+
+class Form(StrEnum):
+    """How a request of a guest's is published."""
+
+    TOPIC = "topic"
+    """To a topic exchange, which is made sure of."""
+    FANOUT = "fanout"
+    """To a fanout exchange, likewise. If nobody listens, nobody hears it."""
+    NOTIFY = "notify"
+    """To a queue of notifications, which is made sure of: it waits there for a listener."""
+    MAIL = "mail"
+    """To a queue, if there is one."""
+
+
+class Publication(NamedTuple):
+    """A request of a guest's, as it is published.
+
+    Args:
+        exchange: Its whole name: oslo.messaging's "EXCHANGE", "TOPIC_fanout", or "" for MAIL.
+        routing_key: "TOPIC", "TOPIC.SERVER", "TOPIC.PRIORITY", "" for FANOUT; the queue for MAIL.
+        expiration_ms: The broker drops it, if it has not been taken by then.
+        mandatory: Say so when there is no queue for it. Else it goes nowhere, without a word; but
+            NOTIFY never does.
+    """
+
+    form: Form
+    exchange: str
+    routing_key: str
+    body: bytes
+    expiration_ms: int | None
+    mandatory: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +65,8 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class Consuming:
-    """The broker has confirmed the consumers of all topics asked for."""
+    """The broker has confirmed the consumers of all topics asked for, and of the VM's own queue if
+    that was asked for."""
 
     vm: str
 
@@ -84,6 +119,41 @@ class Settled:
     ids: tuple[bytes, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What became of a `publish_request`.
+
+    Args:
+        ok: The broker has it. Not `ok`: the broker may have it all the same, unless `unroutable`.
+        unroutable: There is no queue for it, or the broker would never take it: trying again is no
+            use.
+    """
+
+    vm: str
+    request_id: bytes
+    ok: bool
+    unroutable: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """A message in the VM's own queue: an answer, or a note. It is the broker's until `ack`."""
+
+    vm: str
+    token: Token
+    body: bytes
+
+
 BrokerEvent = (
-    Connected | Disconnected | Consuming | Delivered | Undecodable | Released | Published | Settled
+    Connected
+    | Disconnected
+    | Consuming
+    | Delivered
+    | Mail
+    | Undecodable
+    | Released
+    | Published
+    | Sent
+    | Settled
 )

@@ -1,4 +1,4 @@
-"""A VM at the broker: its queues, the exchanges they are bound to, the channel that consumes.
+"""A VM at the broker: its queues, and the channel that consumes from them.
 
 Rules of this file
 1. Nothing waits: every request to the broker is a `_Step`, whose answer comes back later.
@@ -18,21 +18,27 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.amqp_link import Channel, Inbound, Link, Owner, ResourceError, spec
 from vchan.host.broker_config import BrokerConfig
+from vchan.host.broker_declared import (
+    ANSWER_TIMEOUT_S,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    Declared,
+)
 from vchan.host.broker_events import (
     BrokerEvent,
     Consuming,
     Delivered,
+    Mail,
     Released,
     Settled,
     Token,
     Undecodable,
 )
-from vchan.host.envelope import BrokerRequest, EnvelopeError, decode
+from vchan.host.envelope import EnvelopeError, decode
 from vchan.loop import Loop, Timer
 from vchan.messages import NAME_BYTES_MAX, Topic
 
@@ -40,31 +46,21 @@ LOG = logging.getLogger(__name__)
 
 RETRY_MIN_S: Final = 1.0
 RETRY_MAX_S: Final = 30.0
-ANSWER_TIMEOUT_S: Final = 60.0
-"""For the broker to answer on a channel. A quorum queue may have to elect a leader first."""
 REPAIRS_MAX: Final = 8
 """Openings in a row that failed over what is declared how, each tried again at once."""
 
-_NOT_FOUND: Final = 404
-_PRECONDITION_FAILED: Final = 406
-
 
 class Hub(Protocol):
-    """What VMs and exchanges ask of the `Broker` they belong to."""
+    """What VMs ask of the `Broker` they belong to."""
 
     config: BrokerConfig
     loop: Loop
     link: Link | None
     post: Callable[[BrokerEvent], None]
+    declared: Declared
 
     def next_generation(self) -> int:
         """1, 2, ...: a channel's run."""
-
-    def has_exchange(self, queue: Queue, vm: Vm) -> bool:
-        """Whether the queue's exchange is there; if not yet, the VM is told when it is."""
-
-    def forget_exchange(self, name: str) -> None:
-        """Ask for it again when it is needed."""
 
     def line_up(self, vm: Vm) -> None:
         """It wants to open a channel."""
@@ -77,11 +73,10 @@ class Hub(Protocol):
 
 
 class Queue(NamedTuple):
-    """A queue of a VM's and what it is bound to."""
+    """A queue of a VM's for a topic, and what it is bound to."""
 
     name: str
     exchange: str
-    exchange_type: str
     routing_key: str
     topic: Topic
     fanout: bool
@@ -91,9 +86,14 @@ def queues_of(vm: str, topics: frozenset[Topic]) -> Iterator[Queue]:
     """Two for each topic: what is for this VM, and what is for all."""
     for topic in sorted(topics):
         direct = f"{topic.name}.{vm}"
-        yield Queue(direct, topic.exchange, "topic", direct, topic, fanout=False)
+        yield Queue(direct, topic.exchange, direct, topic, fanout=False)
         fanout = f"{topic.name}_fanout"
-        yield Queue(f"{fanout}_{vm}", fanout, "fanout", topic.name, topic, fanout=True)
+        yield Queue(f"{fanout}_{vm}", fanout, topic.name, topic, fanout=True)
+
+
+def own_queue(vm: str) -> str:
+    """The VM's own, for answers to its requests and for notes between hosts that serve it."""
+    return f"vchan_vm_{vm}"
 
 
 def is_usable(vm: str, topic: Topic) -> bool:
@@ -107,87 +107,28 @@ def is_usable(vm: str, topic: Topic) -> bool:
         return False
 
 
-def queue_arguments(config: BrokerConfig, *, fanout: bool) -> dict[str, Any]:
-    """Of a VM's queue. All hosts must agree, so they follow from the configuration alone."""
+def topic_arguments(config: BrokerConfig, *, fanout: bool) -> dict[str, Any]:
+    """Of a VM's queue for a topic."""
+    if fanout:
+        return _arguments(config, quorum=config.fanout_quorum, expires_s=config.fanout_expires_s)
+    return _arguments(config, quorum=config.quorum, expires_s=0)
+
+
+def own_arguments(config: BrokerConfig) -> dict[str, Any]:
+    """Of a VM's own queue: it expires as oslo.messaging's queues for replies do."""
+    quorum = config.quorum or config.fanout_quorum
+    return _arguments(config, quorum=quorum, expires_s=config.fanout_expires_s)
+
+
+def _arguments(config: BrokerConfig, *, quorum: bool, expires_s: int) -> dict[str, Any]:
+    """All hosts must agree, so they follow from the configuration alone."""
     arguments: dict[str, Any] = {"x-single-active-consumer": True}
-    if config.fanout_quorum if fanout else config.quorum:
+    if quorum:
         arguments["x-queue-type"] = "quorum"
         arguments.update(config.quorum_arguments)
-    if fanout and config.fanout_expires_s:
-        arguments["x-expires"] = config.fanout_expires_s * 1000
+    if expires_s:
+        arguments["x-expires"] = expires_s * 1000
     return arguments
-
-
-class Exchange(Owner):
-    """An exchange: made sure of before anything is bound to it.
-
-    On a channel of its own, because a "no" closes the channel. If it exists, it is taken as others
-    declared it; if not, it is declared as the configuration says.
-    """
-
-    def __init__(self, broker: Hub, queue: Queue) -> None:
-        config = broker.config
-        self._broker = broker
-        self._name = queue.exchange
-        self._type = queue.exchange_type
-        self._durable = config.fanout_quorum if queue.fanout else config.durable
-        self._auto_delete = queue.fanout or config.auto_delete
-        self._passive = True
-        self._code = 0
-        self._text = ""
-        self._asked_at_s = 0.0
-        self.waiting: set[Vm] = set()
-        self.is_there = False
-        self._ask()
-
-    def _ask(self) -> None:
-        """Open, declare, close, all in one go."""
-        link = self._broker.link
-        assert link is not None
-        self._code = 0
-        self._asked_at_s = self._broker.loop.time()
-        try:
-            channel = link.channel(self)
-        except ResourceError as error:
-            # Not now: the asker has not joined those who wait.
-            self._broker.loop.call_soon(partial(self._done, str(error)))
-            return
-        flags = (self._passive, self._durable, self._auto_delete, False, False)
-        args: tuple[Any, ...] = (0, self._name, self._type, *flags, {})
-        channel.ask(spec.Exchange.Declare, "BssbbbbbF", *args)
-        channel.close_softly()
-
-    def on_method(self, inbound: Inbound) -> None:
-        """The answer is complete when our close is answered; an error comes before that."""
-        if inbound.method == spec.Channel.Close:
-            self._code, self._text = inbound.args[:2]
-            inbound.channel.send_method(spec.Channel.CloseOk)
-        elif inbound.method == spec.Channel.CloseOk:
-            inbound.channel.collect()
-            self._conclude()
-
-    def watch(self, link: Link, now_s: float) -> None:
-        """Give up a connection that does not even say no."""
-        if not self.is_there and now_s - self._asked_at_s >= ANSWER_TIMEOUT_S:
-            link.fail(f"the broker did not answer for {ANSWER_TIMEOUT_S} s")
-
-    def _conclude(self) -> None:
-        if self._passive and self._code == _NOT_FOUND:
-            self._passive = False
-            self._ask()
-        elif self._code in (0, _PRECONDITION_FAILED):  # it is there, perhaps since a moment ago
-            self._done("")
-        else:
-            self._done(f"{self._code} {self._text}")
-
-    def _done(self, problem: str) -> None:
-        waiting, self.waiting = self.waiting, set()
-        self.is_there = not problem
-        if problem:
-            LOG.warning("exchange %s: %s", self._name, problem)
-            self._broker.forget_exchange(self._name)
-        for vm in waiting:
-            vm.on_exchange(problem)
 
 
 class _Step(NamedTuple):
@@ -199,6 +140,9 @@ class _Step(NamedTuple):
     answer: tuple[int, int]
     on_answer: Callable[[], None]
     subject: str = ""
+
+
+_NOTHING_SAID: Final[tuple[frozenset[Topic], bool]] = (frozenset(), False)
 
 
 class _Phase(enum.Enum):
@@ -217,11 +161,13 @@ class Vm(Owner):
         self._broker = broker
         self._phase = _Phase.IDLE
         self._topics: frozenset[Topic] = frozenset()
+        self._listens = False  # its own queue is wanted, too
         self._channel: Channel | None = None
         self._generation = 0
         self._steps: deque[_Step] = deque()
         self._asked: frozenset[Topic] = frozenset()  # of the topics: declared on this channel
-        self._said: frozenset[Topic] = frozenset()  # ... and told about by Consuming
+        self._asked_own = False  # likewise its own queue
+        self._said: tuple[frozenset[Topic], bool] = _NOTHING_SAID  # told about by Consuming
         self._consumers: dict[str, Queue] = {}  # by consumer tag, which is the queue's name
         self._unconfirmed: set[str] = set()  # consumer tags
         self._unacked: set[int] = set()
@@ -245,15 +191,25 @@ class Vm(Owner):
                 self._close("other topics are wanted", in_haste=True)
             elif topics - had:
                 self._set_up()
-        elif self._phase is not _Phase.CLOSING and not topics:
+        elif self._phase is not _Phase.CLOSING and not self._is_wanted:
             self._phase = _Phase.IDLE
             self._rest()
         elif self._phase is _Phase.IDLE and self._timer is None:
             self.open_in_turn()
 
+    def listen(self) -> None:
+        """Consume its own queue, too, until it is released."""
+        had, self._listens = self._listens, True
+        if had:
+            return
+        if self._phase in (_Phase.OPENING, _Phase.OPEN):
+            self._set_up()
+        elif self._phase is _Phase.IDLE and self._timer is None:
+            self.open_in_turn()
+
     def release(self) -> None:
         """Close the channel; Released follows in any case."""
-        self._topics = frozenset()
+        self._topics, self._listens = frozenset(), False
         if self._phase in (_Phase.OPENING, _Phase.OPEN):
             self._close("released", in_haste=True)
         elif self._phase is _Phase.CLOSING:
@@ -265,7 +221,7 @@ class Vm(Owner):
 
     def open_in_turn(self) -> None:
         """Queue up for opening, if there is something to open for."""
-        if self._phase is _Phase.IDLE and self._topics and self._broker.link is not None:
+        if self._phase is _Phase.IDLE and self._is_wanted and self._broker.link is not None:
             self._cancel_timer()
             self._phase = _Phase.WAITING
             self._broker.line_up(self)
@@ -285,6 +241,11 @@ class Vm(Owner):
         self._ask([self._qos(lambda: self._broker.post(Settled(self.vm, ids)))])
 
     @property
+    def _is_wanted(self) -> bool:
+        """Whether there is something to consume."""
+        return bool(self._topics) or self._listens
+
+    @property
     def _is_closing(self) -> bool:
         return self._phase is _Phase.CLOSING
 
@@ -295,7 +256,7 @@ class Vm(Owner):
         if self._phase is not _Phase.WAITING:
             return False
         self._phase = _Phase.IDLE
-        if not self._topics:
+        if not self._is_wanted:
             return False
         try:
             self._channel = link.channel(self)
@@ -317,23 +278,35 @@ class Vm(Owner):
         there. Consuming comes last, so that a failed declaration leaves nothing delivered.
         """
         self._cancel_set_up()
+        if self._listens and not self._asked_own:
+            self._asked_own = True
+            own = own_queue(self.vm)
+            self._ask([self._declare(own, own_arguments(self._broker.config))])
+            self._consume(own)
         missing = self._topics - self._asked
         ready = frozenset(topic for topic in missing if self._has_exchanges(topic))
         self._asked |= ready
         queues = list(queues_of(self.vm, ready))
         for queue in queues:
-            self._ask([self._declare_queue(queue), self._bind(queue)])
+            arguments = topic_arguments(self._broker.config, fanout=queue.fanout)
+            self._ask([self._declare(queue.name, arguments), self._bind(queue)])
         for queue in queues:
             if queue.name not in self._consumers:
-                self._consume(queue)
+                self._consumers[queue.name] = queue
+                self._consume(queue.name)
 
     def _has_exchanges(self, topic: Topic) -> bool:
         queues = queues_of(self.vm, frozenset({topic}))
+        declared = self._broker.declared
         # All are asked for, whatever the first one's answer.
-        lacking = [queue for queue in queues if not self._broker.has_exchange(queue, self)]
+        lacking = [
+            queue
+            for queue in queues
+            if not declared.has_exchange(queue.exchange, self, fanout=queue.fanout)
+        ]
         return not lacking
 
-    def on_exchange(self, problem: str) -> None:
+    def on_declared(self, problem: str) -> None:
         """An exchange that was waited for is there, or cannot be."""
         if self._phase not in (_Phase.OPENING, _Phase.OPEN):
             return
@@ -361,24 +334,21 @@ class Vm(Owner):
         args = (0, self._broker.config.prefetch, False)
         return _Step(spec.Basic.Qos, "lBb", args, spec.Basic.QosOk, on_answer)
 
-    def _declare_queue(self, queue: Queue) -> _Step:
-        passive = queue.name in self._as_it_is
-        arguments = queue_arguments(self._broker.config, fanout=queue.fanout)
-        args = (0, queue.name, passive, True, False, False, False, arguments)
-        answer = spec.Queue.DeclareOk
-        return _Step(spec.Queue.Declare, "BsbbbbbF", args, answer, _nothing, queue.name)
+    def _declare(self, name: str, arguments: dict[str, Any]) -> _Step:
+        flags = (name in self._as_it_is, True, False, False, False)
+        args = (0, name, *flags, arguments)
+        return _Step(spec.Queue.Declare, "BsbbbbbF", args, spec.Queue.DeclareOk, _nothing, name)
 
     def _bind(self, queue: Queue) -> _Step:
         args: tuple[Any, ...] = (0, queue.name, queue.exchange, queue.routing_key, False, {})
         answer = spec.Queue.BindOk
         return _Step(spec.Queue.Bind, "BsssbF", args, answer, _nothing, queue.exchange)
 
-    def _consume(self, queue: Queue) -> None:
+    def _consume(self, queue: str) -> None:
         """Not a _Step: it is the queue that answers, and so perhaps after later steps."""
         assert self._channel is not None
-        self._consumers[queue.name] = queue
-        self._unconfirmed.add(queue.name)
-        args: tuple[Any, ...] = (0, queue.name, queue.name, False, False, False, False, {})
+        self._unconfirmed.add(queue)
+        args: tuple[Any, ...] = (0, queue, queue, False, False, False, False, {})
         self._channel.ask(spec.Basic.Consume, "BssbbbbF", *args)
 
     def _on_answer(self) -> None:
@@ -390,8 +360,9 @@ class Vm(Owner):
         if self._phase is _Phase.OPENING:
             self._phase = _Phase.OPEN
             self._broker.opened(self)
-        if self._asked == self._topics != self._said:
-            self._said = self._topics
+        wanted = (self._topics, self._listens)
+        if (self._asked, self._asked_own) == wanted != self._said:
+            self._said = wanted
             self._failures = self._repairs = 0
             self._broker.post(Consuming(self.vm))
 
@@ -438,7 +409,11 @@ class Vm(Owner):
         token = Token(self.vm, self._generation, tag)
         self._unacked.add(tag)
         try:
-            request = _decode(content)
+            body = _body(content)
+            if consumer == own_queue(self.vm):
+                self._broker.post(Mail(self.vm, token, body))
+                return
+            request = decode(body, expiration=content.properties.get("expiration"))
         except EnvelopeError as error:
             self._broker.post(Undecodable(self.vm, token, error.reason))
             return
@@ -467,9 +442,9 @@ class Vm(Owner):
     def _repair(self, failed: _Step, code: int) -> bool:
         """Whether it is a matter of who declared what how; if so, the next opening knows better."""
         subject = failed.subject
-        missing, differs = code == _NOT_FOUND, code == _PRECONDITION_FAILED
+        missing, differs = code == NOT_FOUND, code == PRECONDITION_FAILED
         if failed.method == spec.Queue.Bind and missing:
-            self._broker.forget_exchange(subject)  # it deleted itself with its last queue
+            self._broker.declared.forget_exchange(subject)  # it deleted itself with its last queue
         elif failed.method == spec.Queue.Declare and differs:
             LOG.warning("%s: queue %s was declared otherwise: used as it is", self.vm, subject)
             self._as_it_is.add(subject)
@@ -513,7 +488,7 @@ class Vm(Owner):
         self._phase, self._channel = _Phase.IDLE, None
         self._generation = 0
         self._waiting_since_s = None
-        self._asked = self._said = frozenset()
+        self._asked, self._asked_own, self._said = frozenset(), False, _NOTHING_SAID
         self._unacked.clear()
         self._steps.clear()
         self._unconfirmed.clear()
@@ -526,7 +501,7 @@ class Vm(Owner):
     def _rest(self) -> None:
         """Without a channel: what next?"""
         in_haste, self._in_haste = self._in_haste, False
-        if not self._topics:
+        if not self._is_wanted:
             self._cancel_timer()
             self._broker.forget(self)
         elif self._broker.link is None:
@@ -550,12 +525,10 @@ class Vm(Owner):
             self._timer = None
 
 
-def _decode(content: Any) -> BrokerRequest:
-    headers = content.properties.get("application_headers") or {}
-    if "compression" in headers:
+def _body(content: Any) -> bytes:
+    if "compression" in (content.properties.get("application_headers") or {}):
         raise EnvelopeError("it is compressed (kombu_compression): that is not supported")
-    body = content.body or b""  # py-amqp's own default for an empty one is a str
-    return decode(bytes(body), expiration=content.properties.get("expiration"))
+    return bytes(content.body or b"")  # py-amqp's own default for an empty one is a str
 
 
 class Sweep(Owner):
@@ -569,8 +542,9 @@ class Sweep(Owner):
     def start(self, link: Link) -> None:
         """Open, delete, close, all in one go. A queue that is not there is no error."""
         channel = link.channel(self)
-        for queue in queues_of(self._vm, self._topics):
-            channel.ask(spec.Queue.Delete, "Bsbbb", 0, queue.name, False, False, False)
+        names = [queue.name for queue in queues_of(self._vm, self._topics)]
+        for name in [*names, own_queue(self._vm)]:
+            channel.ask(spec.Queue.Delete, "Bsbbb", 0, name, False, False, False)
         channel.close_softly()
 
     def on_method(self, inbound: Inbound) -> None:
