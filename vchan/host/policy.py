@@ -114,7 +114,8 @@ CONDUCTED: Final = frozenset({"cast", FANOUT, "call", "notify"})
 
 WHO_KEYS: Final = Facts._fields
 TARGET_KEYS: Final = ("server", "namespace", "method")
-MODES: Final = ("one-way-cast", "one-way-call", "cast", "call")
+ONE_WAY: Final = ("one-way-cast", "one-way-call")
+MODES: Final = (*ONE_WAY, "cast", "call")
 
 SELF: Final = "@self"
 """server:@self is the VM's own UUID."""
@@ -465,8 +466,6 @@ def _parse_target(line: _Line) -> dict[str, Glob]:
     """The fields of a Rule that say what it is about."""
     expected = "a target: any, TOPIC or EXCHANGE/TOPIC"
     word = line.next(expected)
-    if word in {effect.value for effect in Effect} | set(MODES):
-        raise line.error(f"{word!r} comes too early; expected {expected}")
     if ":" in word:
         raise line.error(
             f"{word!r} does not belong here; expected {expected}, after who: any or "
@@ -530,13 +529,11 @@ def _keys(keys: Sequence[str], without: dict[str, Glob]) -> str:
 def _parse_mode(line: _Line) -> list[Rule]:
     """A preset, as the rules it stands for."""
     who = _parse_who(line)
-    target: dict[str, Glob] = {}
-    if line.peek() not in ("one-way-cast", "one-way-call"):
-        target = _parse_target(line)
+    target = None if line.peek() in ONE_WAY else _parse_target(line)
     mode = line.next(f"one of {', '.join(MODES)}")
     if mode not in MODES:
         raise line.error(f"{mode!r}; expected one of {', '.join(MODES)}")
-    if target and mode.startswith("one-way"):
+    if target is not None and mode in ONE_WAY:
         raise line.error(f"{mode} has no target: nothing is sent to any")
     line.end("nothing after the mode")
 
@@ -554,13 +551,13 @@ def _parse_mode(line: _Line) -> list[Rule]:
         case "cast":
             return [
                 rule("reply", Effect.ALLOW),
-                rule("cast notify", Effect.ALLOW, **target),
+                rule("cast notify", Effect.ALLOW, **target or {}),
                 rule("call", Effect.DENY),
             ]
         case _:
             return [
                 rule("reply", Effect.ALLOW),
-                rule("cast call notify", Effect.ALLOW, **target),
+                rule("cast call notify", Effect.ALLOW, **target or {}),
             ]
 
 
