@@ -7,6 +7,11 @@
     agent.serve("agent", Endpoint())
     agent.run()
 
+On the guest's socket requests go out to the control side: those of a Client, and an agent's own.
+
+    agent.cast("conductor", "agent_started", {"version": 2})
+    agent.notify("notifications", "agent.started", {"version": 2})
+
 Light on purpose: the standard library only, no asyncio, so that an agent in a small guest starts in
 a fraction of a second. Code that already speaks oslo.messaging uses the vchan:// driver instead.
 """
@@ -14,6 +19,7 @@ a fraction of a second. Code that already speaks oslo.messaging uses the vchan:/
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
@@ -59,8 +65,10 @@ from vchan.messages import (
     CALL,
     EXPIRED,
     FANOUT,
+    NAME_BYTES_MAX,
     NO_AGENT,
     NO_DOMAIN,
+    NOTIFICATION,
     RELEASED,
     BadMessage,
     Cancel,
@@ -81,6 +89,8 @@ from vchan.streams import connect_unix
 
 AGENT_SOCKET: Final = "/run/vchan/agent.sock"
 HOST_SOCKET: Final = "/run/vchan/host.sock"
+HOST_TOPIC: Final = "vchan.host"
+"""The topic that a host's daemon serves itself."""
 EXCHANGE: Final = "openstack"
 """oslo.messaging's default control_exchange."""
 TIMEOUT_S: Final = 60.0
@@ -88,6 +98,8 @@ TIMEOUT_S: Final = 60.0
 OPEN_CALLS_MAX: Final = 1024
 """Requests of one client that wait for an answer."""
 RECONNECT_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+ACK_LOOK_S: Final = 0.005
+"""How often `when_acknowledged` looks: an acknowledgement comes after 20 ms at the latest."""
 
 # Whatever is not listed has not run.
 _REASONS: Final[dict[int, type[RequestError]]] = {
@@ -106,7 +118,8 @@ class Connection:
         path: The daemon's socket.
         name: Ours, for the daemon's log.
         deliver: Told each request and cancellation that arrives.
-        changed: Told when the daemon is there (True) or not (False), with the reason.
+        changed: Told when the daemon is there (True) or not (False), with the reason. It is told
+            False before each new session: a daemon that lost us gives our requests to others.
     """
 
     def __init__(
@@ -128,7 +141,11 @@ class Connection:
         self._retry: Timer | None = None
         self._timer: Timer | None = None
         self._waiting: dict[bytes, Callable[[Outcome], object]] = {}
+        self.is_up = False
         self.topics: tuple[Topic, ...] = ()
+        self.servers: tuple[Topic, ...] = ()
+        self.daemon_topics: tuple[Topic, ...] = ()
+        """What the daemon says that it serves itself: a host's names "vchan.host"."""
         self.requester = Requester(self._send)
         self.responder = Responder(self._send)
 
@@ -166,12 +183,18 @@ class Connection:
     def _lost(self, reason: str) -> None:
         self._link = None
         if not self._closed:
-            self._changed(False, reason)
+            self._down(reason)
             self._plan_retry()
+
+    def _down(self, reason: str) -> None:
+        self.is_up = False
+        self.daemon_topics = ()
+        self._changed(False, reason)
 
     def close(self) -> None:
         """Close it for good."""
         self._closed = True
+        self.is_up = False
         for timer in (self._retry, self._timer):
             if timer is not None:
                 timer.cancel()
@@ -192,11 +215,29 @@ class Connection:
 
     # ---------------------------------------------------------------- talking
 
-    def subscribe(self, topics: tuple[Topic, ...]) -> None:
-        """Serve these topics, now and after every reconnection."""
-        self.topics = topics
+    def subscribe(self, topics: tuple[Topic, ...], servers: tuple[Topic, ...] = ()) -> None:
+        """Serve these topics, now and after every reconnection.
+
+        Args:
+            servers: Names of this very server ("topic.server"). Only a host's daemon is told of
+                them: in a guest the one server name is the VM's, and the host knows it.
+        """
+        self.topics, self.servers = topics, servers
         if self.requester.connected:
-            self._send(encode(Subscribe(topics)), CONTROL)
+            self._say_topics()
+
+    def _say_topics(self) -> None:
+        is_host = any(topic.name == HOST_TOPIC for topic in self.daemon_topics)
+        topics = self.topics + self.servers if is_host else self.topics
+        self._send(encode(Subscribe(topics)), CONTROL)
+
+    def when_acknowledged(self, callback: Callable[[], object]) -> None:
+        """Call back as soon as the daemon has handled all that was said to it so far."""
+        session = self._session
+        if self.is_up and not session.backlog_bytes and not session.unacknowledged:
+            callback()
+        elif not self._closed:
+            self.loop.call_later(ACK_LOOK_S, lambda: self.when_acknowledged(callback))
 
     def submit(self, request: Request, told: Callable[[Outcome], object]) -> None:
         """Send a request; `told` hears every outcome.
@@ -209,7 +250,12 @@ class Connection:
             raise LimitExceeded("open requests", limit + 1, limit, "OPEN_CALLS_MAX")
         self.requester.submit(request, self.loop.time())
         self._waiting[request.id] = told
-        self._set_timer()
+        self._wake_at(self.requester.next_timeout())
+
+    def withdraw(self, request_id: bytes) -> None:
+        """Nobody waits for this request any more: `told` hears nothing further."""
+        if self._waiting.pop(request_id, None) is not None:
+            self.requester.cancel(request_id)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -219,18 +265,22 @@ class Connection:
                 self._attempts = 0
                 if not resumed:
                     self._begin()
+                self.is_up = True
                 self._changed(True, "")
             case Refused(reason):
-                self._changed(False, reason)
+                self._down(reason)
             case _:
                 pass
 
     def _begin(self) -> None:
+        if self.is_up:
+            self._down("the session began anew")
         for chunk in id_chunks(self.responder.remembered()):
             self._send(encode(Holding(chunk)), CONTROL)
         if self.topics:
-            self._send(encode(Subscribe(self.topics)), CONTROL)
+            self._say_topics()
         self.requester.opened(self.loop.time())
+        self._wake_at(self.requester.next_timeout())
 
     def _receive(self, data: bytes) -> None:
         message = decode(data)
@@ -238,10 +288,15 @@ class Connection:
             case Request() | Cancel() | Settled():
                 for delivery in self.responder.receive(message, self.loop.time()):
                     self._deliver(delivery)
+                self._wake_at(self.responder.next_timeout())
             case Reply() | Receipt() | Returned():
                 for outcome in self.requester.receive(message):
                     self._tell(outcome)
-            case BadMessage() | Subscribe() | Holding():
+            case Subscribe(topics):
+                self.daemon_topics = topics
+                if self.servers:
+                    self._say_topics()
+            case BadMessage() | Holding():
                 pass  # a newer daemon's; nothing here depends on it
 
     def _tell(self, outcome: Outcome) -> None:
@@ -253,8 +308,9 @@ class Connection:
         if told is not None:
             told(outcome)
 
-    def _set_timer(self) -> None:
-        at_s = self.requester.next_timeout()
+    # ---------------------------------------------------------------- time
+
+    def _wake_at(self, at_s: float | None) -> None:
         if at_s is not None and (self._timer is None or at_s < self._timer.at_s):
             if self._timer is not None:
                 self._timer.cancel()
@@ -262,13 +318,17 @@ class Connection:
 
     def _timed_out(self) -> None:
         self._timer = None
-        for outcome in self.requester.handle_timeout(self.loop.time()):
+        now_s = self.loop.time()
+        for outcome in self.requester.handle_timeout(now_s):
             self._tell(outcome)
-        self._set_timer()
+        for delivery in self.responder.handle_timeout(now_s):
+            self._deliver(delivery)
+        self._wake_at(self.requester.next_timeout())
+        self._wake_at(self.responder.next_timeout())
 
 
 class _Pending:
-    """A caller that waits, in another thread than the loop's."""
+    """Somebody who waits for a request's outcome."""
 
     __slots__ = ("done", "outcome", "problem")
 
@@ -282,12 +342,148 @@ class _Pending:
             self.outcome = outcome
             self.done.set()
 
-    def fail(self, problem: Exception) -> None:
-        self.problem = problem
-        self.done.set()
+    def submit(self, connection: Connection, request: Request) -> None:
+        """In the loop's thread."""
+        try:
+            connection.submit(request, self.tell)
+        except LimitExceeded as error:
+            self.problem = error
+            self.done.set()
+
+    def result(self) -> Outcome:
+        """Once it is done."""
+        if self.problem is not None:
+            raise self.problem
+        assert self.outcome is not None
+        return self.outcome
 
 
-class Client:
+class _Caller:
+    """What Client and Agent share: requests to others."""
+
+    def call(
+        self,
+        topic: str,
+        method: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a method and wait for its result.
+
+        Args:
+            server: On a host: the VM, by UUID or name, or a server of a local program. In a guest:
+                the control side's server.
+            timeout_s: Over 0 and at most 86400.
+
+        Raises:
+            CallTimeout: No answer in time. The method may have run.
+            NoSuchDomain, NoSuchAgent, Rejected: It has not run.
+            AgentGone: The agent went away. The method may have run.
+            RemoteError: The method ran and raised.
+            LimitExceeded: The request is too large, or too many are open.
+            LinkDown: No session with the daemon within the time. Nothing was sent.
+        """
+        body = encode_invocation(
+            method, args or {}, namespace=namespace, version=version, context=context
+        )
+        outcome = self._ask(CALL, exchange, topic, server, body, timeout_s)
+        match outcome:
+            case Answered(_, False, result):
+                return _parse(result)
+            case Answered(_, True, failure):
+                class_name, text = decode_failure(failure)
+                raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
+            case _:
+                raise _error_of(outcome, timeout_s)
+
+    def cast(
+        self,
+        topic: str,
+        method: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        fanout: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Send a request and wait until somebody has taken responsibility for it: on a host who
+        serves the topic, in a guest the control side's broker.
+
+        Raises:
+            CallTimeout: Nobody took it in time; it has been withdrawn, but may have been taken.
+            Others: as `call`.
+        """
+        body = encode_invocation(
+            method, args or {}, namespace=namespace, version=version, context=context
+        )
+        self._hand_over(FANOUT if fanout else 0, exchange, topic, server, body, timeout_s)
+
+    def notify(
+        self,
+        topic: str,
+        event_type: str,
+        payload: Any = None,
+        *,
+        priority: str = "info",
+        publisher_id: str = "",
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Send a notification and wait until somebody has taken responsibility for it.
+
+        Args:
+            topic: Without the priority, e.g. "notifications".
+            priority: A name in lower case that oslo.messaging has a method for.
+            publisher_id: Who says so; empty: this machine's name.
+
+        Raises:
+            As `cast`.
+        """
+        args = {
+            "publisher_id": publisher_id or os.uname().nodename,
+            "event_type": event_type,
+            "payload": payload,
+            "metadata": _new_metadata(),
+        }
+        body = encode_invocation(priority, args, context=context)
+        self._hand_over(NOTIFICATION, exchange, topic, "", body, timeout_s)
+
+    def _hand_over(
+        self, flags: int, exchange: str, topic: str, server: str, body: bytes, timeout_s: float
+    ) -> None:
+        outcome = self._ask(flags, exchange, topic, server, body, timeout_s)
+        if not isinstance(outcome, Taken):
+            raise _error_of(outcome, timeout_s)
+
+    def _ask(
+        self, flags: int, exchange: str, topic: str, server: str, body: bytes, timeout_s: float
+    ) -> Outcome:
+        if not 0 < timeout_s <= 86400:
+            raise ConfigError("timeout_s", f"{timeout_s} is not over 0 and at most 86400 seconds")
+        for what, name in (("topic", topic), ("server", server), ("exchange", exchange)):
+            if len(name.encode()) > NAME_BYTES_MAX:
+                raise LimitExceeded(what, len(name.encode()), NAME_BYTES_MAX, "NAME_BYTES_MAX")
+        timeout_ms = max(1, int(timeout_s * 1000))
+        request = Request(os.urandom(16), flags, timeout_ms, 0, exchange, topic, server, body)
+        return self._outcome_of(request, timeout_s)
+
+    def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
+        """Send a request and wait for its outcome, which is no Heartbeat."""
+        raise NotImplementedError
+
+
+class Client(_Caller):
     """Calls and casts. Safe from several threads; calls do not block each other.
 
     Args:
@@ -319,101 +515,14 @@ class Client:
         else:
             self._ready.clear()
 
-    def call(
-        self,
-        topic: str,
-        method: str,
-        args: Mapping[str, Any] | None = None,
-        *,
-        server: str = "",
-        timeout_s: float = TIMEOUT_S,
-        exchange: str = EXCHANGE,
-        namespace: str | None = None,
-        version: str | None = None,
-        context: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call a method and wait for its result.
-
-        Args:
-            server: On a host: the VM, by UUID or name.
-            timeout_s: Over 0 and at most 86400.
-
-        Raises:
-            CallTimeout: No answer in time. The method may have run.
-            NoSuchDomain, NoSuchAgent, Rejected: It has not run.
-            AgentGone: The agent went away. The method may have run.
-            RemoteError: The method ran and raised.
-            LimitExceeded: The request is too large, or too many are open.
-            LinkDown: No session with the daemon within the time. Nothing was sent.
-        """
-        body = encode_invocation(
-            method, args or {}, namespace=namespace, version=version, context=context
-        )
-        outcome = self._request(topic, body, server, CALL, timeout_s, exchange)
-        match outcome:
-            case Answered(_, False, result):
-                return _parse(result)
-            case Answered(_, True, failure):
-                class_name, text = decode_failure(failure)
-                raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
-            case _:
-                raise _error_of(outcome, timeout_s)
-
-    def cast(
-        self,
-        topic: str,
-        method: str,
-        args: Mapping[str, Any] | None = None,
-        *,
-        server: str = "",
-        fanout: bool = False,
-        timeout_s: float = TIMEOUT_S,
-        exchange: str = EXCHANGE,
-        namespace: str | None = None,
-        version: str | None = None,
-        context: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Send a request and wait until an agent has taken responsibility for it.
-
-        Raises:
-            CallTimeout: Nobody took it in time; it has been withdrawn, but may have been taken.
-            Others: as `call`.
-        """
-        body = encode_invocation(
-            method, args or {}, namespace=namespace, version=version, context=context
-        )
-        flags = FANOUT if fanout else 0
-        outcome = self._request(topic, body, server, flags, timeout_s, exchange)
-        if not isinstance(outcome, Taken):
-            raise _error_of(outcome, timeout_s)
-
-    def _request(
-        self, topic: str, body: bytes, server: str, flags: int, timeout_s: float, exchange: str
-    ) -> Outcome:
-        if not 0 < timeout_s <= 86400:
-            raise ConfigError("timeout_s", f"{timeout_s} is not over 0 and at most 86400 seconds")
-        for what, name in (("topic", topic), ("server", server), ("exchange", exchange)):
-            if len(name.encode()) > 255:
-                raise LimitExceeded(what, len(name.encode()), 255, "NAME_BYTES_MAX")
+    def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
         if not self._ready.wait(min(timeout_s, 5.0)):
             raise LinkDown(self._connection.path, self._problem or "the daemon does not answer")
-        request = Request(
-            os.urandom(16), flags, max(1, int(timeout_s * 1000)), 0, exchange, topic, server, body
-        )
         pending = _Pending()
-        self._loop.call_soon_threadsafe(lambda: self._submit(request, pending))
+        self._loop.call_soon_threadsafe(lambda: pending.submit(self._connection, request))
         if not pending.done.wait(timeout_s + 1.0):  # the loop's own deadline comes first
             raise CallTimeout(f"no answer within {timeout_s:g} s")
-        if pending.problem is not None:
-            raise pending.problem
-        assert pending.outcome is not None
-        return pending.outcome
-
-    def _submit(self, request: Request, pending: _Pending) -> None:
-        try:
-            self._connection.submit(request, pending.tell)
-        except LimitExceeded as error:
-            pending.fail(error)
+        return pending.result()
 
     def close(self) -> None:
         """Close the connection and end the thread. Calls that wait time out. Harmless twice."""
@@ -444,6 +553,15 @@ def _no_log(_: str) -> None:
     pass
 
 
+def _new_metadata() -> dict[str, str]:
+    """As oslo.messaging's own notifier makes it."""
+    import datetime  # here: they cost start-up time
+    import uuid
+
+    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+    return {"message_id": str(uuid.uuid4()), "timestamp": str(now)}
+
+
 def _parse(result: bytes) -> Any:
     try:
         return json.loads(result)
@@ -465,12 +583,12 @@ class _Endpoint(NamedTuple):
     version: str
 
 
-class Agent:
-    """Serves topics: runs the methods that the control side calls.
+class Agent(_Caller):
+    """Serves topics: runs the methods that the control side calls; and calls out itself.
 
     Methods run on the thread that calls `run`, one at a time, unless `workers` is over 0. A cast is
     acknowledged before its method runs, as oslo.messaging's own server does, so a method never
-    runs twice.
+    runs twice. A method may call, cast and notify: meanwhile no other begins on its thread.
 
     Args:
         path: The guest daemon's socket.
@@ -489,6 +607,10 @@ class Agent:
         self._log = log or _no_log
         self._connection = Connection(self.loop, path, "agent", self._deliver, self._changed)
         self._endpoints: dict[Topic, list[_Endpoint]] = {}
+        self._inbox: deque[Request] = deque()
+        self._is_working = False
+        self._thread = 0  # who runs the loop
+        self._stopped = False
         self._pool: Any = None
         if workers:
             from concurrent.futures import ThreadPoolExecutor  # here: it costs start-up time
@@ -515,10 +637,12 @@ class Agent:
 
     def run(self) -> None:
         """Serve until `stop`. Waits for the daemon when it is not there."""
+        self._thread = threading.get_ident()
         self._connection._reconnect()
         try:
             self.loop.run()
         finally:
+            self._stopped = True
             self._connection.close()
             if self._pool is not None:
                 self._pool.shutdown(wait=True, cancel_futures=True)
@@ -526,24 +650,70 @@ class Agent:
 
     def stop(self) -> None:
         """End `run`. From any thread or signal handler."""
+        self._stopped = True
         self.loop.stop()
+
+    # ---------------------------------------------------------------- calling
+
+    def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
+        pending = _Pending()
+        if threading.get_ident() == self._thread:
+            pending.submit(self._connection, request)
+            while not (pending.done.is_set() or self._stopped):
+                self.loop.run_once()
+        else:  # of a worker, or of a thread of the program's own
+            self.loop.call_soon_threadsafe(lambda: pending.submit(self._connection, request))
+            pending.done.wait(timeout_s + 1.0)  # the loop's own deadline comes first
+        if not pending.done.is_set():
+            problem = "the agent is stopping" if self._stopped else "the agent is not running"
+            raise LinkDown(self._connection.path, problem)
+        return pending.result()
+
+    # ---------------------------------------------------------------- serving
 
     def _changed(self, up: bool, reason: str) -> None:
         self._log("connected" if up else reason)
+        if not up:
+            self._drop_untaken()
+
+    def _drop_untaken(self) -> None:
+        """The daemon gives the casts we have not acknowledged to another agent, or to us again."""
+        for request in [request for request in self._inbox if not request.is_call]:
+            self._inbox.remove(request)
+            self._connection.responder.give_back(request.id, RELEASED, "")
 
     def _deliver(self, delivery: Delivery) -> None:
         match delivery:
-            case Deliver():
-                request = delivery.request
-                if not request.is_call:
-                    self._connection.responder.take(request.id, self.loop.time())
-                    self._connection.flush()
-                if self._pool is None:
-                    self._finish(request, *self._run_method(request))
-                else:
-                    self._pool.submit(self._run_in_pool, request)
+            case Deliver(request):
+                self._inbox.append(request)
+                if len(self._inbox) == 1:
+                    # Not at once: a method that calls out lets the connection receive again.
+                    self.loop.call_soon(self._work)
             case Cancelled():
                 pass  # a thread cannot be stopped; its answer will find nobody
+
+    def _work(self) -> None:
+        """One request a turn: its answer goes out before the next begins."""
+        if self._is_working or not self._inbox:
+            return
+        self._is_working = True
+        self._begin(self._inbox.popleft())
+        self._is_working = False
+        if self._inbox:
+            self.loop.call_soon(self._work)
+
+    def _begin(self, request: Request) -> None:
+        responder = self._connection.responder
+        if not request.is_call:
+            if not responder.take(request.id, self.loop.time()):
+                return  # withdrawn, or its time is over
+            self._connection.flush()
+        elif request.id not in responder:
+            return  # likewise
+        if self._pool is None:
+            self._finish(request, *self._run_method(request))
+        else:
+            self._pool.submit(self._run_in_pool, request)
 
     def _run_in_pool(self, request: Request) -> None:
         failed, body = self._run_method(request)

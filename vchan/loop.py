@@ -155,7 +155,10 @@ class Loop:
         self._stopping = False
 
     def run_once(self, wait_s: float | None = None) -> None:
-        """One turn: wait for something, or `wait_s` seconds at most, and do it."""
+        """One turn: wait for something, or `wait_s` seconds at most, and do it.
+
+        A callback of `call_soon` may run turns itself, to wait for something.
+        """
         watches = self._watches
         for fd, events in self._epoll.poll(self._patience(wait_s), _EVENTS_MAX):
             watch = watches.get(fd)  # None: removed by who was called before it
@@ -172,6 +175,8 @@ class Loop:
                 heappop(timers)[2]._run()
         soon = self._soon
         for _ in range(len(soon)):
+            if not soon:  # one of them has run a turn itself
+                return
             soon.popleft()()
 
     def _patience(self, wait_s: float | None) -> float | None:

@@ -421,8 +421,8 @@ BUGS: Final = (
         "an agent runs before it gives its receipt",
         Patch(
             _CLIENT,
-            "                    self._connection.responder.take(request.id, self.loop.time())\n",
-            "                    pass\n",
+            "            if not responder.take(request.id, self.loop.time()):\n",
+            "            if False:\n",
         ),
         Simulation(0),
     ),
