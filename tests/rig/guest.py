@@ -104,6 +104,10 @@ class GuestSpec:
     image: GuestImage
     services: tuple[Service, ...] = ()
     ports: tuple[str, ...] = (VCHAN_PORT,)
+    serials: tuple[str, ...] = ()
+    """Names of isa-serial ports' sockets: ttyS1 and on (ttyS0 is the kernel's console)."""
+    consoles: tuple[str, ...] = ()
+    """Names of virtio consoles' sockets: hvc0 and on."""
     memory_mib: int = 256
 
 
@@ -286,8 +290,13 @@ class QemuGuest:
             *("-qmp", f"unix:{self.directory / 'qmp'},server=on,wait=off"),
             *("-device", "virtio-serial-pci,id=serial0,max_ports=16"),
         ]
-        for name in (SHELL_PORT, *spec.ports):
-            device = ",".join(f"{key}={value}" for key, value in _port_device(name).items())
+        devices = [
+            *((name, _port_device(name)) for name in (SHELL_PORT, *spec.ports)),
+            *((name, _tty_device(name, "isa-serial")) for name in spec.serials),
+            *((name, _tty_device(name, "virtconsole")) for name in spec.consoles),
+        ]
+        for name, properties in devices:
+            device = ",".join(f"{key}={value}" for key, value in properties.items())
             chardev = f"socket,id=c-{name},path={self.port(name)},server=on,wait=off"
             command += ["-chardev", chardev, "-device", device]
         if self._snapshot is not None:
@@ -353,13 +362,12 @@ def connect(
 
 
 def _port_device(name: str) -> dict[str, str]:
+    return _tty_device(name, "virtserialport") | {"name": name}
+
+
+def _tty_device(name: str, driver: str) -> dict[str, str]:
     # A comma would end the option, and QEMU wants ids to be words.
     if not re.fullmatch(r"[A-Za-z][\w.-]*", name):
         raise ValueError(f"not a port's name: {name!r}")
-    return {
-        "driver": "virtserialport",
-        "bus": "serial0.0",
-        "id": f"p-{name}",
-        "chardev": f"c-{name}",
-        "name": name,
-    }
+    device = {"driver": driver, "id": f"p-{name}", "chardev": f"c-{name}"}
+    return device if driver == "isa-serial" else {**device, "bus": "serial0.0"}
