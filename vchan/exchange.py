@@ -358,6 +358,14 @@ class Responder:
         """Every id we would recognise: settled, then running, then over, oldest first."""
         return (*self._settled, *self._running, *self._over)
 
+    def over(self) -> tuple[tuple[bytes, bool], ...]:
+        """(id, is a call) of what is taken or answered, and not settled."""
+        return tuple((request_id, record.call) for request_id, record in self._over.items())
+
+    def is_over(self, request_id: bytes) -> bool:
+        """It is taken or answered, and not settled."""
+        return request_id in self._over
+
     def receive(self, message: Message, now_s: float) -> list[Delivery]:
         """Take a Request, Cancel or Settled; return what is to be done."""
         match message:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from tests.rig import wait_until
+from tests.rig.gates import OpenGate, offer_nothing
 from vchan.bodies import encode_invocation
 from vchan.exchange import Answered, Heartbeat, Outcome
-from vchan.host.channels import Channel, ChannelPolicy
+from vchan.host.channels import Channel
 from vchan.loop import Loop
 from vchan.messages import CALL, Request
 
@@ -32,9 +33,18 @@ class HostEnd:
     def __init__(self, path: Path, *, name: str = "host", instance: bytes | None = None) -> None:
         self.log: list[str] = []
         self._loop = Loop()
-        policy = ChannelPolicy(lambda _: True, frozenset())
         host = (name, instance or os.urandom(16))
-        self.channel = Channel(self._loop, "vm", "vm", host, None, policy, self.log.append)
+        self.channel = Channel(
+            self._loop,
+            "vm",
+            "vm",
+            host,
+            None,
+            OpenGate(),
+            frozenset(),
+            offer_nothing,
+            self.log.append,
+        )
         self._thread = threading.Thread(target=self._loop.run, name="host-end")
         self._thread.start()
         self.run(lambda: self.channel.connect(str(path)))

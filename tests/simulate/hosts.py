@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+from tests.rig.gates import OpenGate, offer_nothing
 from tests.simulate import broker as sim_broker
 from tests.simulate.broker import Broker, HostBroker
 from tests.simulate.virtio import Qemu
 from tests.simulate.world import Fifo, Machine, Process, World
 from vchan.errors import LimitExceeded
 from vchan.host import domains
-from vchan.host.channels import Channel, ChannelPolicy
+from vchan.host.channels import Channel
 from vchan.host.domains import (
     Changed,
     DomainEvent,
@@ -45,6 +46,8 @@ class _VmBroker:
         self.release = broker.release
         self.ack = broker.ack
         self.barrier = broker.barrier
+        self.publish_request = broker.publish_request
+        self.listen_for_answers = broker.listen_for_answers
 
     def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
         """See BrokerPort."""
@@ -70,7 +73,7 @@ class HostDaemon:
         self.channels: dict[str, Channel] = {}
         self.domains = Domains(Selection())
         self._proved: set[tuple[bytes, str]] = set()
-        self._policy = ChannelPolicy(_may_listen, CONTEXT_ALLOW)
+        self._gate = OpenGate(_may_listen)
         self._posts = Fifo(host.world, lambda event: self.process.enter(self._on_broker, event))
         self.broker = HostBroker(host.world, host.broker, self._posts.push)
 
@@ -104,7 +107,9 @@ class HostDaemon:
                         uuid,
                         self._identity,
                         _VmBroker(self.broker, uuid),
-                        self._policy,
+                        self._gate,
+                        CONTEXT_ALLOW,
+                        offer_nothing,
                         _no_log,
                     )
                     self._check_settling(channel)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.rig.gates import OpenGate, offer_nothing
 from vchan import errors
 from vchan.errors import LimitExceeded
 from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
+from vchan.host.broker_events import Publication
 from vchan.host.envelope import BrokerRequest
 from vchan.host.relay import (
     _REASONS,
@@ -60,6 +62,8 @@ class FakeBroker:
     def __init__(self) -> None:
         self._asked: list[tuple[Any, ...]] = []
         self.replies: list[dict[str, Any]] = []
+        self.publications: list[Publication] = []
+        self.listens = 0
 
     def consume(self, vm: str, topics: frozenset[Topic]) -> None:
         assert vm == VM
@@ -75,6 +79,15 @@ class FakeBroker:
     def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
         self._asked.append(("publish", reply_q, key))
         self.replies.append(json.loads(json.loads(body)["oslo.message"]))
+
+    def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        assert vm == VM
+        self._asked.append(("publish_request", request_id, publication.form))
+        self.publications.append(publication)
+
+    def listen_for_answers(self, vm: str) -> None:
+        assert vm == VM
+        self.listens += 1
 
     def barrier(self, vm: str, token: Hashable, ids: tuple[bytes, ...]) -> None:
         assert vm == VM
@@ -96,8 +109,9 @@ class Rig:
             VM,
             self._send,
             self.broker if with_broker else None,
-            lambda topic: topic != FORBIDDEN,
+            OpenGate(lambda topic: topic != FORBIDDEN, may_send=False),
             frozenset({"request_id"}),
+            offer_nothing,
         )
         self.relay.opened(resumed=False, now_s=self.now_s)
 

@@ -12,6 +12,8 @@ Rules of this file
     host --Request--> Router --Request--> agent
     host <--Receipt/Reply/Returned-- Router <--Receipt/Reply/Returned-- agent
     host <--Subscribe-- Router <--Subscribe, Holding-- agent
+
+The other direction, requests of agents to the control side, is `upward`'s.
 """
 
 from collections import deque
@@ -33,6 +35,7 @@ from vchan.exchange import (
     Send,
     Taken,
 )
+from vchan.guest.upward import Upward
 from vchan.messages import (
     AGENT_GONE,
     FANOUT,
@@ -41,6 +44,7 @@ from vchan.messages import (
     REFUSED,
     TOPICS_MAX,
     BadMessage,
+    Cancel,
     Holding,
     Receipt,
     Reply,
@@ -70,10 +74,9 @@ Method = Callable[[Mapping[str, Any]], Any]
 
 
 class _Agent:
-    __slots__ = ("held", "requester", "send", "topics")
+    __slots__ = ("held", "requester", "topics")
 
     def __init__(self, send: Send) -> None:
-        self.send = send
         self.requester = Requester(send)
         self.topics: tuple[Topic, ...] = ()
         self.held: set[bytes] = set()
@@ -97,6 +100,7 @@ class Router:
         self._to_host = to_host
         self._methods = methods
         self._host = Responder(to_host)
+        self._upward = Upward(to_host)
         self._agents: dict[int, _Agent] = {}
         self._servers: dict[Topic, deque[int]] = {}
         self._waiting: dict[Topic, deque[_Waiting]] = {}
@@ -110,17 +114,21 @@ class Router:
 
     # ---------------------------------------------------------------- the host
 
-    def host_opened(self, *, resumed: bool) -> None:
+    def host_opened(self, *, resumed: bool, now_s: float) -> None:
         """The host's session is open."""
         if not resumed:
             self._told = None
             self._tell_host()
+            self._upward.opened(now_s)
 
     def host_receive(self, data: bytes, now_s: float) -> None:
         """Take a message of the host's."""
         message = decode(data)
         if isinstance(message, BadMessage):
             self.bad_messages += 1
+            return
+        if isinstance(message, Receipt | Reply | Returned):
+            self._upward.host_receive(message)
             return
         for delivery in self._host.receive(message, now_s):
             if isinstance(delivery, Deliver):
@@ -231,6 +239,7 @@ class Router:
         """An agent's connection is established; `send` queues messages to it."""
         agent = self._agents[key] = _Agent(send)
         agent.requester.opened(now_s)
+        self._upward.attach(key, send)
 
     @property
     def has_room(self) -> bool:
@@ -249,14 +258,11 @@ class Router:
                 return self._subscribe(key, topics, now_s)
             case Holding(ids):
                 return self._hold(key, ids)
-            case Request(request_id):
-                text = "requests from guests are not accepted"
-                agent.send(encode(Returned(request_id, REFUSED, text)), CONTROL)
+            case Request() | Cancel() | Settled():
+                self._upward.receive(key, message, now_s)
             case BadMessage(reason):
                 self.bad_messages += 1
                 return reason
-            case _:
-                return f"an agent may not send {type(message).__name__}"
         return ""
 
     def _settle_outcome(self, key: int, outcome: Outcome, now_s: float) -> None:
@@ -352,6 +358,7 @@ class Router:
     def detach(self, key: int, now_s: float) -> None:
         """An agent's connection is gone, and with it the agent's running calls."""
         agent = self._agents.pop(key)
+        self._upward.detach(key, now_s)
         for request_id in agent.held:
             if self._holders.get(request_id) == key:
                 del self._holders[request_id]
@@ -429,6 +436,8 @@ class Router:
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`."""
         times = [*self._linger_until_s.values()]
+        if (upward_s := self._upward.next_timeout()) is not None:
+            times.append(upward_s)
         if self._grace_until_s is not None:
             times.append(self._grace_until_s)
         if (host_s := self._host.next_timeout()) is not None:
@@ -440,6 +449,7 @@ class Router:
         for delivery in self._host.handle_timeout(now_s):
             if isinstance(delivery, Cancelled):
                 self._cancel(delivery.id)
+        self._upward.handle_timeout(now_s)
         if self._grace_until_s is not None and now_s >= self._grace_until_s:
             self._grace_until_s = None
             self._tell_host()
@@ -463,4 +473,5 @@ class Router:
             "running": len(self._host),
             "repeats": self._host.repeats,
             "waiting": sum(map(len, self._waiting.values())),
+            **self._upward.summary(),
         }

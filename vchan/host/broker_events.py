@@ -36,8 +36,10 @@ class Publication(NamedTuple):
     """A request of a guest's, as it is published.
 
     Args:
-        exchange: Its whole name: oslo.messaging's "EXCHANGE", "TOPIC_fanout", or "" for MAIL.
-        routing_key: "TOPIC", "TOPIC.SERVER", "TOPIC.PRIORITY", "" for FANOUT; the queue for MAIL.
+        exchange: oslo.messaging's, as targets name it; "" for MAIL. FANOUT goes to the one called
+            "TOPIC_fanout", whatever this says.
+        routing_key: "TOPIC", "TOPIC.SERVER", "TOPIC.PRIORITY"; the topic for FANOUT, the queue for
+            MAIL.
         expiration_ms: The broker drops it, if it has not been taken by then.
         mandatory: Say so when there is no queue for it. Else it goes nowhere, without a word; but
             NOTIFY never does.
@@ -124,9 +126,10 @@ class Sent:
     """What became of a `publish_request`.
 
     Args:
-        ok: The broker has it. Not `ok`: the broker may have it all the same, unless `unroutable`.
+        ok: The broker has it.
         unroutable: There is no queue for it, or the broker would never take it: trying again is no
             use.
+        in_doubt: Not `ok`, and the broker may have it all the same.
     """
 
     vm: str
@@ -134,6 +137,7 @@ class Sent:
     ok: bool
     unroutable: bool
     reason: str
+    in_doubt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

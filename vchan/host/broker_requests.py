@@ -64,13 +64,19 @@ class Outgoing(NamedTuple):
     publication: Publication
 
 
+def address(publication: Publication) -> tuple[str, str]:
+    """The exchange and the routing key, as oslo.messaging's clients have them."""
+    form, exchange, key, *_ = publication
+    return (f"{key}_fanout", "") if form is Form.FANOUT else (exchange, key)
+
+
 def problem_of(publication: Publication) -> str:
     """Why the broker would never take this, or "": it would close the channel, or do something else
     than what is meant."""
     form, exchange, key, body, expiration_ms, _ = publication
-    if (form is Form.MAIL) is bool(exchange):
-        return f"{form} to the exchange {exchange[:40]!r}: only mail goes to none, and to no other"
-    for name in (exchange, key):
+    if (form is Form.MAIL) is bool(exchange) or not key:
+        return f"{form} to exchange {exchange[:40]!r} and key {key[:40]!r}: mail alone goes to none"
+    for name in address(publication):
         try:
             size = len(name.encode())
         except UnicodeEncodeError:
@@ -140,7 +146,7 @@ class Lane(Owner):
         number, self._next_number = self._next_number, self._next_number + 1
         self.unconfirmed[number] = outgoing
         self.lot += 1
-        form, exchange, key, body, expiration_ms, mandatory = outgoing.publication
+        form, _, _, body, expiration_ms, mandatory = outgoing.publication
         properties: dict[str, Any] = {}
         if expiration_ms is not None:
             properties["expiration"] = str(min(expiration_ms, EXPIRATION_MS_MAX))
@@ -155,7 +161,7 @@ class Lane(Owner):
         )
         # Its queue was made sure of: if that is gone by now, it shall not be lost without a word.
         mandatory = mandatory or form is Form.NOTIFY
-        args = (0, exchange, key, mandatory, False)
+        args = (0, *address(outgoing.publication), mandatory, False)
         self._channel.ask(spec.Basic.Publish, "Bssbb", *args, content=message)
 
     def on_method(self, inbound: Inbound) -> None:
@@ -181,7 +187,7 @@ class Lane(Owner):
         """Nothing in a message that looks like oslo.messaging's own says which one it is. They
         come in the order of publishing, each before its confirm."""
         for number, (_, _, publication) in self.unconfirmed.items():
-            sent = (publication.exchange, publication.routing_key, publication.body)
+            sent = (*address(publication), publication.body)
             if number not in self._returned and sent == (exchange, key, body):
                 self._returned.add(number)
                 return
@@ -270,15 +276,13 @@ class Requests:
     def _is_ready(self, outbox: Outbox) -> bool:
         """Whether all that the first one needs is there; if not, it is told."""
         publication = outbox.waiting[0].publication
-        exchange, form = publication.exchange, publication.form
+        (exchange, key), form = address(publication), publication.form
         declared = self._broker.declared
         if form is Form.MAIL:
             return True
         if not declared.has_exchange(exchange, outbox, fanout=form is Form.FANOUT):
             return False
-        return form is not Form.NOTIFY or declared.has_queue(
-            exchange, publication.routing_key, outbox
-        )
+        return form is not Form.NOTIFY or declared.has_queue(exchange, key, outbox)
 
     def declared(self, outbox: Outbox, problem: str) -> None:
         """What an outbox waited for is there, or cannot be."""
@@ -363,8 +367,8 @@ class Requests:
         lost, lane.unconfirmed = lane.unconfirmed, {}
         for outgoing in lost.values():
             if code == NOT_FOUND:  # an exchange, which one is said in words only
-                self._broker.declared.forget_exchange(outgoing.publication.exchange)
-            self._done(outgoing, ok=False, reason=f"{code} {text}")
+                self._broker.declared.forget_exchange(address(outgoing.publication)[0])
+            self._done(outgoing, ok=False, reason=f"{code} {text}", in_doubt=True)
         outbox, lane.outbox = lane.outbox, None
         if outbox is not None:
             outbox.lane = None
@@ -391,7 +395,7 @@ class Requests:
         if not returned:
             self._done(outgoing, ok=ok, reason="confirmed" if ok else "refused by the broker")
         elif publication.form is Form.NOTIFY:
-            self._broker.declared.forget_queue(publication.exchange, publication.routing_key)
+            self._broker.declared.forget_queue(*address(publication))
             self._done(outgoing, ok=False, reason="its queue has just gone: it can be made again")
         else:
             self._done(outgoing, ok=False, unroutable=True, reason="there is no such queue")
@@ -406,10 +410,18 @@ class Requests:
         for lane in lanes:
             lost, lane.unconfirmed = lane.unconfirmed, {}
             for outgoing in lost.values():
-                self._done(outgoing, ok=False, reason=reason)
+                self._done(outgoing, ok=False, reason=reason, in_doubt=True)
         for outbox in outboxes.values():
             self._fail_waiting(outbox, reason)
 
-    def _done(self, outgoing: Outgoing, *, ok: bool, reason: str, unroutable: bool = False) -> None:
+    def _done(
+        self,
+        outgoing: Outgoing,
+        *,
+        ok: bool,
+        reason: str,
+        unroutable: bool = False,
+        in_doubt: bool = False,
+    ) -> None:
         self._broker.request_done(outgoing)
-        self._broker.post(Sent(outgoing.vm, outgoing.request_id, ok, unroutable, reason))
+        self._broker.post(Sent(outgoing.vm, outgoing.request_id, ok, unroutable, reason, in_doubt))

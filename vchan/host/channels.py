@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 from vchan.errors import LinkError
+from vchan.host.gate import Gate
+from vchan.host.outbound import Offer
 from vchan.host.relay import BrokerPort, Relay
 from vchan.link import Link
 from vchan.loop import Loop, Timer
-from vchan.messages import Topic
 from vchan.session import (
     Config,
     Event,
@@ -43,14 +43,6 @@ ABSENT_S: Final = 60.0
 """A guest that has been away so long leaves its requests to the broker."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelPolicy:
-    """What holds for every channel of this host."""
-
-    may_listen: Callable[[Topic], bool]
-    context_allow: frozenset[str]
-
-
 class Channel:
     """One VM's channel, from Connect to Release.
 
@@ -58,6 +50,7 @@ class Channel:
         vm: The domain's UUID.
         name: The domain's name, for the log.
         host: This host's name and the daemon's instance, told to the guest.
+        gate, context_allow, offer: See `Relay`.
         log: Told what an operator may want to know.
     """
 
@@ -68,7 +61,9 @@ class Channel:
         name: str,
         host: tuple[str, bytes],
         broker: BrokerPort | None,
-        policy: ChannelPolicy,
+        gate: Gate,
+        context_allow: frozenset[str],
+        offer: Offer,
         log: Callable[[str], None],
     ) -> None:
         self.vm = vm
@@ -78,7 +73,7 @@ class Channel:
         self._session = Session(
             Config(Role.HOST, host[1], host[0], silence_s=SILENCE_S), os.urandom
         )
-        self.relay = Relay(vm, self._send, broker, policy.may_listen, policy.context_allow)
+        self.relay = Relay(vm, self._send, broker, gate, context_allow, offer)
         self._path = ""
         self._link: Link | None = None
         self._speaks = False

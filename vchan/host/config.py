@@ -14,6 +14,7 @@ from vchan import __version__
 from vchan.errors import ConfigError
 from vchan.host.domain_xml import Selection
 from vchan.host.envelope import CONTEXT_ALLOW
+from vchan.host.policy import Policy, parse
 from vchan.messages import Topic
 
 CONFIG_FILE: Final = "/etc/vchan/vchan.conf"
@@ -136,6 +137,12 @@ def socket_mode(conf: Any) -> int:
 def selection(conf: Any) -> Selection:
     """The domains that get a channel."""
     return Selection.parse(conf[GROUP].select, where=f"[{GROUP}] select")
+
+
+def policy(conf: Any) -> Policy:
+    """What guests may do."""
+    lines = [f"listen,reply any {glob} allow" for glob in conf[GROUP].listen_topics]
+    return parse([("listen_topics", "\n".join(lines))])
 
 
 class TopicRule:

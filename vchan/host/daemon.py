@@ -23,12 +23,15 @@ from vchan.host import broker_events, config, domains
 from vchan.host.broker import Broker
 from vchan.host.broker_config import BrokerConfig
 from vchan.host.broker_events import BrokerEvent
-from vchan.host.channels import Channel, ChannelPolicy
+from vchan.host.channels import Channel
 from vchan.host.domains import Domains, Effect, HypervisorEvent
+from vchan.host.gate import VmGate
 from vchan.host.hypervisor import Hypervisor
 from vchan.host.local import Answer, LocalService, failure, result
+from vchan.host.outbound import Told
+from vchan.host.policy import Ask, Facts, Verdict
 from vchan.loop import Loop, Timer
-from vchan.messages import Request
+from vchan.messages import Request, Topic
 from vchan.notify import ServiceManager
 from vchan.server import LocalServer
 
@@ -40,6 +43,8 @@ VmEvent = (
     | broker_events.Undecodable
     | broker_events.Released
     | broker_events.Settled
+    | broker_events.Sent
+    | broker_events.Mail
 )
 
 EXIT_OK: Final = 0
@@ -59,6 +64,8 @@ class _VmBroker:
         self.release = broker.release
         self.ack = broker.ack
         self.barrier = broker.barrier
+        self.publish_request = broker.publish_request
+        self.listen_for_answers = broker.listen_for_answers
 
     def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
         self._broker.publish_reply(reply_q, body, self._vm + b" " + key)
@@ -76,9 +83,8 @@ class Daemon:
         self.loop = Loop()
         self._manager = ServiceManager(self.loop)
         self._host = (options.host, os.urandom(16))
-        self._policy = ChannelPolicy(
-            config.TopicRule(options.listen_topics), frozenset(options.context_allow)
-        )
+        self._policy = config.policy(conf)
+        self._context_allow = frozenset(options.context_allow)
         self._channels: dict[str, Channel] = {}
         self._domains = Domains(config.selection(conf))
         self._past: Counter[str] = Counter()  # counters of channels that are over
@@ -184,16 +190,35 @@ class Daemon:
 
     def _connect(self, uuid: str, path: str) -> None:
         report = self._domains.report(uuid)
+        name = report.facts.name if report else uuid
         channel = self._channels[uuid] = Channel(
             self.loop,
             uuid,
-            report.facts.name if report else uuid,
+            name,
             self._host,
             _VmBroker(self._broker, uuid) if self._broker is not None else None,
-            self._policy,
+            self._make_gate(Facts(uuid, name)),
+            self._context_allow,
+            self._offer,
             LOG.info,
         )
         channel.connect(path)
+
+    def _make_gate(self, facts: Facts) -> VmGate:
+        return VmGate(
+            facts, lambda: self._policy, self._record, self._stamp, Topic("openstack", "vchan")
+        )
+
+    def _record(
+        self, facts: Facts, ask: Ask, verdict: Verdict, request_id: bytes, reason: str
+    ) -> None:
+        LOG.info("%s: %s %s: %s", facts.uuid, ask, verdict, reason)
+
+    def _stamp(self, given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+        return {"vchan_instance_uuid": facts.uuid}
+
+    def _offer(self, request: Request, told: Told) -> Callable[[], None] | None:
+        return None
 
     def _set_timer(self) -> None:
         at_s = self._domains.next_timeout()
@@ -248,6 +273,15 @@ class Daemon:
                 LOG.info("%s (%s): consuming %s", channel.name, channel.vm, topics)
             case broker_events.Settled(_, ids):
                 channel.relay.settled(ids)
+            case broker_events.Sent(_, request_id, ok, unroutable):
+                now_s = self.loop.time()
+                channel.relay.outbound.sent(
+                    request_id, ok=ok, unroutable=unroutable, doubtful=event.in_doubt, now_s=now_s
+                )
+            case broker_events.Mail(_, token, body):
+                problem = channel.relay.outbound.mail(token, body, self.loop.time())
+                if problem:
+                    LOG.warning("%s (%s): dropped mail: %s", channel.name, channel.vm, problem)
 
     def _deliver(self, channel: Channel, event: broker_events.Delivered) -> None:
         try:

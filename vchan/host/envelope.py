@@ -106,7 +106,7 @@ def decode(body: bytes, *, expiration: str | None) -> BrokerRequest:
     Raises:
         EnvelopeError: It is no request. Sending it again will not help.
     """
-    message = _open_envelope(body)
+    message = open_envelope(body)
     identity = _identity(message, body)
     context = {
         key.removeprefix(_CONTEXT_PREFIX): value
@@ -115,15 +115,15 @@ def decode(body: bytes, *, expiration: str | None) -> BrokerRequest:
     }
     is_notification = "method" not in message and "event_type" in message
     method, args = _notification(message) if is_notification else _invocation(message)
-    msg_id, reply_q = _name(message, "_msg_id"), _name(message, "_reply_q")
+    msg_id, reply_q = name_of(message, "_msg_id"), name_of(message, "_reply_q")
     if (msg_id is None) != (reply_q is None):
         raise EnvelopeError("_msg_id and _reply_q: one without the other")
     return BrokerRequest(
         id=identity,
         method=method,
         args=args,
-        namespace=_name(message, "namespace"),
-        version=_name(message, "version"),
+        namespace=name_of(message, "namespace"),
+        version=name_of(message, "version"),
         context=context,
         msg_id=msg_id,
         reply_q=reply_q,
@@ -143,7 +143,7 @@ def request_body(request: BrokerRequest, context_allow: frozenset[str] = CONTEXT
     context = {
         key: value for key, value in request.context.items() if everything or key in context_allow
     }
-    return _encode(
+    return encode_json(
         {
             "method": request.method,
             "args": request.args,
@@ -180,13 +180,13 @@ def encode_reply(
         if failure_json is not None:
             failure = _checked_failure(failure_json)
         else:
-            result = _bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX)
+            result = bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX)
     except EnvelopeError as error:
         failure = make_failure("BadReply", "vchan.errors", str(error))
     message = {"result": result, "failure": failure, "ending": ending, "_msg_id": msg_id}
     if unique_id:
         message["_unique_id"] = unique_id
-    return _encode({"oslo.version": "2.0", "oslo.message": _encode(message).decode()})
+    return encode_json({"oslo.version": "2.0", "oslo.message": encode_json(message).decode()})
 
 
 def make_failure(class_name: str, module: str, message: str) -> str:
@@ -194,8 +194,13 @@ def make_failure(class_name: str, module: str, message: str) -> str:
     return encode_failure(class_name, message, module=module).decode("utf-8", "surrogatepass")
 
 
-def _open_envelope(body: bytes) -> dict[str, Any]:
-    envelope = _bounded_json(body, "the body", REQUEST_BYTES_MAX)
+def open_envelope(body: bytes) -> dict[str, Any]:
+    """The message in an AMQP body.
+
+    Raises:
+        EnvelopeError: There is none.
+    """
+    envelope = bounded_json(body, "the body", REQUEST_BYTES_MAX)
     if not isinstance(envelope, dict):
         raise EnvelopeError("the body is not a JSON object")
     if "oslo.message" not in envelope:
@@ -205,7 +210,7 @@ def _open_envelope(body: bytes) -> dict[str, Any]:
         raise EnvelopeError(f"oslo.version is {_short(version)}: only 2.x is known")
     if not isinstance(text, str):
         raise EnvelopeError("oslo.message is not a string")
-    message = _bounded_json(text.encode("utf-8", "surrogatepass"), "oslo.message")
+    message = bounded_json(text.encode("utf-8", "surrogatepass"), "oslo.message")
     if not isinstance(message, dict):
         raise EnvelopeError("oslo.message is not a JSON object")
     return message
@@ -227,7 +232,7 @@ def _identity(message: Mapping[str, Any], body: bytes) -> bytes:
 
 
 def _invocation(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    method = _name(message, "method")
+    method = name_of(message, "method")
     if not method:
         raise EnvelopeError("there is no method")
     args = message.get("args", {})
@@ -237,22 +242,27 @@ def _invocation(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _notification(message: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    priority = _name(message, "priority")
+    priority = name_of(message, "priority")
     if not priority:
         raise EnvelopeError("a notification without a priority")
     args = {
-        "publisher_id": _name(message, "publisher_id"),
-        "event_type": _name(message, "event_type"),
+        "publisher_id": name_of(message, "publisher_id"),
+        "event_type": name_of(message, "event_type"),
         "payload": message.get("payload"),
         "metadata": {
-            "message_id": _name(message, "message_id"),
-            "timestamp": _name(message, "timestamp"),
+            "message_id": name_of(message, "message_id"),
+            "timestamp": name_of(message, "timestamp"),
         },
     }
     return priority.lower(), args
 
 
-def _name(message: Mapping[str, Any], key: str) -> str | None:
+def name_of(message: Mapping[str, Any], key: str) -> str | None:
+    """A string of at most NAME_BYTES_MAX bytes, or None if it is not there.
+
+    Raises:
+        EnvelopeError: It is something else.
+    """
     value = message.get(key)
     if value is None:
         return None
@@ -292,7 +302,7 @@ def _checked_failure(failure_json: bytes) -> str:
     module are names and nothing else.
     """
     what = "the agent's failure"
-    failure = _bounded_json(failure_json, what, FAILURE_BYTES_MAX)
+    failure = bounded_json(failure_json, what, FAILURE_BYTES_MAX)
     if not isinstance(failure, dict):
         raise EnvelopeError(f"{what} is not a JSON object")
     if not _is_dotted_name(failure.get("module")):
@@ -317,7 +327,12 @@ def _is_dotted_name(value: object) -> bool:
     )
 
 
-def _bounded_json(data: bytes, what: str, bytes_max: int = REQUEST_BYTES_MAX) -> Any:
+def bounded_json(data: bytes, what: str, bytes_max: int = REQUEST_BYTES_MAX) -> Any:
+    """JSON of a bounded size and depth.
+
+    Raises:
+        EnvelopeError: It is none. `what` is what the reason calls it.
+    """
     if len(data) > bytes_max:
         raise EnvelopeError(f"{what} has {len(data)} bytes, {bytes_max} are allowed")
     try:
@@ -348,7 +363,8 @@ def _deeper_than(value: object, depth_max: int) -> bool:
     return True
 
 
-def _encode(value: object) -> bytes:
+def encode_json(value: object) -> bytes:
+    """Compact UTF-8 JSON, of what a parser made."""
     try:
         return _compact.encode(value).encode()
     except UnicodeEncodeError:  # a lone surrogate: UTF-8 cannot say it, an escape can

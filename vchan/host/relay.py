@@ -34,6 +34,8 @@ from vchan.exchange import (
     Taken,
 )
 from vchan.host.envelope import BrokerRequest, encode_reply, request_body
+from vchan.host.gate import Gate
+from vchan.host.outbound import Offer, Outbound, Port
 from vchan.messages import (
     AGENT_GONE,
     BUSY,
@@ -45,16 +47,16 @@ from vchan.messages import (
     REFUSED,
     RELEASED,
     BadMessage,
+    Cancel,
     Receipt,
     Reply,
     Request,
     Returned,
+    Settled,
     Subscribe,
     Topic,
     decode,
-    encode,
 )
-from vchan.session import CONTROL
 
 SETTLE_S: Final = 1.0
 """Acknowledged ids are settled in lots, this often at most."""
@@ -79,7 +81,7 @@ _REASONS: Final = {
 }
 
 
-class BrokerPort(Protocol):
+class BrokerPort(Port, Protocol):
     """What a relay asks of the broker. Every method returns at once."""
 
     def consume(self, vm: str, topics: frozenset[Topic]) -> None:
@@ -87,9 +89,6 @@ class BrokerPort(Protocol):
 
     def release(self, vm: str) -> None:
         """Stop consuming and hand everything unacknowledged back, in order."""
-
-    def ack(self, token: Any) -> None:
-        """The broker may forget this delivery."""
 
     def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
         """Publish; `Relay.published` comes with the key."""
@@ -124,8 +123,9 @@ class Relay:
         vm: The domain's UUID.
         send: Queues a message on the guest's session.
         broker: None where no broker is configured.
-        may_listen: Whether this VM's agents may serve a topic.
+        gate: What this VM may do.
         context_allow: The context keys that may enter a guest.
+        offer: The programs on this host that guests' requests may be for.
     """
 
     def __init__(
@@ -133,14 +133,16 @@ class Relay:
         vm: str,
         send: Send,
         broker: BrokerPort | None,
-        may_listen: Callable[[Topic], bool],
+        gate: Gate,
         context_allow: frozenset[str],
+        offer: Offer,
     ) -> None:
         self.vm = vm
         self._send = send
         self._broker = broker
-        self._may_listen = may_listen
+        self._gate = gate
         self._context_allow = context_allow
+        self.outbound = Outbound(vm, send, broker, gate, offer)
         self._requester = Requester(send)
         self._entries: dict[bytes, _Entry] = {}
         self._local_open = 0
@@ -189,6 +191,7 @@ class Relay:
     def opened(self, *, resumed: bool, now_s: float) -> None:
         """The guest's session is open, or the guest speaks again after `suspend`."""
         was_suspended, self._suspended = self._suspended, False
+        self.outbound.opened(resumed=resumed, now_s=now_s)
         if not resumed:
             self._requester.opened(now_s)
         elif was_suspended:
@@ -203,9 +206,8 @@ class Relay:
                     self._settle_outcome(outcome, now_s)
             case Subscribe(topics):
                 self._subscribe(topics, now_s)
-            case Request(request_id):
-                text = "requests from guests are not accepted by this host"
-                self._send(encode(Returned(request_id, REFUSED, text)), CONTROL)
+            case Request() | Cancel() | Settled():
+                self.outbound.receive(message, now_s)
             case BadMessage():
                 self.counters["bad_messages"] += 1
             case _:
@@ -221,7 +223,7 @@ class Relay:
         self._consume_in_time(now_s)
 
     def _admit(self, topic: Topic) -> bool:
-        if not self._may_listen(topic):
+        if not self._gate.may_listen(topic):
             return False
         if topic not in self._topics_seen:
             if len(self._topics_seen) >= TOPICS_SEEN_MAX:
@@ -420,6 +422,7 @@ class Relay:
         """The VM's channel is gone, and all its tokens: what was not over comes again."""
         self._handing_back = False
         self._drop_tokens()
+        self.outbound.released()
 
     def _release(self) -> None:
         if self._broker is not None:
@@ -427,6 +430,7 @@ class Relay:
             self._consumed = frozenset()
             self._broker.release(self.vm)
             self._drop_tokens()
+            self.outbound.relisten()
 
     def _drop_tokens(self) -> None:
         self._settle_ids.clear()
@@ -481,10 +485,13 @@ class Relay:
             return
         self._suspended = True
         self._consume_at_s = None
+        self.outbound.suspend()
         self._release()
 
     def release(self, reason: str) -> None:
         """The VM is no longer here: everything that is not over goes back where it came from."""
+        self.outbound.suspend()
+        self.outbound.release()
         self._release()
         self._consume_at_s = None
         self._topics = self._asked = frozenset()
@@ -506,6 +513,7 @@ class Relay:
                 self._republish_at_s,
                 self._consume_at_s,
                 self._requester.next_timeout(),
+                self.outbound.next_timeout(),
             )
             if at_s is not None
         ]
@@ -515,6 +523,7 @@ class Relay:
         """Do what is due. Calling it early or late is harmless."""
         for outcome in self._requester.handle_timeout(now_s):
             self._settle_outcome(outcome, now_s)
+        self.outbound.handle_timeout(now_s)
         if self._settle_at_s is not None and now_s >= self._settle_at_s:
             self._settle_at_s = None
             ids, self._settle_ids = tuple(self._settle_ids), []
@@ -536,6 +545,7 @@ class Relay:
             "open": len(self._entries),
             "topics": sorted(f"{t.exchange}/{t.name}" for t in self._topics),
             "denied_topics": sorted(f"{t.exchange}/{t.name}" for t in self.denied),
+            "from_guest": self.outbound.summary(),
         }
 
 

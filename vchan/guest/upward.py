@@ -1,0 +1,202 @@
+"""Requests of this guest's agents to the control side.
+
+Rules of this file
+1. No I/O, no clock, no logging. Time comes in as `now_s`; messages leave by the `Send`s handed in.
+2. A request is held until its agent says that it has heard the outcome (Settled): only then may the
+   host forget the id. So an agent that reconnects and asks again is told what it missed.
+3. An agent that is gone for ORPHAN_S no longer waits: its calls are cancelled. A cast of its that
+   is under way still goes: it was sent.
+
+    agent --Request, Cancel, Settled--> Upward --Request, Cancel, Settled--> host
+    agent <--Receipt, Reply, Returned-- Upward <--Receipt, Reply, Returned-- host
+"""
+
+from typing import Any, Final
+
+from vchan.errors import LimitExceeded
+from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Requester, Send, Taken
+from vchan.messages import (
+    BUSY,
+    EXPIRED,
+    FAILURE,
+    FINAL,
+    REFUSED,
+    Cancel,
+    Receipt,
+    Reply,
+    Request,
+    Returned,
+    Settled,
+    encode,
+    encode_receipt,
+    encode_reply,
+    reply_stream,
+)
+from vchan.session import CONTROL
+
+UPWARD_MAX: Final = 512
+"""Requests of all agents of a guest that are not settled. The host may allow fewer."""
+UPWARD_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Their bodies, and those of the answers kept for agents that have not settled them."""
+ORPHAN_S: Final = 30.0
+"""An agent that lost its connection is back within a second or two."""
+
+
+class _Item:
+    __slots__ = ("bytes", "is_call", "key", "orphan_until_s", "outcome")
+
+    def __init__(self, key: int, request: Request) -> None:
+        self.key: int | None = key  # None: its agent is away
+        self.is_call = request.is_call
+        self.outcome: Outcome | None = None
+        self.bytes = len(request.body)
+        self.orphan_until_s = 0.0
+
+
+class Upward:
+    """The way up for every agent of a guest.
+
+    Args:
+        to_host: Queues a message on the host's session.
+    """
+
+    def __init__(self, to_host: Send) -> None:
+        self._host = Requester(to_host)
+        self._agents: dict[int, Send] = {}
+        self._items: dict[bytes, _Item] = {}
+        self._bytes = 0
+        self._look_s: float | None = None  # when to look for orphans
+        self.counters = {"sent_up": 0, "refused_up": 0}
+
+    # ---------------------------------------------------------------- agents
+
+    def attach(self, key: int, send: Send) -> None:
+        """An agent is there; `send` queues messages to it."""
+        self._agents[key] = send
+
+    def detach(self, key: int, now_s: float) -> None:
+        """It is gone, or away for a moment."""
+        del self._agents[key]
+        for item in self._items.values():
+            if item.key == key:
+                item.key, item.orphan_until_s = None, now_s + ORPHAN_S
+                self._look_s = self._look_s or item.orphan_until_s
+
+    def receive(self, key: int, message: Request | Cancel | Settled, now_s: float) -> None:
+        """Take a message of an agent's."""
+        match message:
+            case Request():
+                self._request(key, message, now_s)
+            case Cancel(request_id):
+                if self._drop(request_id):
+                    self._host.cancel(request_id)
+            case Settled(ids):
+                self._host.settle([request_id for request_id in ids if self._drop(request_id)])
+
+    def _request(self, key: int, request: Request, now_s: float) -> None:
+        item = self._items.get(request.id)
+        if item is not None:  # it reconnected, and asks again
+            item.key = key
+            if item.outcome is not None:
+                self._tell(item.outcome, item)
+            return
+        if len(self._items) >= UPWARD_MAX or self._bytes + len(request.body) > UPWARD_BYTES_MAX:
+            text = f"{len(self._items)} requests of this guest are open (UPWARD_MAX)"
+            self._refuse(key, request.id, BUSY, text)
+            return
+        try:
+            self._host.submit(request, now_s)
+        except LimitExceeded as error:
+            self._refuse(key, request.id, REFUSED, str(error))
+            return
+        self.counters["sent_up"] += 1
+        item = self._items[request.id] = _Item(key, request)
+        self._bytes += item.bytes
+
+    def _refuse(self, key: int, request_id: bytes, reason: int, text: str) -> None:
+        self.counters["refused_up"] += 1
+        self._agents[key](encode(Returned(request_id, reason, text)), CONTROL)
+
+    def _drop(self, request_id: bytes) -> bool:
+        item = self._items.pop(request_id, None)
+        if item is None:
+            return False
+        self._bytes -= item.bytes
+        return True
+
+    # ---------------------------------------------------------------- the host
+
+    def opened(self, now_s: float) -> None:
+        """A new session with the host began."""
+        self._host.opened(now_s)
+
+    def host_receive(self, message: Receipt | Reply | Returned) -> None:
+        """Take an answer of the host's."""
+        for outcome in self._host.receive(message):
+            self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        item = self._items.get(outcome.id)
+        if item is None:  # its agent has withdrawn it, and the host did not know yet
+            self._host.settle((outcome.id,))
+            return
+        if not isinstance(outcome, Heartbeat):
+            self._bytes -= item.bytes
+            item.bytes = len(outcome.body) if isinstance(outcome, Answered) else 0
+            self._bytes += item.bytes
+            item.outcome = outcome
+        if item.key is not None:
+            self._tell(outcome, item)
+
+    def _tell(self, outcome: Outcome, item: _Item) -> None:
+        assert item.key is not None
+        send = self._agents[item.key]
+        match outcome:
+            case Taken(request_id):
+                send(encode_receipt(request_id), CONTROL)
+            case Answered(request_id, failed, body):
+                flags = FINAL | FAILURE if failed else FINAL
+                try:
+                    send(encode_reply(request_id, flags, body), reply_stream(request_id))
+                except LimitExceeded as error:  # the agent's own limit is lower than the host's
+                    send(encode(Returned(request_id, EXPIRED, str(error))), CONTROL)
+            case Heartbeat(request_id):
+                send(encode_reply(request_id, 0, b""), reply_stream(request_id))
+            case HandedBack(request_id, reason, text):
+                send(encode(Returned(request_id, reason, text)), CONTROL)
+            case Overdue(request_id):
+                send(encode(Returned(request_id, EXPIRED, "no answer in time")), CONTROL)
+
+    # ---------------------------------------------------------------- time and state
+
+    def next_timeout(self) -> float | None:
+        """When to call `handle_timeout`."""
+        host_s = self._host.next_timeout()
+        if host_s is None or self._look_s is None:
+            return self._look_s if host_s is None else host_s
+        return min(host_s, self._look_s)
+
+    def handle_timeout(self, now_s: float) -> None:
+        """Do what is due. Calling it early or late is harmless."""
+        for outcome in self._host.handle_timeout(now_s):
+            self._settle(outcome)
+        if self._look_s is not None and now_s >= self._look_s:
+            self._look_for_orphans(now_s)
+
+    def _look_for_orphans(self, now_s: float) -> None:
+        self._look_s = None
+        orphans = [(key, item) for key, item in self._items.items() if item.key is None]
+        for request_id, item in orphans:
+            if now_s < item.orphan_until_s or not (item.is_call or item.outcome):
+                later_s = max(item.orphan_until_s, now_s + 1.0)
+                self._look_s = min(self._look_s or later_s, later_s)
+                continue
+            self._drop(request_id)
+            if item.outcome is None:
+                self._host.cancel(request_id)
+            else:
+                self._host.settle((request_id,))
+
+    def summary(self) -> dict[str, Any]:
+        """What `info` shows."""
+        return {**self.counters, "open_up": len(self._items)}

@@ -1,0 +1,144 @@
+"""What one VM may do: the policy applied to its facts, every decision put on record.
+
+Pure: no I/O, no clock. `Gate` is what the relay asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from vchan.host.policy import Ask, Effect, Facts, Kind, Policy, Verdict
+from vchan.host.upward_envelope import Invocation
+from vchan.messages import Topic
+
+REDELIVERED_KEY: Final = "vchan_redelivered"
+"""In the context of what may have been published before."""
+CONDUCTOR_VERSION: Final = "1.0"
+
+Record = Callable[[Facts, Ask, Verdict, bytes, str], None]
+"""(who, what, verdict, request id, reason): puts a decision on record."""
+Stamp = Callable[[Mapping[str, Any], Facts], dict[str, Any]]
+"""A guest's context made anew, with who it is."""
+
+
+class Gate(Protocol):
+    """What a VM may do, and as whom."""
+
+    @property
+    def calls_max(self) -> int:
+        """The guest's calls that wait for an answer at a time."""
+
+    @property
+    def requests_max(self) -> int:
+        """The guest's requests that are not over."""
+
+    @property
+    def may_send(self) -> bool:
+        """Whether the policy lets this VM send any request at all."""
+
+    def may_listen(self, topic: Topic) -> bool:
+        """Whether its agents may serve a topic."""
+
+    def may_reply(self, topic: Topic) -> bool:
+        """Whether what its agents answer is listened to."""
+
+    def judge(self, ask: Ask, request_id: bytes) -> Verdict:
+        """Decide about a request, and put it on record."""
+
+    def refused(self, ask: Ask, request_id: bytes, reason: str) -> None:
+        """Put on record what a limit refused."""
+
+    def context(self, given: Mapping[str, Any], *, redelivered: bool) -> dict[str, Any]:
+        """The context for the control side."""
+
+    def conduct(self, asked: Invocation) -> Invocation:
+        """The same request, put to the conductor."""
+
+
+class VmGate:
+    """The policy, as it is for one VM.
+
+    Args:
+        policy: The one that holds now.
+        stamp: See `vchan.host.identity`.
+        conductor: (exchange, topic) of the conductor.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        policy: Callable[[], Policy],
+        record: Record,
+        stamp: Stamp,
+        conductor: Topic,
+    ) -> None:
+        self.facts = facts
+        self._policy = policy
+        self._record = record
+        self._stamp = stamp
+        self._conductor = conductor
+
+    @property
+    def calls_max(self) -> int:
+        """See `Gate`."""
+        return self._policy().limits(self.facts).calls_up
+
+    @property
+    def requests_max(self) -> int:
+        """See `Gate`."""
+        return self._policy().limits(self.facts).requests_up
+
+    @property
+    def may_send(self) -> bool:
+        """See `Gate`."""
+        return self._policy().may_send(self.facts)
+
+    def may_listen(self, topic: Topic) -> bool:
+        """See `Gate`."""
+        return self._allows(Ask(Kind.LISTEN, topic.exchange, topic.name))
+
+    def may_reply(self, topic: Topic) -> bool:
+        """See `Gate`."""
+        return self._allows(Ask(Kind.REPLY, topic.exchange, topic.name))
+
+    def _allows(self, ask: Ask) -> bool:
+        return self._policy().decide(self.facts, ask).effect is Effect.ALLOW
+
+    def judge(self, ask: Ask, request_id: bytes) -> Verdict:
+        """See `Gate`."""
+        verdict = self._policy().decide(self.facts, ask)
+        self._record(self.facts, ask, verdict, request_id, "")
+        return verdict
+
+    def refused(self, ask: Ask, request_id: bytes, reason: str) -> None:
+        """See `Gate`."""
+        self._record(self.facts, ask, Verdict(Effect.DENY, "limit"), request_id, reason)
+
+    def context(self, given: Mapping[str, Any], *, redelivered: bool) -> dict[str, Any]:
+        """See `Gate`."""
+        context = self._stamp(given, self.facts)
+        if redelivered:
+            context[REDELIVERED_KEY] = True
+        return context
+
+    def conduct(self, asked: Invocation) -> Invocation:
+        """The conductor's method is named for the kind; its arguments say who asks for what."""
+        ask = asked.ask
+        target = {
+            "exchange": ask.exchange,
+            "topic": ask.topic,
+            "server": ask.server or None,
+            "namespace": ask.namespace or None,
+            "version": asked.version,
+            "fanout": ask.fanout,
+        }
+        args = {
+            "vm": self.facts._asdict(),
+            "target": target,
+            "method": ask.method,
+            "args": asked.args,
+        }
+        kind = Kind.CALL if ask.kind is Kind.CALL else Kind.CAST
+        to = Ask(kind, self._conductor.exchange, self._conductor.name, method=ask.kind.value)
+        return Invocation(to, args, CONDUCTOR_VERSION, {})

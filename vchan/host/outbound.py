@@ -1,0 +1,613 @@
+"""One VM's requests to the control side: judged, published once, answered.
+
+Rules of this file
+1. No I/O, no clock, no logging. Time comes in as `now_s`; the ports handed in do what is decided.
+2. A guest holds its request until it is told the outcome, and asks again at every new session. Here
+   each id is published once: known ids are only told their outcome again.
+3. What was published, the next host learns from a note in the VM's own queue, which this host
+   leaves when the VM goes. While a note may come, what the guest sent before waits for it. Without
+   a note (this daemon or its host died) nobody knows, so it is published again, and says so:
+   its context has `vchan_redelivered`.
+4. Requests are published in the order they came; what could not be, before what came after it.
+5. An answer stays the broker's until the guest has heard it.
+
+    guest --Request--> Outbound --publish_request--> broker
+    guest <--Receipt-- Outbound <--sent------------- broker     (casts)
+    guest <--Reply---- Outbound <--mail------------- broker     (calls: the VM's own queue)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from enum import Enum
+from typing import Any, Final, NamedTuple, Protocol
+
+from vchan.bodies import encode_failure
+from vchan.errors import LimitExceeded
+from vchan.exchange import (
+    Answered,
+    Cancelled,
+    Deliver,
+    HandedBack,
+    Heartbeat,
+    Outcome,
+    Overdue,
+    Responder,
+    Send,
+    Taken,
+)
+from vchan.host.broker_events import Form, Publication
+from vchan.host.envelope import EnvelopeError
+from vchan.host.gate import Gate
+from vchan.host.policy import Ask, Effect
+from vchan.host.upward_envelope import (
+    Answer,
+    Invocation,
+    Note,
+    encode_note,
+    publication,
+    read,
+    read_mail,
+    vm_queue,
+)
+from vchan.messages import (
+    AGENT_GONE,
+    BUSY,
+    EXPIRED,
+    NO_AGENT,
+    REDELIVERED,
+    REFUSED,
+    Cancel,
+    Request,
+    Settled,
+)
+
+RETRY_S: Final = 1.0
+"""What the broker did not confirm is published again after this."""
+NOTE_WAIT_S: Final = 5.0
+"""How long after a VM's arrival a note of the host it came from may come. It is written within
+milliseconds; a host that cannot for so long is as good as gone."""
+CALL_S_MAX: Final = 3600.0
+"""The longest a guest's call may take, and what one without a timeout is given."""
+OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Bodies of a VM's requests that are not published yet."""
+UNCLAIMED_MAX: Final = 64
+"""Answers kept for calls that the guest has not asked for again yet."""
+UNCLAIMED_S: Final = 60.0
+RAN_HERE_MAX: Final = 8192
+"""Ids of calls answered by programs of this host, before those that are settled are sorted out."""
+
+NOTE_ID: Final = b"note"
+"""Stands for a note where the broker is told of requests by their ids."""
+
+
+class Port(Protocol):
+    """What is asked of the broker. Every method returns at once."""
+
+    def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        """Publish; `Outbound.sent` comes with the id."""
+
+    def listen_for_answers(self, vm: str) -> None:
+        """From now on `Outbound.mail` brings what is in the VM's own queue."""
+
+    def ack(self, token: Any) -> None:
+        """The broker may forget this message."""
+
+
+Told = Callable[[Outcome, float], None]
+"""(outcome, now)"""
+Offer = Callable[[Request, Told], Callable[[], None] | None]
+"""Gives a request to a local program that serves its target: returns what cancels it, or None."""
+
+
+class _State(Enum):
+    QUEUED = "to be published"
+    SENDING = "published, not confirmed"
+    SENT = "a call that waits for its answer"
+    LOCAL = "with a local program"
+
+
+class _Item:
+    __slots__ = (
+        "asked",
+        "bytes",
+        "cancel",
+        "conducted",
+        "deadline_s",
+        "doubtful",
+        "request",
+        "state",
+    )
+
+    def __init__(self, request: Request, asked: Invocation, conducted: bool, now_s: float) -> None:
+        self.request = request
+        self.asked = asked
+        self.conducted = conducted
+        self.deadline_s = now_s + request.timeout_ms / 1000
+        self.state = _State.QUEUED
+        self.doubtful = False  # it may have been published before
+        self.bytes = len(request.body)
+        self.cancel: Callable[[], None] | None = None
+
+    def remaining(self, now_s: float) -> Request:
+        """The request, with the time it has left."""
+        if not self.request.timeout_ms:
+            return self.request
+        left_ms = max(1, int((self.deadline_s - now_s) * 1000))
+        return self.request._replace(timeout_ms=left_ms)
+
+
+class _Past(Enum):
+    """What an earlier host did with a request."""
+
+    TAKEN = "taken"
+    CALLED = "calls"
+    GONE = "gone"
+
+
+class _Unclaimed(NamedTuple):
+    token: Hashable
+    answer: Answer
+    until_s: float
+
+
+class Outbound:
+    """One VM's requests to the control side.
+
+    Args:
+        vm: The domain's UUID.
+        send: Queues a message on the guest's session.
+        broker: None where no broker is configured.
+        gate: The policy, as it is for this VM.
+        offer: The programs on this host.
+    """
+
+    def __init__(self, vm: str, send: Send, broker: Port | None, gate: Gate, offer: Offer) -> None:
+        self.vm = vm
+        self._broker = broker
+        self._gate = gate
+        self._offer = offer
+        self._responder = Responder(send, requests_max=gate.requests_max)
+        self._items: dict[bytes, _Item] = {}
+        self._queue: deque[_Item] = deque()
+        self._sending: OrderedDict[bytes, _Item] = OrderedDict()
+        self._unsent: list[_Item] = []  # not confirmed: to go before the queue
+        self._bytes = 0
+        self._calls = 0
+        self._tokens: dict[bytes, Hashable] = {}  # of answers that the guest has not settled
+        self._unclaimed: OrderedDict[bytes, _Unclaimed] = OrderedDict()
+        self._ran_here: set[bytes] = set()  # calls whose answer is in no queue
+        self._note: dict[bytes, _Past] = {}
+        self._note_tokens: list[Hashable] = []
+        self._has_note = False
+        self._sessions = 0
+        self._note_until_s = 0.0
+        self._listening = False
+        self._retry_at_s: float | None = None
+        self._suspended = False
+        self._note_due = False
+        self.counters = {
+            "guest_requests": 0,
+            "guest_published": 0,
+            "guest_local": 0,
+            "guest_answered": 0,
+            "guest_denied": 0,
+            "guest_refused": 0,
+            "guest_redelivered": 0,
+            "guest_unroutable": 0,
+            "guest_expired": 0,
+        }
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that are not over."""
+        return len(self._items)
+
+    # ---------------------------------------------------------------- the guest
+
+    def opened(self, *, resumed: bool, now_s: float) -> None:
+        """The guest's session is open, or the guest speaks again after `suspend`."""
+        if not resumed:
+            self._sessions += 1
+            if self._sessions == 1:
+                self._note_until_s = now_s + NOTE_WAIT_S
+        self._suspended = self._note_due = False
+        if self._gate.may_send or self._calls:
+            self._listen()
+        self._publish_next(now_s)
+
+    def _listen(self) -> None:
+        if self._broker is not None and not self._listening:
+            self._listening = True
+            self._broker.listen_for_answers(self.vm)
+
+    def receive(self, message: Request | Cancel | Settled, now_s: float) -> None:
+        """Take a message of the guest's."""
+        if isinstance(message, Request):
+            message = _bounded(message)
+        for delivery in self._responder.receive(message, now_s):
+            match delivery:
+                case Deliver(request):
+                    self._admit(request, now_s)
+                case Cancelled(request_id):
+                    self._drop(request_id)
+        if isinstance(message, Settled):
+            for request_id in message.ids:
+                self._settled(request_id)
+
+    def _admit(self, request: Request, now_s: float) -> None:
+        self.counters["guest_requests"] += 1
+        try:
+            asked = read(request)
+        except EnvelopeError as error:
+            self.counters["guest_refused"] += 1
+            self._responder.give_back(request.id, REFUSED, str(error))
+            return
+        verdict = self._gate.judge(asked.ask, request.id)
+        if verdict.effect is Effect.DENY:
+            self.counters["guest_denied"] += 1
+            text = f"{describe(asked.ask)} is denied to this VM by the host's policy"
+            self._responder.give_back(request.id, REFUSED, text)
+            return
+        if problem := self._over_limit(request):
+            self.counters["guest_refused"] += 1
+            self._gate.refused(asked.ask, request.id, problem)
+            self._responder.give_back(request.id, BUSY, problem)
+            return
+        item = _Item(request, asked, verdict.effect is Effect.CONDUCTOR, now_s)
+        self._items[request.id] = item
+        self._bytes += item.bytes
+        self._calls += request.is_call
+        self._queue.append(item)
+        self._publish_next(now_s)
+
+    def _over_limit(self, request: Request) -> str:
+        if request.is_call and self._calls >= self._gate.calls_max:
+            return f"{self._calls} calls of this VM wait for their answers already"
+        if self._bytes + len(request.body) > OPEN_BYTES_MAX:
+            return f"{self._bytes} bytes of this VM's requests are not published yet"
+        return ""
+
+    def _forget(self, request_id: bytes) -> _Item | None:
+        item = self._items.pop(request_id, None)
+        if item is not None:
+            self._bytes -= item.bytes
+            self._calls -= item.request.is_call
+        return item
+
+    def _drop(self, request_id: bytes) -> None:
+        """Nobody waits for it any more."""
+        item = self._forget(request_id)
+        if item is None:
+            return
+        if item.state is _State.QUEUED:
+            self._queue = deque(other for other in self._queue if other is not item)
+        elif item.cancel is not None:
+            item.cancel()
+
+    def _settled(self, request_id: bytes) -> None:
+        """The guest has heard the outcome, and never asks again."""
+        self._note.pop(request_id, None)
+        self._ran_here.discard(request_id)
+        token = self._tokens.pop(request_id, None)
+        if token is not None and self._broker is not None:
+            self._broker.ack(token)
+
+    # ---------------------------------------------------------------- publishing
+
+    def _publish_next(self, now_s: float) -> None:
+        while self._queue and not self._is_held_up:
+            item = self._queue[0]
+            request_id = item.request.id
+            is_known = request_id in self._note or request_id in self._unclaimed
+            if is_known:
+                self._queue.popleft()
+                self._repeat(item, now_s)
+            elif item.request.flags & REDELIVERED and now_s < self._note_until_s:
+                return  # a note may come
+            else:
+                self._queue.popleft()
+                self._publish(item, now_s)
+
+    @property
+    def _is_held_up(self) -> bool:
+        return self._suspended or self._retry_at_s is not None or bool(self._unsent)
+
+    def _repeat(self, item: _Item, now_s: float) -> None:
+        """An earlier host has published it."""
+        request_id = item.request.id
+        past = self._note.get(request_id, _Past.CALLED)
+        if past is _Past.TAKEN:
+            self._forget(request_id)
+            self._responder.take(request_id, now_s)
+        elif past is _Past.GONE:
+            self._forget(request_id)
+            self._ran_here.add(request_id)
+            text = "it ran on the host that this VM came from, and its answer is lost"
+            self._responder.give_back(request_id, AGENT_GONE, text)
+        else:
+            self._wait_for_answer(item)
+            unclaimed = self._unclaimed.pop(request_id, None)
+            if unclaimed is not None:
+                self._answer(unclaimed.token, unclaimed.answer, now_s)
+
+    def _wait_for_answer(self, item: _Item) -> None:
+        item.state = _State.SENT
+        self._bytes -= item.bytes
+        item.bytes = 0
+
+    def _publish(self, item: _Item, now_s: float) -> None:
+        request = item.remaining(now_s)
+        if request.flags & REDELIVERED and self._sessions == 1 and not self._has_note:
+            item.doubtful = True
+        if not item.conducted and self._give_to_local(item, request):
+            return
+        if self._broker is None:
+            text = f"no program on this host serves {describe(item.asked.ask)}: it has no broker"
+            self._forget(request.id)
+            self._responder.give_back(request.id, NO_AGENT, text)
+            return
+        self.counters["guest_redelivered"] += item.doubtful
+        context = self._gate.context(item.asked.context, redelivered=item.doubtful)
+        asked = self._gate.conduct(item.asked) if item.conducted else item.asked
+        try:
+            made = publication(self.vm, request, asked, context)
+        except EnvelopeError as error:
+            self.counters["guest_refused"] += 1
+            self._forget(request.id)
+            self._responder.give_back(request.id, REFUSED, str(error))
+            return
+        if request.is_call:
+            self._listen()
+        item.state = _State.SENDING
+        self._sending[request.id] = item
+        self._broker.publish_request(self.vm, request.id, made)
+
+    def _give_to_local(self, item: _Item, request: Request) -> bool:
+        request_id = request.id
+        item.state = _State.LOCAL  # before the offer: the answer may come in it
+        item.cancel = self._offer(
+            request, lambda outcome, now_s: self._told(request_id, outcome, now_s)
+        )
+        if item.cancel is None:
+            item.state = _State.QUEUED
+            return False
+        self.counters["guest_local"] += 1
+        if request.is_call:
+            self._remember_local(request_id)
+        return True
+
+    def _remember_local(self, request_id: bytes) -> None:
+        self._ran_here.add(request_id)
+        if len(self._ran_here) > RAN_HERE_MAX:
+            is_over = self._responder.is_over
+            self._ran_here = {
+                known for known in self._ran_here if known in self._items or is_over(known)
+            }
+
+    def sent(
+        self, request_id: bytes, *, ok: bool, unroutable: bool, doubtful: bool, now_s: float
+    ) -> None:
+        """The broker has confirmed a request, or not.
+
+        Args:
+            unroutable: No queue is bound for it: nobody serves its target.
+            doubtful: Not `ok`, but the broker may have it all the same.
+        """
+        item = self._sending.pop(request_id, None)
+        if item is not None and self._items.get(request_id) is item:
+            self._conclude(item, ok, unroutable, doubtful, now_s)
+        if self._sending:
+            return
+        if self._unsent:
+            self._queue.extendleft(reversed(self._unsent))
+            self._unsent = []
+            self._retry_at_s = now_s + RETRY_S
+        if self._note_due:
+            self._leave_note()
+
+    def _conclude(
+        self, item: _Item, ok: bool, unroutable: bool, doubtful: bool, now_s: float
+    ) -> None:
+        request_id = item.request.id
+        if unroutable:
+            self.counters["guest_unroutable"] += 1
+            self._forget(request_id)
+            text = f"nobody serves {describe(item.asked.ask)}"
+            self._responder.give_back(request_id, NO_AGENT, text)
+        elif not ok:
+            item.state = _State.QUEUED
+            item.doubtful = item.doubtful or doubtful
+            self._unsent.append(item)
+        else:
+            self.counters["guest_published"] += 1
+            if item.request.is_call:
+                self._wait_for_answer(item)
+            else:
+                self._forget(request_id)
+                self._responder.take(request_id, now_s)
+
+    # ---------------------------------------------------------------- answers
+
+    def mail(self, token: Hashable, body: bytes, now_s: float) -> str:
+        """Take a message of the VM's own queue. Returns what is wrong with it, or ""."""
+        assert self._broker is not None
+        try:
+            message = read_mail(body)
+        except EnvelopeError as error:
+            self._broker.ack(token)
+            return str(error)
+        if isinstance(message, Note):
+            self._take_note(token, message, now_s)
+        else:
+            self._answer(token, message, now_s)
+        return ""
+
+    def _take_note(self, token: Hashable, note: Note, now_s: float) -> None:
+        """It stays in the queue until this host leaves one of its own."""
+        self._note_tokens.append(token)
+        self._has_note = True
+        for past in _Past:
+            self._note.update(dict.fromkeys(getattr(note, past.value), past))
+        self._note_until_s = now_s
+        self._publish_next(now_s)
+
+    def _answer(self, token: Hashable, answer: Answer, now_s: float) -> None:
+        assert self._broker is not None
+        item = self._items.get(answer.id)
+        if not answer.ending:
+            self._broker.ack(token)
+            self._responder.heartbeat(answer.id, now_s)
+        elif item is not None and item.state in (_State.SENT, _State.SENDING):
+            self.counters["guest_answered"] += 1
+            self._forget(answer.id)
+            self._tokens[answer.id] = token
+            self._reply(answer.id, answer.failed, answer.body, now_s)
+        elif self._responder.is_over(answer.id):
+            self._tokens[answer.id] = token  # the broker hands it out again: a channel was lost
+        elif item is None or item.state is _State.QUEUED:
+            self._keep_unclaimed(token, answer, now_s)
+        else:
+            self._broker.ack(token)
+
+    def _keep_unclaimed(self, token: Hashable, answer: Answer, now_s: float) -> None:
+        """The guest has not asked for it yet, or never will."""
+        assert self._broker is not None
+        self._unclaimed[answer.id] = _Unclaimed(token, answer, now_s + UNCLAIMED_S)
+        if len(self._unclaimed) > UNCLAIMED_MAX:
+            _, oldest = self._unclaimed.popitem(last=False)
+            self._broker.ack(oldest.token)
+        self._publish_next(now_s)
+
+    def _reply(self, request_id: bytes, failed: bool, body: bytes, now_s: float) -> None:
+        try:
+            self._responder.answer(request_id, body, failed=failed, now_s=now_s)
+        except LimitExceeded as error:
+            text = encode_failure("LimitExceeded", str(error))
+            self._responder.answer(request_id, text, failed=True, now_s=now_s)
+
+    def _told(self, request_id: bytes, outcome: Outcome, now_s: float) -> None:
+        """What a local program says."""
+        item = self._items.get(request_id)
+        if item is None or item.state is not _State.LOCAL:
+            return
+        match outcome:
+            case Heartbeat():
+                self._responder.heartbeat(request_id, now_s)
+                return
+            case Taken():
+                self._responder.take(request_id, now_s)
+            case Answered(_, failed, body):
+                self._reply(request_id, failed, body, now_s)
+            case HandedBack(_, reason, text):
+                self._responder.give_back(request_id, reason, text)
+            case Overdue():
+                self._responder.give_back(request_id, EXPIRED, "no answer in time")
+        self._forget(request_id)
+
+    # ---------------------------------------------------------------- the VM goes
+
+    def released(self) -> None:
+        """The VM's channel to the broker is gone, and all its tokens: what they stand for comes
+        again."""
+        self._tokens.clear()
+        self._unclaimed.clear()
+        self._note_tokens.clear()
+
+    def relisten(self) -> None:
+        """The relay has closed the VM's channel itself."""
+        self.released()
+        was_listening, self._listening = self._listening, False
+        if was_listening and not self._suspended:
+            self._listen()
+
+    def suspend(self) -> None:
+        """The guest is going, or away: publish nothing more, and leave a note of what was."""
+        if self._suspended:
+            return
+        self._suspended = True
+        if self._broker is None or not (self._gate.may_send or self._responder.over()):
+            return
+        if self._sending:
+            self._note_due = True  # when the broker has said what became of them
+        else:
+            self._leave_note()
+
+    def _leave_note(self) -> None:
+        assert self._broker is not None
+        self._note_due = False
+        past = dict(self._note)
+        for request_id, is_call in self._responder.over():
+            past[request_id] = _Past.CALLED if is_call else _Past.TAKEN
+        for request_id, item in self._items.items():
+            if item.state is _State.SENT:
+                past[request_id] = _Past.CALLED
+        past.update(dict.fromkeys(self._ran_here, _Past.GONE))
+        body = encode_note(
+            Note(*(tuple(k for k, what in past.items() if what is each) for each in _Past))
+        )
+        self._broker.publish_request(
+            self.vm, NOTE_ID, Publication(Form.MAIL, "", vm_queue(self.vm), body, None, False)
+        )
+        for token in self._note_tokens:
+            self._broker.ack(token)
+        self._note_tokens.clear()
+
+    def release(self) -> None:
+        """The VM is no longer here. Its guest still holds what is not over."""
+        items, self._items = self._items, {}
+        for item in items.values():
+            if item.cancel is not None:
+                item.cancel()
+        self._queue.clear()
+        self._sending.clear()
+        self._unsent.clear()
+        self._bytes = self._calls = 0
+
+    # ---------------------------------------------------------------- time and state
+
+    def next_timeout(self) -> float | None:
+        """When to call `handle_timeout`."""
+        times = [self._responder.next_timeout(), self._retry_at_s]
+        if self._queue and not self._is_held_up:
+            times.append(self._note_until_s)
+        if self._unclaimed:
+            times.append(next(iter(self._unclaimed.values())).until_s)
+        known = [at_s for at_s in times if at_s is not None]
+        return min(known) if known else None
+
+    def handle_timeout(self, now_s: float) -> None:
+        """Do what is due. Calling it early or late is harmless."""
+        for delivery in self._responder.handle_timeout(now_s):
+            if isinstance(delivery, Cancelled):
+                self.counters["guest_expired"] += 1
+                self._drop(delivery.id)
+        if self._retry_at_s is not None and now_s >= self._retry_at_s:
+            self._retry_at_s = None
+        while self._unclaimed:
+            request_id, unclaimed = next(iter(self._unclaimed.items()))
+            if unclaimed.until_s > now_s:
+                break
+            assert self._broker is not None
+            del self._unclaimed[request_id]
+            self._broker.ack(unclaimed.token)
+        self._publish_next(now_s)
+
+    def summary(self) -> dict[str, Any]:
+        """What `vchan status` shows."""
+        return {**self.counters, "open": len(self._items), "calls": self._calls}
+
+
+def _bounded(request: Request) -> Request:
+    """A call's time is bounded here: its answer is waited for."""
+    longest_ms = int(CALL_S_MAX * 1000)
+    if request.is_call and not 0 < request.timeout_ms <= longest_ms:
+        return request._replace(timeout_ms=longest_ms)
+    return request
+
+
+def describe(ask: Ask) -> str:
+    """A target, for a text."""
+    server = f" on {ask.server}" if ask.server else ""
+    return f"{ask.kind} {ask.exchange}/{ask.topic}{server}"

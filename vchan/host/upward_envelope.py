@@ -1,0 +1,217 @@
+"""oslo.messaging's wire envelope, upward: guests' requests, and what comes back for them.
+
+Rules of this file
+1. Pure: no I/O, no clock, no randomness.
+2. What a guest sent raises `EnvelopeError` and nothing else, whatever its bytes.
+3. Nothing of a guest's context passes here: it comes in rebuilt (`vchan.host.identity`).
+
+A call's `_msg_id` is its id, and its `_reply_q` the VM's own queue, so that the answer follows the
+VM to whichever host serves it. That queue also carries notes: what a host that served the VM before
+has published, told to the one that serves it now.
+
+    note   {"vchan.note": 1, "taken": [ids], "calls": [ids], "gone": [ids]}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from vchan.host.broker_events import Form, Publication
+from vchan.host.envelope import (
+    REQUEST_BYTES_MAX,
+    EnvelopeError,
+    bounded_json,
+    encode_json,
+    name_of,
+    open_envelope,
+)
+from vchan.host.policy import Ask, Kind
+from vchan.messages import FANOUT, NOTIFICATION, Request
+
+VM_QUEUE_PREFIX: Final = "vchan_vm_"
+NOTE_KEY: Final = "vchan.note"
+NOTE_IDS_MAX: Final = 20_000
+"""Ids in a note: more than a host remembers of a VM."""
+_ID: Final = re.compile("[0-9a-f]{32}")
+_PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
+"""What oslo.messaging's Notifier knows."""
+
+
+def vm_queue(vm: str) -> str:
+    """The name of a VM's own queue."""
+    return VM_QUEUE_PREFIX + vm
+
+
+class Invocation(NamedTuple):
+    """What a guest asks for, and of whom."""
+
+    ask: Ask
+    args: Mapping[str, Any]
+    version: str | None
+    context: Mapping[str, Any]
+
+
+def read(request: Request) -> Invocation:
+    """What a guest's request asks for.
+
+    Raises:
+        EnvelopeError: It is not well formed; says how.
+    """
+    body = bounded_json(request.body, "the request", REQUEST_BYTES_MAX)
+    if not isinstance(body, dict):
+        raise EnvelopeError("the request is not a JSON object")
+    method = name_of(body, "method")
+    args, context = body.get("args") or {}, body.get("context") or {}
+    if not method or not isinstance(args, dict) or not isinstance(context, dict):
+        raise EnvelopeError('expected "method", and "args" and "context" that are objects')
+    if not request.exchange or not request.topic:
+        raise EnvelopeError("there is no exchange, or no topic")
+    kind = _kind(request)
+    if kind is Kind.NOTIFY and method not in _PRIORITIES:
+        raise EnvelopeError(f"{method!r} is no priority of a notification")
+    ask = Ask(
+        kind,
+        request.exchange,
+        request.topic,
+        request.server,
+        name_of(body, "namespace") or "",
+        method,
+        fanout=request.flags & FANOUT != 0,
+    )
+    return Invocation(ask, args, name_of(body, "version"), context)
+
+
+def _kind(request: Request) -> Kind:
+    if request.flags & NOTIFICATION:
+        return Kind.NOTIFY
+    return Kind.CALL if request.is_call else Kind.CAST
+
+
+def publication(
+    vm: str, request: Request, asked: Invocation, context: Mapping[str, Any]
+) -> Publication:
+    """What the broker gets for a guest's request.
+
+    Args:
+        context: The whole context, as the control side may see it.
+    """
+    ask = asked.ask
+    message: dict[str, Any] = {f"_context_{key}": value for key, value in context.items()}
+    message["_unique_id"] = request.id.hex()
+    if ask.kind is Kind.NOTIFY:
+        message.update(_notification(vm, asked))
+        form, key = Form.NOTIFY, f"{ask.topic}.{ask.method}"
+    else:
+        message.update(_invocation(asked))
+        form = Form.FANOUT if ask.fanout else Form.TOPIC
+        key = f"{ask.topic}.{ask.server}" if ask.server and not ask.fanout else ask.topic
+    if ask.kind is Kind.CALL:
+        message["_msg_id"] = request.id.hex()
+        message["_reply_q"] = vm_queue(vm)
+        message["_timeout"] = request.monitor_ms / 1000 if request.monitor_ms else None
+    return Publication(
+        form,
+        ask.exchange,
+        key,
+        encode_json({"oslo.version": "2.0", "oslo.message": encode_json(message).decode()}),
+        expiration_ms=request.timeout_ms or None if ask.kind is Kind.CALL else None,
+        mandatory=form is Form.TOPIC,
+    )
+
+
+def _invocation(asked: Invocation) -> dict[str, Any]:
+    message: dict[str, Any] = {"method": asked.ask.method, "args": asked.args}
+    if asked.ask.namespace:
+        message["namespace"] = asked.ask.namespace
+    if asked.version:
+        message["version"] = asked.version
+    return message
+
+
+def _notification(vm: str, asked: Invocation) -> dict[str, Any]:
+    args = asked.args
+    metadata = args.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise EnvelopeError("a notification's metadata is not an object")
+    return {
+        # Nobody may take it for one of a service's own.
+        "publisher_id": f"vchan.{vm}.{name_of(args, 'publisher_id') or ''}",
+        "event_type": name_of(args, "event_type"),
+        "payload": args.get("payload"),
+        "priority": asked.ask.method.upper(),
+        "message_id": name_of(metadata, "message_id"),
+        "timestamp": name_of(metadata, "timestamp"),
+    }
+
+
+class Answer(NamedTuple):
+    """What a service says to a call. Not `ending`: it still works on it."""
+
+    id: bytes
+    ending: bool
+    failed: bool
+    body: bytes
+
+
+class Note(NamedTuple):
+    """What an earlier host did with requests that the guest may send again.
+
+    taken: casts that were published. calls: calls that were: their answers come, or are here.
+    gone: calls that ran on that host and have no answer any more.
+    """
+
+    taken: tuple[bytes, ...]
+    calls: tuple[bytes, ...]
+    gone: tuple[bytes, ...]
+
+
+def encode_note(note: Note) -> bytes:
+    """For the VM's own queue."""
+    lists = {name: [each.hex() for each in ids] for name, ids in note._asdict().items()}
+    return encode_json({NOTE_KEY: 1, **lists})
+
+
+def read_mail(body: bytes) -> Answer | Note:
+    """A message of a VM's own queue. Its sender is trusted as far as the broker's accounts are.
+
+    Raises:
+        EnvelopeError: It is neither.
+    """
+    value = open_envelope(body)
+    if NOTE_KEY in value:
+        return Note(*(_ids(value.get(name)) for name in Note._fields))
+    return _answer(value)
+
+
+def _ids(value: object) -> tuple[bytes, ...]:
+    if not isinstance(value, list) or len(value) > NOTE_IDS_MAX:
+        raise EnvelopeError("a note's ids are not a list, or too many")
+    if not all(isinstance(each, str) and _ID.fullmatch(each) for each in value):
+        raise EnvelopeError("a note's ids are not all 32 hex digits")
+    return tuple(bytes.fromhex(each) for each in value)
+
+
+def _answer(value: Mapping[str, Any]) -> Answer:
+    msg_id = value.get("_msg_id")
+    if not isinstance(msg_id, str) or not _ID.fullmatch(msg_id):
+        raise EnvelopeError("an answer to none of a guest's requests: _msg_id is not 32 hex digits")
+    request_id = bytes.fromhex(msg_id)
+    failure = value.get("failure")
+    if failure is not None:
+        return Answer(request_id, True, True, _failure_for_guest(failure))
+    ending = bool(value.get("ending", True))
+    return Answer(request_id, ending, False, encode_json(value.get("result")))
+
+
+def _failure_for_guest(failure: object) -> bytes:
+    """A service's exception, less its traceback: that tells of the control plane's insides."""
+    try:
+        known = json.loads(failure) if isinstance(failure, str) else failure
+    except (ValueError, RecursionError) as error:
+        raise EnvelopeError("an answer's failure is not JSON") from error
+    if not isinstance(known, dict):
+        raise EnvelopeError("an answer's failure is not an object")
+    return encode_json({**known, "tb": []})
