@@ -70,6 +70,12 @@ def address(publication: Publication) -> tuple[str, str]:
     return (f"{key}_fanout", "") if form is Form.FANOUT else (exchange, key)
 
 
+def _comes_back(publication: Publication) -> bool:
+    """Whether it comes back if there is no queue for it. A notification's queue was made sure of:
+    if that is gone by now, it shall not be lost without a word."""
+    return publication.mandatory or publication.form is Form.NOTIFY
+
+
 def problem_of(publication: Publication) -> str:
     """Why the broker would never take this, or "": it would close the channel, or do something else
     than what is meant."""
@@ -146,7 +152,7 @@ class Lane(Owner):
         number, self._next_number = self._next_number, self._next_number + 1
         self.unconfirmed[number] = outgoing
         self.lot += 1
-        form, _, _, body, expiration_ms, mandatory = outgoing.publication
+        _, _, _, body, expiration_ms, _ = outgoing.publication
         properties: dict[str, Any] = {}
         if expiration_ms is not None:
             properties["expiration"] = str(min(expiration_ms, EXPIRATION_MS_MAX))
@@ -159,9 +165,7 @@ class Lane(Owner):
             application_headers={},
             **properties,
         )
-        # Its queue was made sure of: if that is gone by now, it shall not be lost without a word.
-        mandatory = mandatory or form is Form.NOTIFY
-        args = (0, *address(outgoing.publication), mandatory, False)
+        args = (0, *address(outgoing.publication), _comes_back(outgoing.publication), False)
         self._channel.ask(spec.Basic.Publish, "Bssbb", *args, content=message)
 
     def on_method(self, inbound: Inbound) -> None:
@@ -187,8 +191,11 @@ class Lane(Owner):
         """Nothing in a message that looks like oslo.messaging's own says which one it is. They
         come in the order of publishing, each before its confirm."""
         for number, (_, _, publication) in self.unconfirmed.items():
-            sent = (*address(publication), publication.body)
-            if number not in self._returned and sent == (exchange, key, body):
+            if (
+                number not in self._returned
+                and _comes_back(publication)
+                and (*address(publication), publication.body) == (exchange, key, body)
+            ):
                 self._returned.add(number)
                 return
 
