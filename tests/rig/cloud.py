@@ -41,8 +41,10 @@ class Cloud:
         self._shared: Vm | None = None
 
     def __enter__(self) -> Self:
-        agent = Path(__file__).with_name("counting_agent.py")
-        self.image = build({"app/agent.py": agent}).staged(self.directory)
+        here = Path(__file__).parent
+        programs = {"app/agent.py": "counting_agent.py", "app/asker.py": "asking_agent.py"}
+        image = build({path: here / name for path, name in programs.items()})
+        self.image = image.staged(self.directory)
         (self.directory / "r").mkdir()
         warm_cache = cache_directory() / "libvirt"
         with contextlib.ExitStack() as stack:
