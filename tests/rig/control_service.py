@@ -1,0 +1,144 @@
+"""A control-plane service: unmodified oslo.messaging code that agents in VMs call and cast to.
+
+    python -m tests.rig.control_service --url rabbit://... --topic TOPIC
+
+Prints a line when it serves. Runs until its standard input ends, then prints what it ran as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.rig import RigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = "controller"
+END_S = 30.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One execution: the number, whether it was marked as perhaps a copy, and for whom."""
+
+    number: int
+    redelivered: bool
+    instance_uuid: str
+    keys: list[str]
+
+
+class Endpoint:
+    """Notes everything."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ran: dict[str, list[tuple[int, bool, str, list[str]]]] = {}
+
+    def note(self, context: dict[str, Any], sender: str, number: int, payload: str = "") -> None:
+        """For casts."""
+        entry = (
+            number,
+            bool(context.get("vchan_redelivered")),
+            str(context.get("vchan_instance_uuid")),
+            sorted(context),
+        )
+        with self.lock:
+            self.ran.setdefault(sender, []).append(entry)
+
+    def echo(
+        self, context: dict[str, Any], sender: str, number: int, payload: str = ""
+    ) -> list[Any]:
+        """For calls."""
+        self.note(context, sender, number)
+        return [sender, number, payload]
+
+    def slow(self, context: dict[str, Any], sender: str, number: int, seconds: float) -> list[Any]:
+        """For calls that take a while."""
+        self.note(context, sender, number)
+        time.sleep(seconds)
+        return [sender, number]
+
+    def fail(self, context: dict[str, Any], text: str) -> None:
+        """For exceptions."""
+        raise ValueError(text)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--topic", required=True)
+    options = parser.parse_args()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oslo's own deprecations
+        import oslo_messaging
+        from oslo_config import cfg
+    conf = cfg.CONF
+    conf([])
+    transport = oslo_messaging.get_rpc_transport(conf, url=options.url)
+    target = oslo_messaging.Target(topic=options.topic, server=SERVER)
+    endpoint = Endpoint()
+    server = oslo_messaging.get_rpc_server(transport, target, [endpoint], executor="threading")
+    server.start()
+    print(json.dumps({"serving": options.topic}), flush=True)
+    sys.stdin.read()
+    server.stop()
+    server.wait()
+    with endpoint.lock:
+        print(json.dumps({"ran": endpoint.ran}), flush=True)
+
+
+class ControlService:
+    """The process."""
+
+    def __init__(self, url: str, topic: str, log: Path) -> None:
+        self._command = [sys.executable, "-m", "tests.rig.control_service"]
+        self._command += ["--url", url, "--topic", topic]
+        self._log = log
+        self.ran: dict[str, list[Ran]] = {}
+
+    def __enter__(self) -> Self:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self._process.stdout is not None
+        if "serving" not in self._process.stdout.readline():
+            raise RigError(f"the service did not start: {self._log.read_text()[-2000:]}")
+        return self
+
+    def finish(self) -> dict[str, list[Ran]]:
+        """End it, and see what it ran for each sender, in order."""
+        if self._process.poll() is None:
+            out, _ = self._process.communicate(timeout=END_S)
+            told = json.loads(out.splitlines()[-1])["ran"]
+            self.ran = {sender: [Ran(*entry) for entry in ran] for sender, ran in told.items()}
+        return self.ran
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+if __name__ == "__main__":
+    main()
