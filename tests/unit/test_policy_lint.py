@@ -1,0 +1,263 @@
+"""Lint: what it says of a rule is true on every small universe."""
+
+from __future__ import annotations
+
+import fnmatch
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vchan.host import policy_lint
+from vchan.host.policy import Ask, Facts, Kind, Policy, parse
+from vchan.host.policy_lint import includes, lint
+
+UUID = "11111111-2222-3333-4444-555555555555"
+OTHER = "99999999-2222-3333-4444-555555555555"
+PROJECT = "0123456789abcdef0123456789abcdef"
+SHIPPED = Path(__file__).parents[2] / "etc" / "policy.d" / "90-default.policy"
+
+
+def policy(*lines: str) -> Policy:
+    return parse([("p", "\n".join(lines))])
+
+
+def codes(*lines: str) -> list[tuple[str, str]]:
+    return [(finding.where, finding.code) for finding in lint(policy(*lines))]
+
+
+# --- patterns
+
+
+def brute(one: str, other: str, names: list[str]) -> bool:
+    return all(fnmatch.fnmatchcase(n, one) for n in names if fnmatch.fnmatchcase(n, other))
+
+
+def test_inclusion_is_exact_on_all_small_patterns() -> None:
+    pieces = ["a", "b", "*", "?", "[ab]", "[!a]"]
+    patterns = ["".join(p) for size in (1, 2, 3) for p in product(pieces, repeat=size)]
+    names = ["".join(n) for size in range(6) for n in product("abc", repeat=size)]
+    matched = {
+        pattern: frozenset(name for name in names if fnmatch.fnmatchcase(name, pattern))
+        for pattern in patterns
+    }
+    short = [pattern for pattern in patterns if len(policy_lint._parse(pattern)) <= 2]
+    for one, other in product(short, patterns):
+        assert includes(one, other) == (matched[other] <= matched[one]), (one, other)
+
+
+@given(st.text("ab*?", max_size=7), st.text("ab*?", max_size=5))
+def test_inclusion_is_exact_on_longer_ones(one: str, other: str) -> None:
+    names = ["".join(n) for size in range(8) for n in product("abc", repeat=size)]
+    assert includes(one, other) == brute(one, other, names)
+
+
+SETS = st.text("ab-]!", min_size=1, max_size=3).filter("!".__ne__)
+
+
+@given(SETS, SETS)
+def test_inclusion_of_sets(one: str, other: str) -> None:
+    names = ["".join(n) for size in range(4) for n in product("abc-]!", repeat=size)]
+    names += [chr(number) for number in range(256)]
+    assert includes(f"[{one}]", f"[{other}]") == brute(f"[{one}]", f"[{other}]", names)
+
+
+def test_inclusion_of_words() -> None:
+    assert includes("*", "@self") and includes("**", "@self") and includes("@self", "@self")
+    assert not includes("@self", "*") and not includes("a*", "@self")
+    assert includes("*", "@none") and includes("@none", "@none")
+    assert not includes("?*", "@none") and not includes("@none", "a")
+
+
+def test_a_comparison_that_would_take_too_long_is_given_up() -> None:
+    one = "*a" + "?" * 20
+    assert not includes(one, "*a" + "?" * 19 + "[ab]")
+    assert includes("*a???", "*a??[ab]")
+
+
+# --- shadows
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("call any any allow", "call name:x nova/* deny"),
+        ("call any any allow", "cast any any deny", "call,cast any a deny"),
+        ("listen any any allow", "listen any any server:@self deny"),
+        ("any any any deny", "mode any one-way-cast"),
+        ("call any any server:* allow", "call any any server:@self deny"),
+        ("call name:a* any allow", "call name:ab* project:x any allow"),
+        (f"call uuid:{UUID} any allow", f"call uuid:{UUID.upper()} any deny"),
+    ],
+)
+def test_a_rule_that_never_decides(lines: tuple[str, ...]) -> None:
+    assert (f"p:{len(lines)}", "shadowed") in codes(*lines)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("call name:* any allow", "call any any deny"),
+        ("call project:* any allow", "call name:x any deny"),
+        ("call any any allow", "call,cast any any deny"),
+        ("listen any any allow", "listen any any server:* deny"),
+        ("listen any any allow", "listen any any server:x deny"),
+        ("call any any namespace:@none allow", "call any any deny"),
+        ("call any any method:?* allow", "call any any deny"),
+        ("mode any one-way-call", "any any any allow"),
+        ("cast any any deny", "mode any any cast"),
+    ],
+)
+def test_a_rule_that_may_decide(lines: tuple[str, ...]) -> None:
+    assert (f"p:{len(lines)}", "shadowed") not in codes(*lines)
+
+
+def test_it_names_who_came_first() -> None:
+    findings = lint(policy("cast any any deny", "call any any deny", "call,cast any a allow"))
+    text = next(finding.text for finding in findings if finding.code == "shadowed")
+    assert text == "never decides: p:1, p:2 came first for all it matches"
+
+
+PATTERNS = ["*", "a", "b", "a*", "*b", "?", "[ab]"]
+WHO = st.one_of(
+    st.just("any"),
+    st.sampled_from(PATTERNS).map("name:{}".format),
+    st.tuples(st.sampled_from(PATTERNS), st.sampled_from(PATTERNS)).map(
+        lambda two: f"name:{two[0]} project:{two[1]}"
+    ),
+)
+TARGET = st.sampled_from(["any", "a", "*/a*", "*/?", "a/*", "[ab]/[!b]*"])
+SERVER = st.sampled_from(["", *(f" server:{p}" for p in ["*", "a", "a*", "@self", "@none"])])
+RULE = st.builds(
+    "{} {} {}{} {}".format,
+    st.sampled_from(["listen", "cast", "call", "cast,call", "listen,call", "fanout", "any"]),
+    WHO,
+    TARGET,
+    SERVER,
+    st.sampled_from(["allow", "deny"]),
+)
+MODE = st.builds("mode {} {}".format, WHO, st.sampled_from(["one-way-cast", "one-way-call"]))
+
+NAMES = ["", "a", "b", "ab", "c"]
+FACTS = [Facts(UUID, name, project) for name in NAMES for project in NAMES]
+ASKS = [
+    Ask(kind, exchange, topic, server, fanout=fanout)
+    for kind, exchange, topic, server, fanout in product(
+        (Kind.LISTEN, Kind.REPLY, Kind.CAST, Kind.CALL),
+        ("a", "c"),
+        ("a", "b", "ab"),
+        ("", "a", "ab", UUID, OTHER),
+        (False, True),
+    )
+]
+
+
+@given(st.lists(RULE | MODE, min_size=1, max_size=5))
+def test_what_is_called_shadowed_decides_nothing_on_a_small_universe(lines: list[str]) -> None:
+    rules = policy(*lines)
+    shadowed = {finding.where for finding in lint(rules) if finding.code == "shadowed"}
+    if shadowed:
+        decisive = {rules.decide(facts, ask).rule for facts in FACTS for ask in ASKS}
+        assert not shadowed & decisive, (lines, shadowed & decisive)
+
+
+@given(RULE, RULE)
+def test_a_rule_that_one_other_covers_is_found(first: str, second: str) -> None:
+    """And nothing is missed of two rules, where the small universe has room for the difference."""
+    rules = policy(first, second)
+    one, other = rules.rules
+    decides = any(rules.decide(facts, ask).rule == other.where for facts in FACTS for ask in ASKS)
+    is_shadowed = ("p:2", "shadowed") in {(f.where, f.code) for f in lint(rules)}
+    assert not (decides and is_shadowed)
+    same = first.rsplit(" ", 1)[0] == second.rsplit(" ", 1)[0]
+    if same or (first.startswith("any any any ") and "server:" not in first):
+        covers_all = all(policy_lint.covers(one, other, kind) for kind in other.kinds)
+        assert is_shadowed == covers_all
+
+
+def test_shadowed_limits() -> None:
+    first = "limit name:a* topics=1 calls_up=2"
+    assert codes(first, "limit name:ab topics=3")[0] == ("p:2", "shadowed")
+    assert ("p:2", "shadowed") not in codes(first, "limit name:ab topics=3 requests_up=1")
+    assert ("p:2", "shadowed") not in codes(first, "limit any topics=3")
+    both = ("limit any topics=1", "limit any calls_up=2", "limit name:x topics=2 calls_up=1")
+    assert ("p:3", "shadowed") in codes(*both)
+
+
+# --- the rest
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("call name:** any allow", "name:* matches every VM whose name is known"),
+        ("call project:* a/b allow", "project:* matches every VM whose project is known"),
+        ("call any a/b method:* allow", "method:* matches any, and none: leave it out"),
+        ("listen any a/b server:* allow", "server:* lets a VM listen under any name"),
+        ("call any any allow", "allows call on every topic for every VM"),
+        ("call,cast name:x */** conductor", "conducts call, cast on every topic"),
+        ("listen name:x any allow", "allows listen on every topic"),
+        ("mode any any cast", "allows cast, notify on every topic for every VM"),
+    ],
+)
+def test_what_matches_everything(line: str, text: str) -> None:
+    findings = [finding for finding in lint(policy(line)) if finding.code == "everything"]
+    assert any(finding.text.startswith(text) for finding in findings), findings
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "reply any any allow",
+        "any any any deny",
+        "call any nova/* allow",
+        "mode any one-way-call",
+        "listen any a/b allow",
+    ],
+)
+def test_what_does_not(line: str) -> None:
+    assert "everything" not in {code for _, code in codes(line)}
+
+
+@pytest.mark.parametrize(
+    ("who", "is_odd"),
+    [
+        (f"project:{PROJECT}", False),
+        (f"project:{PROJECT.upper()}", True),
+        (f"project:{UUID}", True),
+        ("project:shop", True),
+        ("project:0123*", False),
+        ("project:shop*", True),
+        (f"user:{PROJECT}", False),
+        (f"user:{PROJECT * 2}", False),
+        ("user:alice", True),
+        (f"image:{UUID}", False),
+        ("image:ubuntu", True),
+        ("flavor:m1.small", False),
+        ("name:shop", False),
+    ],
+)
+def test_ids_that_nova_does_not_write(who: str, is_odd: bool) -> None:
+    assert (("p:1", "id") in codes(f"call {who} a/b allow")) == is_odd
+    assert (("p:1", "id") in codes(f"limit {who} topics=1")) == is_odd
+
+
+def test_what_is_missing() -> None:
+    assert codes("call any a/b allow") == [("", "missing")]
+    assert codes("listen any a/b allow") == [("", "missing")]
+    assert codes("listen,reply any a/b allow") == []
+    assert codes("listen any a/b allow", "mode any one-way-cast") == [("", "missing")]
+
+
+def test_the_shipped_policy() -> None:
+    rules = parse([(str(SHIPPED), SHIPPED.read_text())])
+    facts = Facts(UUID, "vm")
+    allowed = {ask.kind for ask in ASKS if rules.decide(facts, ask).effect.value == "allow"}
+    assert allowed == {Kind.REPLY}
+    assert [(finding.code, finding.where) for finding in lint(rules)] == [("missing", "")]
+    with_topics = parse(
+        [(str(SHIPPED), SHIPPED.read_text()), ("listen_topics", "listen,reply any trove-* allow")]
+    )
+    assert lint(with_topics) == []
