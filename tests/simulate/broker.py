@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from tests.simulate.world import Fifo, World
+from vchan.host.broker_events import Form, Publication
+from vchan.host.broker_vm import own_queue
 from vchan.host.envelope import BrokerRequest
 from vchan.messages import Topic
 
@@ -29,6 +31,15 @@ class Message(NamedTuple):
     fanout: bool
     expires_s: float | None
     tried: bool
+
+
+class Letter(NamedTuple):
+    """Likewise, in a VM's own queue."""
+
+    place: int
+    body: bytes
+    tried: bool
+    expires_s: float | None = None
 
 
 class Token(NamedTuple):
@@ -70,13 +81,32 @@ class Settled(NamedTuple):
     ids: tuple[bytes, ...]
 
 
-Event = Delivered | Released | Published | Settled
+class Sent(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    vm: str
+    request_id: bytes
+    ok: bool
+    unroutable: bool
+    reason: str
+    in_doubt: bool = False
+
+
+class Mail(NamedTuple):
+    """As in vchan.host.broker_events."""
+
+    vm: str
+    token: Token
+    body: bytes
+
+
+Event = Delivered | Mail | Released | Published | Sent | Settled
 
 
 class _Consumer:
     __slots__ = ("channel", "topic", "unacked")
 
-    def __init__(self, channel: _ServerChannel, topic: Topic) -> None:
+    def __init__(self, channel: _ServerChannel, topic: Topic | None) -> None:
         self.channel = channel
         self.topic = topic
         self.unacked = 0
@@ -90,16 +120,16 @@ class Queue:
         self.vm = vm
         self.fanout = fanout
         self._broker = broker
-        self.ready: deque[Message] = deque()
+        self.ready: deque[Message | Letter] = deque()
         self.consumers: deque[_Consumer] = deque()
         self.unacked: dict[int, int] = {}  # channel number: messages out on it
 
-    def publish(self, message: Message) -> None:
+    def publish(self, message: Message | Letter) -> None:
         """Put it last."""
         self.ready.append(message)
         self.hand_out()
 
-    def put_back(self, messages: list[Message]) -> None:
+    def put_back(self, messages: list[Message | Letter]) -> None:
         """Into their places."""
         if messages:
             merged = sorted([*self.ready, *messages], key=lambda message: message.place)
@@ -124,8 +154,7 @@ class Queue:
                     f"{self.name}: handed to channel {consumer.channel.number} while channel "
                     f"{others[0]} holds messages unacknowledged"
                 )
-            if (message.request.id, consumer.channel.vm) in broker.settled:
-                broker.world.fail(f"{self.name}: {_short(message)} handed out after Settled")
+            broker.check(message, consumer.channel.vm)
             consumer.unacked += 1
             number = consumer.channel.number
             self.unacked[number] = self.unacked.get(number, 0) + 1
@@ -151,26 +180,37 @@ class _ServerChannel:
         self.generation = generation
         self._connection = connection
         self._tag = 0
-        self._out: dict[int, tuple[Queue, _Consumer, Message]] = {}
+        self._out: dict[int, tuple[Queue, _Consumer, Message | Letter]] = {}
         self._consuming: list[tuple[Queue, _Consumer]] = []
 
     def consume(self, topics: tuple[Topic, ...]) -> None:
         broker = self._connection.broker
         for topic in topics:
             for queue in broker.declare(self.vm, topic):
-                consumer = _Consumer(self, topic)
-                self._consuming.append((queue, consumer))
-                queue.consumers.append(consumer)
-                queue.hand_out()
+                self._start(queue, topic)
 
-    def deliver(self, queue: Queue, consumer: _Consumer, message: Message) -> None:
+    def listen(self) -> None:
+        self._start(self._connection.broker.declare_own(self.vm), None)
+
+    def _start(self, queue: Queue, topic: Topic | None) -> None:
+        consumer = _Consumer(self, topic)
+        self._consuming.append((queue, consumer))
+        queue.consumers.append(consumer)
+        queue.hand_out()
+
+    def deliver(self, queue: Queue, consumer: _Consumer, message: Message | Letter) -> None:
         self._tag += 1
         self._out[self._tag] = (queue, consumer, message)
         if message.tried:
             self._connection.broker.world.stats["redeliveries"] += 1
         token = Token(self.vm, self.generation, self._tag)
-        topic = Topic(message.exchange, consumer.topic.name)
-        event = Delivered(self.vm, token, message.request, topic, queue.fanout, message.tried)
+        event: Delivered | Mail
+        if isinstance(message, Letter):
+            event = Mail(self.vm, token, message.body)
+        else:
+            assert consumer.topic is not None
+            topic = Topic(message.exchange, consumer.topic.name)
+            event = Delivered(self.vm, token, message.request, topic, queue.fanout, message.tried)
         self._connection.down.push(("event", self.generation, event))
 
     def ack(self, tag: int) -> None:
@@ -192,7 +232,7 @@ class _ServerChannel:
         self._consuming.clear()
 
     def close(self) -> None:
-        back: dict[Queue, list[Message]] = {}
+        back: dict[Queue, list[Message | Letter]] = {}
         for queue, _, message in self._out.values():
             back.setdefault(queue, []).append(message._replace(tried=True))
             queue.returned(self, 1)
@@ -220,11 +260,15 @@ class _ServerConnection:
             return
         what, generation, *rest = command
         if what == "open":
-            vm, topics = rest
+            vm, topics, listens = rest
             channel = self._channels[generation] = _ServerChannel(self, vm, generation)
+            if listens:
+                channel.listen()
             channel.consume(topics)
         elif what == "consume":
             self._channels[generation].consume(rest[0])
+        elif what == "listen":
+            self._channels[generation].listen()
         elif what == "ack":
             self._channels[generation].ack(rest[0])
         elif what == "cancel":
@@ -236,6 +280,8 @@ class _ServerConnection:
             self.close()
         elif what == "barrier":
             self.down.push(("event", generation, Settled(*rest)))
+        elif what == "request":
+            self._on_request(*rest)
         else:
             reply_q, body, key = rest
             ok = self.broker.world.rng.random() >= self.broker.refuses
@@ -244,6 +290,23 @@ class _ServerConnection:
             else:
                 self.broker.world.stats["replies refused by the broker"] += 1
             self.down.push(("event", None, Published(key, ok=ok)))
+
+    def _on_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        broker, rng = self.broker, self.broker.world.rng
+        if rng.random() < broker.refuses:
+            broker.world.stats["guests' requests refused by the broker"] += 1
+            sent = Sent(vm, request_id, ok=False, unroutable=False, reason="refused", in_doubt=True)
+        else:
+            is_there = broker.take(publication)
+            returned = publication.mandatory and not is_there
+            sent = Sent(vm, request_id, not returned, returned, "returned" if returned else "")
+            if rng.random() < broker.doubts:
+                # As when the channel ends before the confirm has come.
+                broker.world.stats["guests' requests in doubt"] += 1
+                sent = Sent(
+                    vm, request_id, ok=False, unroutable=False, reason="channel lost", in_doubt=True
+                )
+        self.down.push(("event", None, sent))
 
     def close(self) -> None:
         """The broker knows that the connection is gone."""
@@ -264,7 +327,11 @@ class Broker:
         self.queues: dict[str, Queue] = {}
         self.reply_queues: dict[str, Fifo] = {}
         self.refuses = 0.0
-        """How often it refuses a reply: out of disk, or its queue's leader is away."""
+        """How often it refuses to take something: out of disk, or the queue's leader is away."""
+        self.doubts = 0.0
+        """How often it takes a guest's request, and its host does not hear of that."""
+        self._services: dict[tuple[str, str], list[Fifo]] = {}  # by exchange and routing key
+        self._notifications: dict[tuple[str, str], list[Publication]] = {}  # nobody listens yet
         self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
         self._published: Counter[tuple[bytes, str]] = Counter()
         self.settled: set[tuple[bytes, str]] = set()
@@ -277,6 +344,30 @@ class Broker:
             self._queue(f"{topic.name}.{vm}", vm, fanout=False),
             self._queue(f"{topic.name}_fanout_{vm}", vm, fanout=True),
         )
+
+    def declare_own(self, vm: str) -> Queue:
+        """The VM's own queue."""
+        return self._queue(own_queue(vm), vm, fanout=False)
+
+    def bind(self, exchange: str, routing_key: str, service: Fifo) -> None:
+        """A service on the control side gets what guests publish there, as a Publication."""
+        address = (exchange, routing_key)
+        self._services.setdefault(address, []).append(service)
+        for publication in self._notifications.pop(address, []):
+            service.push(publication)
+
+    def take(self, publication: Publication) -> bool:
+        """To the services, or a VM's own queue. False: there is no such queue."""
+        self.world.stats[f"guests' requests published: {publication.form}"] += 1
+        address = publication.address
+        if publication.form is Form.MAIL:
+            return self.answer(publication.routing_key, publication.body)
+        for service in self._services.get(address, []):
+            service.push(publication)
+        if publication.form is Form.NOTIFY and address not in self._services:
+            self._notifications.setdefault(address, []).append(publication)
+            return True
+        return address in self._services
 
     def _queue(self, name: str, vm: str, *, fanout: bool) -> Queue:
         queue = self.queues.get(name)
@@ -309,9 +400,15 @@ class Broker:
             )
         return bool(targets)
 
-    def forget(self, message: Message, vm: str) -> None:
+    def check(self, message: Message | Letter, vm: str) -> None:
+        """It is about to be handed out."""
+        if isinstance(message, Message) and (message.request.id, vm) in self.settled:
+            self.world.fail(f"{vm}: {_short(message)} handed out after Settled")
+
+    def forget(self, message: Message | Letter, vm: str) -> None:
         """It was acknowledged, or has expired."""
-        self._copies[message.request.id, vm] -= 1
+        if isinstance(message, Message):
+            self._copies[message.request.id, vm] -= 1
 
     def leftovers(self) -> list[str]:
         """Queues that still hold something."""
@@ -325,20 +422,25 @@ class Broker:
             if self._copies[key]:
                 self.world.fail(f"{request_id.hex()[:8]}: settled, and the broker still has it")
 
-    def answer(self, reply_q: str, body: bytes) -> None:
-        """To a caller's queue, if the caller is still there."""
-        queue = self.reply_queues.get(reply_q)
-        if queue is not None:
-            queue.push(body)
+    def answer(self, reply_q: str, body: bytes) -> bool:
+        """To a caller's queue, or a VM's own. False: there is no such queue."""
+        caller, own = self.reply_queues.get(reply_q), self.queues.get(reply_q)
+        if caller is not None:
+            caller.push(body)
+        elif own is not None:
+            self._place += 1
+            own.publish(Letter(self._place, body, tried=False))
+        return caller is not None or own is not None
 
 
 class _VmState:
     """One VM on one host: as `vchan.host.broker_vm.Vm`."""
 
-    __slots__ = ("closing", "generation", "topics", "unacked")
+    __slots__ = ("closing", "generation", "listens", "topics", "unacked")
 
     def __init__(self) -> None:
         self.topics: frozenset[Topic] = frozenset()
+        self.listens = False
         self.generation = 0  # 0: no channel
         self.closing = 0
         self.unacked: set[int] = set()
@@ -359,6 +461,7 @@ class HostBroker:
         self._generations = 0
         self._connection: _ServerConnection | None = None
         self._unconfirmed: dict[bytes, int] = {}
+        self._sending: deque[tuple[str, bytes]] = deque()  # of each VM, in order
         self._dead = False
         self.cancels_consumers = False
         """A planted bug: see tests/planted."""
@@ -381,7 +484,7 @@ class HostBroker:
     def release(self, vm: str) -> None:
         """See vchan.host.relay.BrokerPort."""
         state = self._vms.setdefault(vm, _VmState())
-        state.topics = frozenset()
+        state.topics, state.listens = frozenset(), False
         if state.generation and not state.closing:
             self._close(vm, state)
         elif not state.closing:
@@ -411,6 +514,23 @@ class HostBroker:
         self._unconfirmed[key] = self._unconfirmed.get(key, 0) + 1
         self._say("publish", None, reply_q, body, key)
 
+    def listen_for_answers(self, vm: str) -> None:
+        """See vchan.host.broker.Broker."""
+        state = self._vms.setdefault(vm, _VmState())
+        had, state.listens = state.listens, True
+        if not state.generation:
+            self._open(vm, state)
+        elif not state.closing and not had:
+            self._say("listen", state.generation)
+
+    def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        """See vchan.host.broker.Broker."""
+        if self._connection is None:
+            self._post(Sent(vm, request_id, ok=False, unroutable=False, reason="not connected"))
+            return
+        self._sending.append((vm, request_id))
+        self._say("request", None, vm, request_id, publication)
+
     # ------------------------------------------------------------ channels
 
     def _say(self, *command: Any) -> None:
@@ -418,11 +538,12 @@ class HostBroker:
             self._connection.up.push(command)
 
     def _open(self, vm: str, state: _VmState) -> None:
-        if state.topics and self._connection is not None and not state.generation:
+        wanted = bool(state.topics) or state.listens
+        if wanted and self._connection is not None and not state.generation:
             self._generations += 1
             state.generation = self._generations
             state.unacked.clear()
-            self._say("open", state.generation, vm, tuple(sorted(state.topics)))
+            self._say("open", state.generation, vm, tuple(sorted(state.topics)), state.listens)
 
     def _close(self, vm: str, state: _VmState) -> None:
         if self.cancels_consumers:
@@ -465,10 +586,13 @@ class HostBroker:
             else:
                 self._unconfirmed.pop(event.key, None)
             self._post(event)
+        elif isinstance(event, Sent):
+            self._sending.remove((event.vm, event.request_id))
+            self._post(event)
         else:
             state = self._vms[event.vm]
             if state.generation == generation and not state.closing:
-                if isinstance(event, Delivered):
+                if isinstance(event, Delivered | Mail):
                     state.unacked.add(event.token.tag)
                 self._post(event)
 
@@ -499,6 +623,18 @@ class HostBroker:
         for key, count in unconfirmed.items():
             for _ in range(count):
                 self._post(Published(key, ok=False))
+        sending, self._sending = self._sending, deque()
+        for vm, request_id in sending:
+            self._post(
+                Sent(
+                    vm,
+                    request_id,
+                    ok=False,
+                    unroutable=False,
+                    reason="connection lost",
+                    in_doubt=True,
+                )
+            )
         self._world.after(RETRY_S * (0.5 + self._world.rng.random()), self._connect)
 
     def die(self, *, host_too: bool) -> None:

@@ -166,6 +166,14 @@ class HostDaemon:
                     self._world.fail(f"refused: {error}")
             case sim_broker.Released():
                 channel.relay.released()
+            case sim_broker.Sent(_, request_id, ok, unroutable):
+                channel.relay.outbound.sent(
+                    request_id, ok=ok, unroutable=unroutable, doubtful=event.in_doubt, now_s=now_s
+                )
+            case sim_broker.Mail(_, token, body):
+                problem = channel.relay.outbound.mail(token, body, now_s)
+                if problem:
+                    self._world.fail(f"dropped mail: {problem}")
             case sim_broker.Settled(_, ids):
                 for request_id in ids:
                     self._proved.add((request_id, event.vm))

@@ -52,6 +52,12 @@ class Publication(NamedTuple):
     expiration_ms: int | None
     mandatory: bool
 
+    @property
+    def address(self) -> tuple[str, str]:
+        """The exchange and the routing key, as oslo.messaging's clients have them."""
+        is_fanout = self.form is Form.FANOUT
+        return (f"{self.routing_key}_fanout", "") if is_fanout else self[1:3]
+
 
 @dataclass(frozen=True, slots=True)
 class Connected:

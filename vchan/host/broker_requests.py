@@ -64,12 +64,6 @@ class Outgoing(NamedTuple):
     publication: Publication
 
 
-def address(publication: Publication) -> tuple[str, str]:
-    """The exchange and the routing key, as oslo.messaging's clients have them."""
-    form, exchange, key, *_ = publication
-    return (f"{key}_fanout", "") if form is Form.FANOUT else (exchange, key)
-
-
 def _comes_back(publication: Publication) -> bool:
     """Whether it comes back if there is no queue for it. A notification's queue was made sure of:
     if that is gone by now, it shall not be lost without a word."""
@@ -82,7 +76,7 @@ def problem_of(publication: Publication) -> str:
     form, exchange, key, body, expiration_ms, _ = publication
     if (form is Form.MAIL) is bool(exchange) or not key:
         return f"{form} to exchange {exchange[:40]!r} and key {key[:40]!r}: mail alone goes to none"
-    for name in address(publication):
+    for name in publication.address:
         try:
             size = len(name.encode())
         except UnicodeEncodeError:
@@ -165,7 +159,7 @@ class Lane(Owner):
             application_headers={},
             **properties,
         )
-        args = (0, *address(outgoing.publication), _comes_back(outgoing.publication), False)
+        args = (0, *outgoing.publication.address, _comes_back(outgoing.publication), False)
         self._channel.ask(spec.Basic.Publish, "Bssbb", *args, content=message)
 
     def on_method(self, inbound: Inbound) -> None:
@@ -194,7 +188,7 @@ class Lane(Owner):
             if (
                 number not in self._returned
                 and _comes_back(publication)
-                and (*address(publication), publication.body) == (exchange, key, body)
+                and (*publication.address, publication.body) == (exchange, key, body)
             ):
                 self._returned.add(number)
                 return
@@ -283,7 +277,7 @@ class Requests:
     def _is_ready(self, outbox: Outbox) -> bool:
         """Whether all that the first one needs is there; if not, it is told."""
         publication = outbox.waiting[0].publication
-        (exchange, key), form = address(publication), publication.form
+        (exchange, key), form = publication.address, publication.form
         declared = self._broker.declared
         if form is Form.MAIL:
             return True
@@ -374,7 +368,7 @@ class Requests:
         lost, lane.unconfirmed = lane.unconfirmed, {}
         for outgoing in lost.values():
             if code == NOT_FOUND:  # an exchange, which one is said in words only
-                self._broker.declared.forget_exchange(address(outgoing.publication)[0])
+                self._broker.declared.forget_exchange(outgoing.publication.address[0])
             self._done(outgoing, ok=False, reason=f"{code} {text}", in_doubt=True)
         outbox, lane.outbox = lane.outbox, None
         if outbox is not None:
@@ -400,9 +394,10 @@ class Requests:
         """What the broker says of one."""
         publication = outgoing.publication
         if not returned:
-            self._done(outgoing, ok=ok, reason="confirmed" if ok else "refused by the broker")
+            reason = "confirmed" if ok else "refused by the broker"
+            self._done(outgoing, ok=ok, reason=reason, in_doubt=not ok)
         elif publication.form is Form.NOTIFY:
-            self._broker.declared.forget_queue(*address(publication))
+            self._broker.declared.forget_queue(*publication.address)
             self._done(outgoing, ok=False, reason="its queue has just gone: it can be made again")
         else:
             self._done(outgoing, ok=False, unroutable=True, reason="there is no such queue")
