@@ -263,15 +263,15 @@ def test_a_vm_in_a_mode_listens_where_a_rule_says_so() -> None:
 
 def test_limits_of_a_vm_are_the_defaults_and_what_the_first_lines_say() -> None:
     rules = policy(
-        "limit project:a* messages_per_s=5 bytes_per_s=1M",
-        "limit any        messages_per_s=7 topics=3",
+        "limit project:a* requests_up=5 bytes_per_s=1M",
+        "limit any        requests_up=7 topics=3",
         "limit name:x     topics=4",
         "call any any allow",
     )
     limits = rules.limits(VM)
-    assert (limits.messages_per_s, limits.bytes_per_s, limits.topics) == (5, 1024**2, 3)
+    assert (limits.requests_up, limits.bytes_per_s, limits.topics) == (5, 1024**2, 3)
     assert limits.calls_up == Limits().calls_up
-    assert rules.limits(UNKNOWN).messages_per_s == 7
+    assert rules.limits(UNKNOWN).requests_up == 7
     assert effect(rules, call()) is Effect.ALLOW
 
 

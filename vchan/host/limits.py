@@ -28,6 +28,9 @@ class LimitInfo(NamedTuple):
         return self.reason.startswith("Bytes")
 
 
+# The least rates are what one read of 64 KiB can bring in, with the longest pause between two.
+
+
 def _limit(default: int, minimum: int, maximum: int, reason: str) -> Any:
     return field(default=default, metadata={"info": LimitInfo(minimum, maximum, reason)})
 
@@ -38,13 +41,13 @@ class Limits:
 
     messages_per_s: int = _limit(
         2000,
-        1,
+        600,
         1_000_000,
         "Messages from the guest: each costs the daemon some 30 us, so one VM gets 6% of its time.",
     )
     frames_per_s: int = _limit(
         4000,
-        10,
+        1000,
         1_000_000,
         "Frames from the guest, acknowledgements among them: two for each message.",
     )

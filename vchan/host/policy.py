@@ -268,7 +268,7 @@ class Policy:
         self.rules = tuple(rules)
         self.limit_rules = tuple(limits)
         self.problem = problem
-        self._by_vm: dict[Facts, tuple[Rule, ...]] = {}  # a memo, no state
+        self._by_vm: dict[Facts, tuple[tuple[Rule, ...], Limits]] = {}  # a memo, no state
 
     @classmethod
     def denying(cls, problem: str) -> Policy:
@@ -280,7 +280,7 @@ class Policy:
         if self.problem:
             return Verdict(Effect.DENY, f"policy error: {self.problem}")
         kind, ask = _normal(facts, ask)
-        for rule in self._rules_of(facts):
+        for rule in self._of(facts)[0]:
             if rule.mismatch(kind, facts, ask) is None:
                 return Verdict(rule.effect, rule.where)
         return Verdict(Effect.DENY, DEFAULT)
@@ -299,6 +299,26 @@ class Policy:
 
     def limits(self, facts: Facts) -> Limits:
         """This VM's limits. For each, the first line that names it decides."""
+        return self._of(facts)[1]
+
+    def may_send(self, facts: Facts) -> bool:
+        """Whether this VM may send any request at all: some rule lets it send some."""
+        return not self.problem and any(
+            rule.effect is not Effect.DENY and not CONDUCTED.isdisjoint(rule.kinds)
+            for rule in self._of(facts)[0]
+        )
+
+    def _of(self, facts: Facts) -> tuple[tuple[Rule, ...], Limits]:
+        """What speaks of this VM: a guest asks often, and its facts stay the same."""
+        known = self._by_vm.get(facts)
+        if known is None:
+            rules = tuple(rule for rule in self.rules if who_mismatch(rule.who, facts) is None)
+            if len(self._by_vm) >= VMS_MAX:
+                self._by_vm.clear()
+            known = self._by_vm[facts] = (rules, self._make_limits(facts))
+        return known
+
+    def _make_limits(self, facts: Facts) -> Limits:
         values: dict[str, int] = {}
         for line in self.limit_rules:
             if who_mismatch(line.who, facts) is None:
@@ -306,23 +326,6 @@ class Policy:
         limits = Limits(**values)
         # What may be one message must fit what may have begun to arrive.
         return replace(limits, reassembly_bytes=max(limits.reassembly_bytes, limits.message_bytes))
-
-    def may_send(self, facts: Facts) -> bool:
-        """Whether this VM may send any request at all: some rule lets it send some."""
-        return not self.problem and any(
-            rule.effect is not Effect.DENY and not CONDUCTED.isdisjoint(rule.kinds)
-            for rule in self._rules_of(facts)
-        )
-
-    def _rules_of(self, facts: Facts) -> tuple[Rule, ...]:
-        """Those that speak of this VM: a guest asks often, and its facts stay the same."""
-        rules = self._by_vm.get(facts)
-        if rules is None:
-            rules = tuple(rule for rule in self.rules if who_mismatch(rule.who, facts) is None)
-            if len(self._by_vm) >= VMS_MAX:
-                self._by_vm.clear()
-            self._by_vm[facts] = rules
-        return rules
 
 
 def _normal(facts: Facts, ask: Ask) -> tuple[str, Ask]:
