@@ -206,8 +206,8 @@ class QemuGuest:
             raise RigError("this guest does not run")
         return self._qmp.execute(command, **arguments)
 
-    def plug(self, name: str) -> None:
-        """Hot-plug a port with this name."""
+    def plug(self, name: str, *, driver: str = "virtserialport") -> None:
+        """Hot-plug a port with this name, or a virtio console."""
         backend = {
             "type": "socket",
             "data": {
@@ -217,7 +217,8 @@ class QemuGuest:
             },
         }
         self.qmp("chardev-add", id=f"c-{name}", backend=backend)
-        self.qmp("device_add", **_port_device(name))
+        is_port = driver == "virtserialport"
+        self.qmp("device_add", **(_port_device(name) if is_port else _tty_device(name, driver)))
 
     def unplug(self, name: str) -> None:
         """Take a port away; whoever is connected to it gets end of file."""

@@ -267,6 +267,8 @@ def test_a_socket_that_nobody_listens_on_is_tried_again() -> None:
     for _ in range(2):
         with pytest.raises(PortAbsent, match=r"cannot be opened: .*refused"):
             opened(opener)
+    with pytest.raises(PortAbsent, match="refused"):  # what an operator is told does not alternate
+        opener()
 
 
 def test_a_device_through_pyserial(line: tuple[int, str]) -> None:

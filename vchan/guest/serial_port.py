@@ -279,6 +279,7 @@ class UrlOpener:
         self._url = url
         self._thread: threading.Thread | None = None
         self._opened: Stream | LinkError | None = None
+        self._problem = "is being opened"
         try:
             self._make()
         except (OSError, ValueError) as error:
@@ -286,9 +287,8 @@ class UrlOpener:
             raise ConfigError(where, f"pyserial cannot use it: {error}") from error
 
     def _make(self) -> Any:
-        return self._serial.serial_for_url(
-            self._url, do_not_open=True, timeout=BRIDGE_READ_S, write_timeout=BRIDGE_WRITE_S
-        )
+        # Not write_timeout: rfc2217:// has none.
+        return self._serial.serial_for_url(self._url, do_not_open=True, timeout=BRIDGE_READ_S)
 
     def __call__(self) -> Stream:
         """The stream, once it is open.
@@ -301,9 +301,10 @@ class UrlOpener:
             self._thread.start()
         opened, self._opened = self._opened, None
         if opened is None:
-            raise PortAbsent(self._url, "is being opened")
+            raise PortAbsent(self._url, self._problem)  # the last: it is told once
         self._thread = None
         if isinstance(opened, LinkError):
+            self._problem = opened.problem
             raise opened
         return opened
 
