@@ -32,7 +32,7 @@ from vchan.errors import (
 )
 from vchan.link import Link
 from vchan.loop import Loop
-from vchan.messages import CALL, FAILURE, Reply, Request, decode, encode
+from vchan.messages import CALL, FAILURE, Reply, Request, Subscribe, Topic, decode, encode
 from vchan.server import Credentials, LocalServer
 from vchan.session import Config, Event, Opened, Received, Role, Session
 from vchan.streams import connect_unix
@@ -235,10 +235,11 @@ def test_a_program_that_takes_little_is_told_so(host: LocalHost, path: Path) -> 
                     pass
 
         link = Link(loop, session, connect_unix(str(path)), told, lambda _: None)
-        while not got:
+        while len(got) < 2:
             loop.run_once(1.0)
         link.close()
-    reply = decode(got[0])
+    assert decode(got[0]) == Subscribe((Topic("", "vchan.host"),))
+    reply = decode(got[1])
     assert isinstance(reply, Reply) and reply.flags & FAILURE
     assert b"MESSAGE_BYTES_MAX" in reply.body
     with Client(str(path)) as other:

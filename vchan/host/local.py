@@ -1,4 +1,9 @@
-"""Programs on this host at the daemon's socket: calls into VMs, and the daemon's own methods."""
+"""Programs on this host at the daemon's socket: their calls into VMs and to each other; and the
+daemon's own methods.
+
+A request goes to the VM that its `server` names, by UUID or name. If there is none, to the programs
+at this socket that serve its topic (`servers`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 from vchan.bodies import decode_invocation, encode_failure, encode_json
-from vchan.errors import LimitExceeded, NoSuchDomain, Rejected, RequestError
+from vchan.client import HOST_TOPIC
+from vchan.errors import (
+    BadBody,
+    LimitExceeded,
+    NoSuchAgent,
+    NoSuchDomain,
+    Rejected,
+    RequestError,
+)
 from vchan.exchange import (
     Answered,
     Cancelled,
@@ -19,23 +32,33 @@ from vchan.exchange import (
     Responder,
     Taken,
 )
+from vchan.host.servers import Servers
 from vchan.link import Link
-from vchan.loop import Loop
+from vchan.loop import Loop, Timer
 from vchan.messages import (
     BUSY,
     EXPIRED,
+    NO_AGENT,
     NO_DOMAIN,
     REFUSED,
     BadMessage,
     Cancel,
+    Holding,
+    Receipt,
+    Reply,
     Request,
+    Returned,
     Settled,
+    Subscribe,
+    Topic,
     decode,
+    encode,
 )
 from vchan.server import Credentials
+from vchan.session import CONTROL
 
-HOST_TOPIC: Final = "vchan.host"
-"""The topic the daemon serves itself."""
+TICK_S: Final = 0.1
+"""How late a request's time may run out here."""
 
 Answer = Callable[[bool, bytes], None]
 """(failed, body): answers one of the daemon's own methods, now or later."""
@@ -64,9 +87,10 @@ class Guests(Protocol):
 
 
 class _Peer:
-    __slots__ = ("cancels", "responder")
+    __slots__ = ("cancels", "link", "responder")
 
     def __init__(self, link: Link) -> None:
+        self.link = link
         self.responder = Responder(link.send)
         self.cancels: dict[bytes, Callable[[], None]] = {}
 
@@ -79,16 +103,23 @@ class LocalService:
         self._guests = guests
         self._log = log
         self._peers: dict[int, _Peer] = {}
+        self._servers = Servers(loop.time())
+        self._timer: Timer | None = None
 
     def peer_opened(self, key: int, link: Link, who: Credentials) -> None:
         """A program connected."""
         self._peers[key] = _Peer(link)
         self._log(f"local program {key}: pid {who.pid}, uid {who.uid}")
+        # So it knows that it is on a host: servers are told apart by name here.
+        link.send(encode(Subscribe((Topic("", HOST_TOPIC),))), CONTROL)
 
     def peer_closed(self, key: int) -> None:
-        """A program went away: nobody waits for its requests."""
+        """A program went away: nobody waits for its requests, and others serve what it served."""
         for cancel in self._peers.pop(key).cancels.values():
             cancel()
+        if key in self._servers:
+            self._servers.detach(key, self._loop.time())
+            self._wake()
 
     def peer_message(self, key: int, data: bytes) -> None:
         """A message of a program's."""
@@ -98,10 +129,27 @@ class LocalService:
             case Request() | Cancel() | Settled():
                 for delivery in peer.responder.receive(message, self._loop.time()):
                     self._deliver(peer, delivery)
+            case Reply() | Receipt() | Returned():
+                if key in self._servers:
+                    self._servers.receive(key, message, self._loop.time())
+            case Subscribe() | Holding():
+                self._serve(key, peer, message)
             case BadMessage(reason):
-                self._log(f"a local program sent nonsense: {reason}")
-            case _:
-                self._log(f"a local program may not send {type(message).__name__}")
+                self._log(f"local program {key} sent nonsense: {reason}")
+        self._wake()
+
+    def _serve(self, key: int, peer: _Peer, message: Subscribe | Holding) -> None:
+        now_s = self._loop.time()
+        if key not in self._servers:
+            self._servers.attach(key, peer.link.send, now_s)
+        if isinstance(message, Holding):
+            problem = self._servers.hold(key, message.ids, now_s)
+            if problem:
+                self._log(f"local program {key} {problem}: the others may run again")
+        else:
+            topics = ", ".join(f"{topic.exchange}/{topic.name}" for topic in message.topics)
+            self._log(f"local program {key} serves {topics or 'nothing'}")
+            self._servers.subscribe(key, message.topics, now_s)
 
     def _deliver(self, peer: _Peer, delivery: Delivery) -> None:
         match delivery:
@@ -117,18 +165,62 @@ class LocalService:
     def _submit(self, peer: _Peer, request: Request) -> None:
         give_back = peer.responder.give_back
         try:
-            cancel = self._guests.submit(
-                request.server, request, lambda outcome: self._tell(peer, outcome)
-            )
+            cancel = self._route(request, lambda outcome: self._tell(peer, outcome))
         except NoSuchDomain as error:
             give_back(request.id, NO_DOMAIN, str(error))
-        except Rejected as error:
+        except NoSuchAgent as error:
+            give_back(request.id, NO_AGENT, str(error))
+        except (Rejected, BadBody) as error:
             give_back(request.id, REFUSED, str(error))
         except LimitExceeded as error:
             give_back(request.id, BUSY, str(error))
         else:
             if request.id in peer.responder:
                 peer.cancels[request.id] = cancel
+
+    def _route(self, request: Request, told: Callable[[Outcome], None]) -> Callable[[], None]:
+        """To the VM that it names, or else to a program that serves it."""
+        problem = ""
+        if request.server:
+            try:
+                return self._guests.submit(request.server, request, told)
+            except NoSuchDomain as error:
+                problem = f"{error}, and no program here serves {request.topic} by that name"
+
+        def explained(outcome: Outcome) -> None:
+            if problem and isinstance(outcome, HandedBack) and outcome.reason == NO_AGENT:
+                outcome = HandedBack(outcome.id, NO_DOMAIN, problem)
+            told(outcome)
+
+        if self._servers.offer(request, explained, self._loop.time(), patient=True):
+            return lambda: self._servers.cancel(request.id)
+        if problem:
+            raise NoSuchDomain(problem)
+        raise NoSuchAgent(f"no program on this host serves topic {request.topic}")
+
+    def offer(
+        self, request: Request, told: Callable[[Outcome, float], None]
+    ) -> Callable[[], None] | None:
+        """Give a guest's request to a program on this host that serves it.
+
+        Args:
+            told: Told each outcome, with the time, perhaps before this returns.
+
+        Returns:
+            What cancels the request. None: nobody here serves it; `told` hears nothing.
+
+        Raises:
+            LimitExceeded: Too many are open.
+        """
+        loop, servers = self._loop, self._servers
+        try:
+            taken_on = servers.offer(
+                request, lambda outcome: told(outcome, loop.time()), loop.time(), patient=False
+            )
+        except BadBody:
+            return None
+        self._wake()
+        return (lambda: servers.cancel(request.id)) if taken_on else None
 
     def _tell(self, peer: _Peer, outcome: Outcome) -> None:
         responder, now_s = peer.responder, self._loop.time()
@@ -170,6 +262,32 @@ class LocalService:
             answer(True, encode_failure("NoSuchMethod", f"the daemon has no method {error}"))
         except TypeError as error:
             answer(True, encode_failure("TypeError", str(error), module="builtins"))
+
+    # ---------------------------------------------------------------- time
+
+    def _wake(self) -> None:
+        """Something may be due soon: look within TICK_S."""
+        at_s = self._loop.time() + TICK_S
+        if self._timer is None or self._timer.at_s > at_s:
+            self._set_timer(at_s)
+
+    def _set_timer(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at_s, self._timed_out)
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        now_s = self._loop.time()
+        self._servers.handle_timeout(now_s)
+        times = [self._servers.next_timeout()]
+        for peer in self._peers.values():
+            for delivery in peer.responder.handle_timeout(now_s):
+                self._deliver(peer, delivery)
+            times.append(peer.responder.next_timeout())
+        due = [at_s for at_s in times if at_s is not None]
+        if due:
+            self._set_timer(max(min(due), now_s + TICK_S))
 
 
 def result(value: Any) -> tuple[bool, bytes]:
