@@ -28,7 +28,6 @@ from vchan.host.domains import Domains, Effect, HypervisorEvent
 from vchan.host.gate import VmGate
 from vchan.host.hypervisor import Hypervisor
 from vchan.host.local import Answer, LocalService, failure, result
-from vchan.host.outbound import Told
 from vchan.host.policy import Ask, Facts, Verdict
 from vchan.loop import Loop, Timer
 from vchan.messages import Request, Topic
@@ -97,13 +96,14 @@ class Daemon:
             self._poster(self._on_hypervisor),
             target_name=options.target_name,
         )
+        self._local = LocalService(self.loop, self, LOG.debug)
         self._server = LocalServer(
             self.loop,
             options.socket,
             config.socket_mode(conf),
             self._host[1],
             options.host,
-            LocalService(self.loop, self, LOG.debug),
+            self._local,
             LOG.info,
         )
 
@@ -199,7 +199,7 @@ class Daemon:
             _VmBroker(self._broker, uuid) if self._broker is not None else None,
             self._make_gate(Facts(uuid, name)),
             self._context_allow,
-            self._offer,
+            self._local.offer,
             LOG.info,
         )
         channel.connect(path)
@@ -216,9 +216,6 @@ class Daemon:
 
     def _stamp(self, given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         return {"vchan_instance_uuid": facts.uuid}
-
-    def _offer(self, request: Request, told: Told) -> Callable[[], None] | None:
-        return None
 
     def _set_timer(self) -> None:
         at_s = self._domains.next_timeout()

@@ -208,19 +208,19 @@ class LocalService:
 
         Returns:
             What cancels the request. None: nobody here serves it; `told` hears nothing.
-
-        Raises:
-            LimitExceeded: Too many are open.
         """
         loop, servers = self._loop, self._servers
         try:
-            taken_on = servers.offer(
+            is_served = servers.offer(
                 request, lambda outcome: told(outcome, loop.time()), loop.time(), patient=False
             )
         except BadBody:
             return None
+        except LimitExceeded as error:
+            told(HandedBack(request.id, BUSY, str(error)), loop.time())
+            is_served = True
         self._wake()
-        return (lambda: servers.cancel(request.id)) if taken_on else None
+        return (lambda: servers.cancel(request.id)) if is_served else None
 
     def _tell(self, peer: _Peer, outcome: Outcome) -> None:
         responder, now_s = peer.responder, self._loop.time()
