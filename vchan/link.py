@@ -37,6 +37,8 @@ class Link:
         on_event: Called with each of the session's events.
         on_down: Called once, when the stream is of no use any more, with the reason.
         silent: Say nothing yet: drop what arrives, write nothing, until `speak`.
+        throttle: Told how many bytes were read; returns for how many seconds not to read more.
+            The other end then waits with its writes.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Link:
         on_down: Callable[[str], object],
         *,
         silent: bool = False,
+        throttle: Callable[[int], float] | None = None,
     ) -> None:
         self.session = session
         self.stream = stream
@@ -55,6 +58,8 @@ class Link:
         self._on_event = on_event
         self._on_down = on_down
         self._out = b""  # taken from the session, not yet by the stream
+        self._throttle = throttle
+        self._pause_timer: Timer | None = None
         self._may_write = not silent
         self._write_problem = ""
         self._flush_planned = False
@@ -113,8 +118,9 @@ class Link:
         self._loop.remove_reader(self.stream.fileno())
         self._stop_waiting_to_write()
         self._end_hangup()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._pause_timer):
+            if timer is not None:
+                timer.cancel()
         self.session.close()
         self.stream.close()
 
@@ -143,8 +149,24 @@ class Link:
                 self._end_hangup()
             self._receive(data, now_s)
             left -= len(data)
+            if self._throttle is not None and self._pause(self._throttle(len(data))):
+                return
             if self._is_over() or len(data) < 4096:
                 return  # most likely all there was: asking again costs a system call
+
+    def _pause(self, for_s: float) -> bool:
+        """Read nothing for so long; says whether that is any time."""
+        if for_s <= 0 or self._is_over():
+            return False
+        if self._pause_timer is None:
+            self._loop.remove_reader(self.stream.fileno())
+            self._pause_timer = self._loop.call_later(for_s, self._resume)
+        return True
+
+    def _resume(self) -> None:
+        self._pause_timer = None
+        if not self._down and not self.is_hung_up:
+            self._loop.add_reader(self.stream.fileno(), self._readable)
 
     def _receive(self, data: bytes, now_s: float) -> None:
         if self.session.state is State.CLOSED:

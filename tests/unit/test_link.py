@@ -27,12 +27,19 @@ class End:
         self.events: list[Event] = []
         self.downs: list[str] = []
         self.react: Callable[[Event], object] = lambda _: None
+        self.throttle: Callable[[int], float] | None = None
         self.link: Link
 
     def bind(self, connected: socket.socket, *, silent: bool = False) -> None:
         stream = SocketStream(connected, "/a/socket")
         self.link = Link(
-            self.loop, self.session, stream, self._handle, self.downs.append, silent=silent
+            self.loop,
+            self.session,
+            stream,
+            self._handle,
+            self.downs.append,
+            silent=silent,
+            throttle=self.throttle,
         )
 
     def _handle(self, event: Event) -> None:
@@ -131,6 +138,54 @@ def test_hushed_it_reads_and_writes_nothing_then_goes_on(both: Both) -> None:
     both.host.link.speak()
     both.until(lambda: both.guest.received() == [b"later"])
     assert both.host.opened() == [False]
+
+
+def test_a_throttled_link_reads_nothing_for_so_long_and_still_writes(both: Both) -> None:
+    both.host.throttle = lambda _: 3600.0 if both.host.received() else 0.0
+    both.open()
+    both.guest.link.send(b"first", 1)
+    both.until(lambda: both.host.received() == [b"first"])
+    both.guest.link.send(b"second", 1)
+    both.host.link.send(b"down", 1)
+    both.until(lambda: both.guest.received() == [b"down"])
+    both.for_s(0.1)
+    assert both.host.received() == [b"first"]
+    both.host.link._resume()
+    both.until(lambda: both.host.received() == [b"first", b"second"])
+
+
+def test_what_is_read_slowly_arrives_whole_and_backs_up_at_the_sender(both: Both) -> None:
+    told: list[int] = []
+
+    def throttle(size: int) -> float:
+        told.append(size)
+        return 0.002
+
+    both.host.throttle = throttle
+    both.open()
+    message = os.urandom(2 << 20)
+    both.guest.link.send(message, 1)
+    both.until(lambda: bool(both.host.received()))
+    assert both.host.received() == [message]
+    assert sum(told) >= len(message)
+    assert max(told) <= link_module.TURN_BYTES
+    assert both.host.session.counters.losses == 0
+
+
+def test_a_throttled_link_that_is_closed_stays_closed(both: Both) -> None:
+    both.host.throttle = lambda _: 0.05
+    both.open()
+    both.cut()
+    both.for_s(0.2)
+    assert both.host.downs == []
+
+
+def test_a_throttled_link_whose_other_end_goes_is_told(both: Both) -> None:
+    both.host.throttle = lambda _: 0.05
+    both.open()
+    both.guest.link.close()
+    both.until(lambda: bool(both.host.downs))
+    assert both.host.downs == ["/a/socket: closed by the other end"]
 
 
 def test_a_lost_stream_is_told_once_and_the_session_goes_on(both: Both) -> None:
