@@ -25,9 +25,12 @@ class OpenGate:
     ) -> None:
         self.may_listen = may_listen
         self.may_send = may_send
+        self.is_mute = False
+        self.given_topics: frozenset[Topic] = frozenset()
+        self.deny_reply: set[Topic] = set()
 
     def may_reply(self, topic: Topic) -> bool:
-        return True
+        return topic not in self.deny_reply
 
     def judge(self, ask: Ask, request_id: bytes) -> Verdict:
         return Verdict(Effect.ALLOW, "open")

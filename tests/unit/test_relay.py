@@ -11,7 +11,7 @@ import pytest
 
 from tests.rig.gates import OpenGate, offer_nothing
 from vchan import errors
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
 from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
 from vchan.host.broker_events import Publication
 from vchan.host.envelope import BrokerRequest
@@ -105,11 +105,12 @@ class Rig:
         self.now_s = 1000.0
         self._said: list[Any] = []
         self.broker = FakeBroker()
+        self.gate = OpenGate(lambda topic: topic != FORBIDDEN, may_send=False)
         self.relay = Relay(
             VM,
             self._send,
             self.broker if with_broker else None,
-            OpenGate(lambda topic: topic != FORBIDDEN, may_send=False),
+            self.gate,
             frozenset({"request_id"}),
             offer_nothing,
         )
@@ -751,3 +752,79 @@ def test_summary(rig: Rig) -> None:
     summary = rig.relay.summary()
     assert (summary["open"], summary["requests"]) == (1, 1)
     assert (summary["topics"], summary["denied_topics"]) == (["nova/a", "nova/b"], [])
+
+
+# -------------------------------------------------------------------- a VM that is mute
+
+
+def mute(rig: Rig) -> None:
+    rig.gate.is_mute = True
+    rig.gate.given_topics = frozenset({A})
+    rig.relay.opened(resumed=False, now_s=rig.now_s)
+    rig.relay.released()
+    rig.broker.take()
+    rig.said()
+
+
+def test_a_mute_vm_is_given_its_topics_and_not_listened_to() -> None:
+    rig = Rig()
+    mute(rig)
+    assert rig.relay.topics == frozenset({A})
+    rig.subscribe(B)
+    rig.guest(Request(identity(9), 0, 0, 0, "nova", "conductor", "", b"{}"))
+    rig.relay.receive(b"nonsense", rig.now_s)
+    assert rig.relay.topics == frozenset({A})
+    assert rig.said() == []
+    assert rig.relay.counters["discarded"] == 3
+
+
+def test_casts_to_a_mute_vm_are_over_when_its_session_has_them() -> None:
+    rig = Rig()
+    mute(rig)
+    rig.deliver("t1", cast(1))
+    assert rig.relay.waits_for_reception
+    rig.guest(Receipt(identity(1)))
+    assert rig.broker.take() == []
+    rig.relay.received_all(rig.now_s)
+    assert rig.broker.take() == [("ack", "t1")]
+    assert not rig.relay.waits_for_reception
+
+
+def test_calls_to_a_mute_vm_are_refused_unasked() -> None:
+    rig = Rig()
+    mute(rig)
+    rig.deliver("t1", call(1))
+    assert rig.said() == []
+    assert "policy" in rig.broker.replies[0]["failure"]
+    rig.relay.received_all(rig.now_s)
+    rig.published(identity(1))
+    assert ("ack", "t1") in rig.broker.take()
+    request = Request(identity(2), CALL, 0, 0, "nova", "a", "", b"{}")
+    with pytest.raises(Rejected, match="policy"):
+        rig.relay.submit_local(request, lambda _: None, rig.now_s)
+
+
+def test_a_vm_that_is_not_mute_gives_its_receipts_itself(rig: Rig) -> None:
+    rig.deliver("t1", cast(1))
+    rig.relay.received_all(rig.now_s)
+    assert rig.broker.take() == []
+
+
+def test_an_answer_that_the_policy_denies_is_not_relayed(rig: Rig) -> None:
+    rig.gate.deny_reply = {A}
+    rig.deliver("t1", call(1))
+    rig.guest(reply(1))
+    failure = json.loads(rig.broker.replies[0]["failure"])
+    assert failure["class"] == "Rejected"
+    assert rig.relay.counters["replies_denied"] == 1
+
+
+def test_another_policy_changes_what_is_consumed(rig: Rig) -> None:
+    rig.serve(A, B)
+    rig.gate.may_listen = lambda topic: topic == A
+    rig.relay.policy_changed(rig.now_s)
+    assert rig.broker.take() == [("consume", A)]
+    rig.gate.may_listen = lambda _: True
+    rig.wait(SUBSCRIBE_S)
+    rig.relay.policy_changed(rig.now_s)
+    assert rig.broker.take() == [("consume", A, B)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Final
@@ -39,6 +40,8 @@ millisecond; a guest that is starved of CPU for so long loses nothing by it."""
 LOG_LINES: Final = 20
 LOG_PERIOD_S: Final = 10.0
 """What one VM may have logged, with no word of it lost while it behaves."""
+RECEPTION_S: Final = 0.05
+"""How often it is looked whether a mute guest has received everything."""
 ABSENT_S: Final = 60.0
 """A guest that has been away so long leaves its requests to the broker."""
 
@@ -257,6 +260,8 @@ class Channel:
     def set_timer(self) -> None:
         """Keep one timer at or before the relay's next timeout. Call it after using `relay`."""
         at_s = self.relay.next_timeout()
+        if self.relay.waits_for_reception:
+            at_s = min(at_s or math.inf, self._loop.time() + RECEPTION_S)
         if at_s is not None and (self._relay_timer is None or at_s < self._relay_timer.at_s):
             if self._relay_timer is not None:
                 self._relay_timer.cancel()
@@ -264,7 +269,11 @@ class Channel:
 
     def _relay_timed_out(self) -> None:
         self._relay_timer = None
-        self.relay.handle_timeout(self._loop.time())
+        now_s = self._loop.time()
+        session = self._session
+        if session.state is State.OPEN and not (session.unacknowledged or session.backlog_bytes):
+            self.relay.received_all(now_s)
+        self.relay.handle_timeout(now_s)
         self.set_timer()
 
     def _tell(self, text: str) -> None:

@@ -14,6 +14,8 @@ from vchan.messages import Topic
 
 REDELIVERED_KEY: Final = "vchan_redelivered"
 """In the context of what may have been published before."""
+DEFAULT_EXCHANGE: Final = "openstack"
+"""oslo.messaging's default control_exchange."""
 CONDUCTOR_VERSION: Final = "1.0"
 
 Record = Callable[[Facts, Ask, Verdict, bytes, str], None]
@@ -36,6 +38,14 @@ class Gate(Protocol):
     @property
     def may_send(self) -> bool:
         """Whether the policy lets this VM send any request at all."""
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether nothing that this VM says is listened to, not even what it serves."""
+
+    @property
+    def given_topics(self) -> frozenset[Topic]:
+        """What a mute VM serves: the policy's word, as its own does not count."""
 
     def may_listen(self, topic: Topic) -> bool:
         """Whether its agents may serve a topic."""
@@ -94,13 +104,25 @@ class VmGate:
         """See `Gate`."""
         return self._policy().may_send(self.facts)
 
+    @property
+    def is_mute(self) -> bool:
+        """See `Gate`."""
+        return not self._policy().may_speak(self.facts)
+
+    @property
+    def given_topics(self) -> frozenset[Topic]:
+        """See `Gate`."""
+        named = self._policy().named_topics(self.facts)
+        topics = (Topic(exchange or DEFAULT_EXCHANGE, name) for exchange, name in named)
+        return frozenset(filter(self.may_listen, topics))
+
     def may_listen(self, topic: Topic) -> bool:
         """See `Gate`."""
         return self._allows(Ask(Kind.LISTEN, topic.exchange, topic.name))
 
     def may_reply(self, topic: Topic) -> bool:
         """See `Gate`."""
-        return self._allows(Ask(Kind.REPLY, topic.exchange, topic.name))
+        return self._allows(Ask(Kind.REPLY, topic.exchange, topic.name, self.facts.uuid))
 
     def _allows(self, ask: Ask) -> bool:
         return self._policy().decide(self.facts, ask).effect is Effect.ALLOW

@@ -190,6 +190,12 @@ class Rule:
     namespace: Glob = EVERYTHING
     method: Glob = EVERYTHING
 
+    @property
+    def is_total(self) -> bool:
+        """Whether it matches every target of its kinds (listening apart)."""
+        patterns = (self.exchange, self.topic, self.namespace, self.method, self.server)
+        return all(pattern is None or pattern.text == "*" for pattern in patterns)
+
     def server_for(self, kind: str) -> Glob:
         """The server's pattern for requests of this kind."""
         if self.server is not None:
@@ -303,9 +309,32 @@ class Policy:
 
     def may_send(self, facts: Facts) -> bool:
         """Whether this VM may send any request at all: some rule lets it send some."""
-        return not self.problem and any(
-            rule.effect is not Effect.DENY and not CONDUCTED.isdisjoint(rule.kinds)
-            for rule in self._of(facts)[0]
+        return self._may_any(facts, CONDUCTED | {Kind.HTTP})
+
+    def may_speak(self, facts: Facts) -> bool:
+        """Whether this VM may say anything at all: send a request, or answer one."""
+        return self._may_any(facts, CONDUCTED | {Kind.HTTP, Kind.REPLY})
+
+    def _may_any(self, facts: Facts, kinds: frozenset[str]) -> bool:
+        left = set(kinds)
+        for rule in () if self.problem else self._of(facts)[0]:
+            if left.isdisjoint(rule.kinds):
+                continue
+            if rule.effect is not Effect.DENY:
+                return True
+            if rule.is_total:
+                left -= rule.kinds
+        return False
+
+    def named_topics(self, facts: Facts) -> frozenset[tuple[str, str]]:
+        """(exchange, topic) of what this VM may serve, as far as rules name it and have no pattern:
+        what a VM is given that may not even say what it serves. Exchange "": any."""
+        return frozenset(
+            ("" if is_pattern(rule.exchange.text) else rule.exchange.text, rule.topic.text)
+            for rule in (() if self.problem else self._of(facts)[0])
+            if Kind.LISTEN in rule.kinds
+            and rule.effect is Effect.ALLOW
+            and not is_pattern(rule.topic.text)
         )
 
     def _of(self, facts: Facts) -> tuple[tuple[Rule, ...], Limits]:

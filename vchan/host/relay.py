@@ -5,6 +5,7 @@ Rules of this file
 2. The broker keeps a request until the guest has taken responsibility: a cast is acknowledged to
    the broker at the guest's receipt, a call when its reply has been published and confirmed. A
    reply in hand is published even if the broker has lost the request: not all queues are durable.
+   A VM that the policy makes mute gives no receipts: there it is the session's acknowledgement.
 3. Nothing here must be remembered for correctness. What is lost with this object, or with the
    broker's channel, the broker hands out again, and the guest knows the id.
 4. The guest is told to forget an id only when the broker has proved that it has.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final, Protocol
 
 from vchan.bodies import encode_failure
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
 from vchan.exchange import (
     HEARTBEAT_S,
     Answered,
@@ -73,6 +74,8 @@ TOPICS_SEEN_MAX: Final = 256
 SUBSCRIBE_S: Final = 1.0
 """A VM's consumers change this often at most: each change is work for the broker."""
 
+DENIED_REPLY: Final = "the host's policy does not let this VM answer"
+
 _REASONS: Final = {
     NO_AGENT: "NoSuchAgent",
     AGENT_GONE: "AgentGone",
@@ -100,13 +103,15 @@ class BrokerPort(Port, Protocol):
 class _Entry:
     """A request that is not over."""
 
-    __slots__ = ("answer", "beat_s", "kept_until_s", "local", "origin", "reply", "tokens")
+    __slots__ = ("answer", "beat_s", "kept_until_s", "local", "origin", "reply", "tokens", "topic")
 
     def __init__(
         self,
+        topic: Topic,
         origin: BrokerRequest | None,
         local: Callable[[Outcome], None] | None,
     ) -> None:
+        self.topic = topic
         self.origin = origin
         self.local = local
         self.tokens: list[Hashable] = []
@@ -153,6 +158,7 @@ class Relay:
         self._consume_not_before_s = 0.0
         self._suspended = False
         self._is_first_topics = True
+        self._mute = False
         self._handing_back = False  # released, and the broker has not said so yet
         self._settle_ids: list[bytes] = []
         self._settle_token: Hashable = None
@@ -168,6 +174,8 @@ class Relay:
             "expired": 0,
             "replies_given_up": 0,
             "bad_messages": 0,
+            "discarded": 0,
+            "replies_denied": 0,
             "topics_over_limit": 0,
         }
 
@@ -192,13 +200,26 @@ class Relay:
         """The guest's session is open, or the guest speaks again after `suspend`."""
         was_suspended, self._suspended = self._suspended, False
         self.outbound.opened(resumed=resumed, now_s=now_s)
+        self._mute = self._gate.is_mute
         if not resumed:
             self._requester.opened(now_s)
         elif was_suspended:
             self._consume_in_time(now_s)
+        if self._mute:
+            self._subscribe(sorted(self._gate.given_topics), now_s)
+
+    def policy_changed(self, now_s: float) -> None:
+        """Other topics may be allowed now."""
+        self._mute = self._gate.is_mute
+        asked = sorted(self._gate.given_topics if self._mute else self._asked)
+        if asked or self._topics:
+            self._subscribe(asked, now_s)
 
     def receive(self, data: bytes, now_s: float) -> None:
         """Take a message of the guest's: any bytes at all."""
+        if self._mute:
+            self.counters["discarded"] += 1
+            return
         message = decode(data)
         match message:
             case Reply() | Receipt() | Returned():
@@ -259,6 +280,9 @@ class Relay:
                 self._finish(request_id, now_s)
             case Answered(request_id, failed, body):
                 self.counters["answered"] += 1
+                if not self._gate.may_reply(entry.topic):
+                    self.counters["replies_denied"] += 1
+                    failed, body = True, encode_failure("Rejected", DENIED_REPLY)
                 self._publish(request_id, entry, failed, body, now_s)
             case Heartbeat():
                 self._publish_heartbeat(entry, now_s)
@@ -323,8 +347,11 @@ class Relay:
             entry.tokens.append(token)
             return
         self.counters["requests"] += 1
-        entry = self._entries[origin.id] = _Entry(origin, None)
+        entry = self._entries[origin.id] = _Entry(topic, origin, None)
         entry.tokens.append(token)
+        if self._mute and origin.is_call:
+            self._publish(origin.id, entry, True, encode_failure("Rejected", DENIED_REPLY), now_s)
+            return
         request = self._make_request(origin, topic, fanout=fanout, redelivered=redelivered)
         try:
             self._requester.submit(request, now_s)
@@ -450,13 +477,16 @@ class Relay:
 
         Raises:
             LimitExceeded: Too many are open, or it is too large. Nothing was sent.
+            Rejected: It is a call, and the VM may not answer.
         """
+        if self._mute and request.is_call:
+            raise Rejected(DENIED_REPLY)
         if self._local_open >= LOCAL_REQUESTS_MAX:
             limit = LOCAL_REQUESTS_MAX
             raise LimitExceeded("open local requests", limit + 1, limit, "LOCAL_REQUESTS_MAX")
         if request.id in self._entries:
             return  # the client repeats itself; it is told when there is news
-        self._entries[request.id] = _Entry(None, answer)
+        self._entries[request.id] = _Entry(request.target, None, answer)
         self._local_open += 1
         try:
             self._requester.submit(request, now_s)
@@ -473,6 +503,21 @@ class Relay:
             del self._entries[request_id]
             self._local_open -= 1
             self._requester.cancel(request_id)
+
+    # ---------------------------------------------------------------- a VM that is mute
+
+    @property
+    def waits_for_reception(self) -> bool:
+        """Whether `received_all` would be news: a mute VM has been sent something."""
+        return self._mute and bool(self._entries)
+
+    def received_all(self, now_s: float) -> None:
+        """The guest has acknowledged every frame: that is all a mute VM says of its casts."""
+        if self._mute:
+            for request_id, entry in list(self._entries.items()):
+                if entry.reply is None:
+                    self._requester.forget(request_id)
+                    self._settle_outcome(Taken(request_id), now_s)
 
     # ---------------------------------------------------------------- the end
 
