@@ -143,7 +143,7 @@ class Run:
 
     def _is_serving(self) -> bool:
         queues = self.broker.queues
-        wanted = len(self.vms) * 4
+        wanted = len(self.vms) * 5
         return len(queues) == wanted and all(queue.consumers for queue in queues.values())
 
     def _is_quiet(self) -> bool:
