@@ -215,6 +215,7 @@ class Counters:
         "frames_received",
         "frames_resent",
         "frames_sent",
+        "greetings",
         "losses",
         "messages_received",
         "messages_sent",
@@ -227,6 +228,7 @@ class Counters:
     def __init__(self) -> None:
         self.sessions = 0  # begun at zero
         self.resumptions = 0  # went on from the exact point
+        self.greetings = 0  # handshakes the peer began
         self.frames_sent = 0
         self.frames_received = 0
         self.frames_resent = 0
@@ -843,6 +845,7 @@ class Session:
             self._dues |= _WELCOME
             return
         if candidate is None or candidate.peer.nonce != peer.nonce:
+            self.counters.greetings += 1
             if self.state is State.REFUSED:
                 self._greet(self._now_s)
             if self._hello is None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple
 
 from vchan.errors import LinkError
 from vchan.host.gate import Gate
+from vchan.host.guard import Guard
+from vchan.host.limits import Limits
 from vchan.host.outbound import Offer
 from vchan.host.relay import BrokerPort, Relay
 from vchan.link import Link
@@ -46,6 +49,15 @@ ABSENT_S: Final = 60.0
 """A guest that has been away so long leaves its requests to the broker."""
 
 
+class _Metered(NamedTuple):
+    """What has come of the guest, as far as the guard was told."""
+
+    frames: int
+    messages: int
+    greetings: int
+    bad_messages: int
+
+
 class Channel:
     """One VM's channel, from Connect to Release.
 
@@ -55,6 +67,8 @@ class Channel:
         host: This host's name and the daemon's instance, told to the guest.
         gate, context_allow, offer: See `Relay`.
         log: Told what an operator may want to know.
+        guard: This VM's; by default one with the default limits.
+        quarantined: Told why, when it is put into quarantine.
     """
 
     def __init__(
@@ -68,14 +82,27 @@ class Channel:
         context_allow: frozenset[str],
         offer: Offer,
         log: Callable[[str], None],
+        guard: Guard | None = None,
+        quarantined: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.vm = vm
         self.name = name
         self._loop = loop
         self._log_line = log
+        self.guard = guard or Guard(Limits())
+        self._tell_quarantine = quarantined
         self._session = Session(
-            Config(Role.HOST, host[1], host[0], silence_s=SILENCE_S), os.urandom
+            Config(
+                Role.HOST,
+                host[1],
+                host[0],
+                message_bytes_max=self.guard.limits.message_bytes,
+                reassembly_bytes_max=self.guard.limits.reassembly_bytes,
+                silence_s=SILENCE_S,
+            ),
+            os.urandom,
         )
+        self._metered = _Metered(0, 0, 0, 0)
         self.relay = Relay(vm, self._send, broker, gate, context_allow, offer)
         self._path = ""
         self._link: Link | None = None
@@ -170,6 +197,7 @@ class Channel:
             self._handle,
             self._lost,
             silent=not self._speaks or self._hushed,
+            throttle=self._meter,
         )
 
     def _plan_reconnect(self) -> None:
@@ -238,6 +266,7 @@ class Channel:
                 self._tell(f"frames {first} to {until - 1} were lost: asked for again")
             case Violation(reason):
                 self._tell(f"the guest broke the protocol: {reason}")
+                self._note_violation(reason, now_s)
             case Refused(reason, by_peer):
                 self._tell(f"refused {'by the guest' if by_peer else ''}: {reason}")
 
@@ -254,6 +283,67 @@ class Channel:
         self._absent_timer = None
         self._tell(f"away for {ABSENT_S:.0f} s: the broker keeps its requests")
         self.relay.suspend()
+
+    # ---------------------------------------------------------------- limits
+
+    def _meter(self, size: int) -> float:
+        """So much was read of the guest: how many seconds not to read more."""
+        now_s = self._loop.time()
+        before, after = self._metered, self._count()
+        self._metered = after
+        for _ in range(after.bad_messages - before.bad_messages):
+            self._note_violation("a message that is none", now_s)
+        for _ in range(after.greetings - before.greetings):
+            if self.guard.handshake(now_s):
+                self._quarantine(now_s)
+        frames = after.frames - before.frames
+        return self.guard.received(size, frames, after.messages - before.messages, now_s)
+
+    def _count(self) -> _Metered:
+        counters = self._session.counters
+        bad_messages = self.relay.counters["bad_messages"]
+        return _Metered(
+            counters.frames_received, counters.messages_received, counters.greetings, bad_messages
+        )
+
+    def _note_violation(self, reason: str, now_s: float) -> None:
+        if self.guard.violation(reason, now_s):
+            self._quarantine(now_s)
+
+    def _quarantine(self, now_s: float) -> None:
+        """Close the channel, until the guard says otherwise or the operator does."""
+        reason = self.guard.breaker.reason
+        until_s = self.guard.breaker.quarantined_until(now_s)
+        assert until_s is not None
+        self._tell(f"in quarantine for {until_s - now_s:.0f} s: {reason}")
+        self._tell_quarantine(reason)
+        self._count_doubt()
+        self.relay.suspend()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        if self._reconnect_timer is not None:
+            self._reconnect_timer.cancel()
+        self._reconnect_timer = self._loop.call_at(until_s, self._open)
+
+    def end_quarantine(self) -> bool:
+        """The operator's word. False if there is none."""
+        if self.guard.breaker.quarantined_until(self._loop.time()) is None:
+            return False
+        self.guard.breaker.release()
+        if not self._released and self._reconnect_timer is not None:
+            self._reconnect_timer.cancel()
+            self._open()
+        return True
+
+    @property
+    def problem(self) -> str:
+        """What the operator must know of, or ""."""
+        now_s = self._loop.time()
+        until_s = self.guard.breaker.quarantined_until(now_s)
+        if until_s is None:
+            return ""
+        return f"in quarantine for {until_s - now_s:.0f} s more: {self.guard.breaker.reason}"
 
     # ---------------------------------------------------------------- time and state
 
@@ -295,6 +385,8 @@ class Channel:
     @property
     def state(self) -> str:
         """One word for `vchan list`."""
+        if self.problem:
+            return "quarantined"
         if self._link is None:
             return "connecting"
         if self._hushed:
@@ -308,19 +400,21 @@ class Channel:
     def totals(self) -> dict[str, int]:
         """Every counter of this channel, in one table."""
         session = self._session.counters.as_dict()
-        return {**session, **self.counters, **self.relay.counters}
+        return {**session, **self.counters, **self.guard.counters, **self.relay.counters}
 
     def summary(self) -> dict[str, Any]:
         """What `vchan status` shows."""
         peer = self._session.peer
         return {
             "state": self.state,
+            "quarantine": self.problem or None,
             "guest": peer.name if peer else None,
             "path": self._path,
             "unacknowledged_frames": self._session.unacknowledged,
             "backlog_bytes": self._session.backlog_bytes,
             "first_answer_s": self.first_answer_s,
-            "channel": self.counters,
+            "channel": {**self.counters, **self.guard.counters},
+            "limits": asdict(self.guard.limits),
             "session": self._session.counters.as_dict(),
             "requests": self.relay.summary(),
         }
