@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -60,10 +61,22 @@ class HostEnd:
         """Call a method; the future has what became of it."""
         return self.run(lambda: self._submit(topic, method, args))
 
-    def _submit(self, topic: str, method: str, args: dict[str, Any]) -> Future[Outcome]:
+    def cast(self, topic: str, method: str, **args: Any) -> Future[Outcome]:
+        """Cast without a deadline: it waits for an agent however long."""
+        return self.run(lambda: self._submit(topic, method, args, flags=0, timeout_ms=0))
+
+    def _submit(
+        self,
+        topic: str,
+        method: str,
+        args: dict[str, Any],
+        *,
+        flags: int = CALL,
+        timeout_ms: int = 60_000,
+    ) -> Future[Outcome]:
         done: Future[Outcome] = Future()
         body = encode_invocation(method, args)
-        request = Request(os.urandom(16), CALL, 60_000, 0, "openstack", topic, "", body)
+        request = Request(os.urandom(16), flags, timeout_ms, 0, "openstack", topic, "", body)
 
         def told(outcome: Outcome) -> None:
             if not isinstance(outcome, Heartbeat):
@@ -91,6 +104,15 @@ class HostEnd:
             timeout_s=WAIT_S,
             interval_s=0.02,
             failure=lambda: f"no session: {self.log}",
+        )
+
+    def wait_served(self, topic: str) -> None:
+        """Wait until an agent in the guest serves a topic."""
+        wait_until(
+            lambda: f"openstack/{topic}" in json.loads(self.call("vchan.guest", "info"))["topics"],
+            timeout_s=WAIT_S,
+            interval_s=0.1,
+            failure=lambda: f"nobody serves {topic}: {self.log}",
         )
 
     def cut(self) -> None:
