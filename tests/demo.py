@@ -1,9 +1,9 @@
 """The main job, on real parts: RPC into a VM through live migrations under load, counted.
 
 A private RabbitMQ, two compute hosts (a libvirtd and a vchan-host each), one QEMU guest with
-vchan-guest and an agent, and an unmodified oslo.messaging client that calls and casts while the
-guest migrates between the hosts. At the end the agent is asked what it ran, and the two ends are
-compared.
+vchan-guest and two agents, an unmodified oslo.messaging client that calls and casts to one of them,
+and an unmodified oslo.messaging server that the other one calls and casts to, while the guest
+migrates between the hosts. At the end each side is asked what it ran, and the ends are compared.
 """
 
 import argparse
@@ -18,17 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.rig import RigError
+from tests.rig import RigError, asking
+from tests.rig.asking import ASKER, Asked
 from tests.rig.compute import GUEST_DAEMON, ComputeHost, agent_service
+from tests.rig.control_service import ControlService
 from tests.rig.guest_image import build, cache_directory
 from tests.rig.rabbit import RabbitServer
 from tests.rig.requirements import missing_for_libvirt, missing_for_qemu, missing_for_rabbit
 from tests.rig.traffic import Report, TrafficProcess
+from vchan.client import Client
 from vchan.host.domains import DomainEvent, Happened
 from vchan.host.hypervisor import Hypervisor
 
 VM = "demo-vm"
 TOPIC = "demo"
+CONTROL_TOPIC = "control"
 EXIT_LOST = 1
 EXIT_CANNOT = 3
 ROWS = (
@@ -37,6 +41,10 @@ ROWS = (
     ("calls_answered", "calls answered"),
     ("casts_sent", "casts sent, and"),
     ("casts_executed", "casts executed"),
+    ("guest_calls_sent", "calls sent by the guest"),
+    ("guest_calls_answered", "calls answered"),
+    ("guest_casts_sent", "casts sent by it, and"),
+    ("guest_casts_executed", "casts executed"),
     ("lost", "LOST"),
     ("duplicated", "DUPLICATED"),
     ("reordered", "REORDERED"),
@@ -47,7 +55,7 @@ EPILOG = """\
 losses_detected counts holes found in a session, plus frames sent and not acknowledged when a
 session ended (by migration they may be lost; that is not told apart). frames_resent counts frames
 repeated within a session, plus requests handed to the guest again in a later one. casts includes
-fanouts.
+fanouts. LOST, DUPLICATED and REORDERED count both directions.
 
 exit status: 0 nothing lost, duplicated or reordered; 1 something was; 2 wrong arguments; 3 this
 machine lacks a part, or a part failed
@@ -91,10 +99,14 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Everything; returns the figures."""
         directory = self._directory
-        agent = Path(__file__).with_name("rig") / "counting_agent.py"
+        rig = Path(__file__).with_name("rig")
+        programs = {
+            "app/agent.py": rig / "counting_agent.py",
+            "app/asker.py": rig / "asking_agent.py",
+        }
         with contextlib.ExitStack() as stack:
             self.say("building the guest: kernel, CPython, vchan")
-            image = build({"app/agent.py": agent}).staged(directory)
+            image = build(programs).staged(directory)
             self.say("starting RabbitMQ")
             (directory / "rabbit").mkdir()
             rabbit = stack.enter_context(RabbitServer(directory / "rabbit"))
@@ -108,20 +120,30 @@ class Demo:
             watches = [Watch(host) for host in hosts]
             for watch in watches:
                 stack.callback(watch.stop)
-            self.say("booting the guest on host1: vchan-guest and an agent")
-            services = [GUEST_DAEMON, agent_service("agent", "/app/agent.py", TOPIC)]
+            self.say("booting the guest on host1: vchan-guest and two agents")
+            services = [GUEST_DAEMON, agent_service("agent", "/app/agent.py", TOPIC), ASKER]
             uuid = hosts[0].start_vm(VM, image, services)
-            hosts[0].daemon.wait_ready(VM, topics=[TOPIC])
+            hosts[0].daemon.wait_ready(VM, topics=[TOPIC, asking.TOPIC])
             self.say(f"ready: {uuid} serves topic {TOPIC}")
-            report = self._migrate(rabbit.url, uuid, hosts)
-            return self._figures(report, hosts, watches)
+            report, asked = self._migrate(rabbit.url, uuid, hosts)
+            return self._figures(report, asked, hosts, watches)
 
-    def _migrate(self, url: str, uuid: str, hosts: list[ComputeHost]) -> Report:
-        log = self._directory / "traffic.log"
+    def _migrate(self, url: str, uuid: str, hosts: list[ComputeHost]) -> tuple[Report, Asked]:
+        directory = self._directory
         options = {"fanouts_per_s": 5, "casts_per_s": 50, "callers": 3}
-        with TrafficProcess(url, uuid, TOPIC, log, **options) as traffic:
+        with (
+            ControlService(url, CONTROL_TOPIC, directory / "control.log") as service,
+            TrafficProcess(url, uuid, TOPIC, directory / "traffic.log", **options) as traffic,
+        ):
             traffic.wait_for("calls_answered", 20)
             source, destination = hosts
+
+            def call_asker(method: str, **args: Any) -> Any:
+                with Client(str(source.daemon.socket)) as client:
+                    return client.call(asking.TOPIC, method, args, server=uuid)
+
+            asker = asking.Asker(call_asker, service, CONTROL_TOPIC, "guest-")
+            asker.flows(5)
             for number in range(1, self._options.migrations + 1):
                 time.sleep(self._random.uniform(0.2, 2.0))
                 start_s = time.monotonic()
@@ -134,11 +156,14 @@ class Demo:
                 )
                 source, destination = destination, source
             time.sleep(1.0)
-            self.say("stopping the traffic; asking the agent what it ran")
-            return traffic.finish()
+            self.say("stopping the traffic; asking both ends what they ran")
+            asked = asker.finish()
+            if asked.errors:
+                self.say(f"the guest's requests: {asked.errors}")
+            return traffic.finish(), asked
 
     def _figures(
-        self, report: Report, hosts: list[ComputeHost], watches: list[Watch]
+        self, report: Report, asked: Asked, hosts: list[ComputeHost], watches: list[Watch]
     ) -> dict[str, Any]:
         totals = [host.daemon.call("status")["totals"] for host in hosts]
         last = hosts[self._options.migrations % 2]
@@ -153,9 +178,13 @@ class Demo:
             "calls_answered": report.calls_answered,
             "casts_sent": report.casts_sent + report.fanouts_sent,
             "casts_executed": report.casts_executed + report.fanouts_executed,
-            "lost": report.lost + report.wrong_answers,
-            "duplicated": report.duplicated,
-            "reordered": report.reordered,
+            "guest_calls_sent": asked.calls_sent,
+            "guest_calls_answered": asked.calls_answered,
+            "guest_casts_sent": asked.casts_sent,
+            "guest_casts_executed": asked.casts_executed,
+            "lost": report.lost + report.wrong_answers + asked.lost,
+            "duplicated": report.duplicated + asked.duplicated,
+            "reordered": report.reordered + asked.reordered,
             "losses_detected": both("losses", "frames_in_doubt") + guest["session"]["losses"],
             "frames_resent": both("frames_resent")
             + guest["session"]["frames_resent"]

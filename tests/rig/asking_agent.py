@@ -26,6 +26,7 @@ class Asking:
         self._client: Client | None = None
         self._counts: dict[str, Any] = {}
         self._errors: list[str] = []
+        self._answer: list[Any] | None = None
 
     def start(self, target: str, name: str, pause: float = 0.02, payload: int = 0) -> None:
         """Begin: casts of NAMEcaster and calls of NAMEcaller, to this topic."""
@@ -66,6 +67,25 @@ class Asking:
         answer = client.call(target, "echo", args, timeout_s=CALL_TIMEOUT_S)
         self._counts["calls_answered"] += 1
         self._counts["wrong_answers"] += answer != [args["sender"], args["number"], args["payload"]]
+
+    def ask(self, target: str, method: str, args: dict[str, Any], timeout_s: float = 60.0) -> None:
+        """One call in the background; `answer` tells."""
+        self._answer = None
+        thread = threading.Thread(target=self._ask, args=(target, method, args, timeout_s))
+        thread.start()
+
+    def _ask(self, target: str, method: str, args: dict[str, Any], timeout_s: float) -> None:
+        with Client(self._socket) as client:
+            try:
+                answer = client.call(target, method, args, timeout_s=timeout_s)
+            except VchanError as error:
+                self._answer = ["raised", type(error).__name__, str(error)]
+            else:
+                self._answer = ["returned", answer]
+
+    def answer(self) -> list[Any] | None:
+        """What became of `ask`; None: not over."""
+        return self._answer
 
     def progress(self) -> dict[str, Any]:
         """The counts so far."""

@@ -28,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 30.0
 GUEST_TIMEOUT_S = 60.0
 
+POLICY = """
+call,cast,fanout,notify any control* allow
+call any nobody allow
+"""
+"""What guests may send; what they may serve is in `listen_topics`."""
+
 GUEST_DAEMON = Service("vchan-guest", "python3.11 -m vchan.guest.daemon")
 
 
@@ -58,15 +64,24 @@ class HostDaemon:
         self.socket = directory / "host.sock"
         self.log = directory / "vchan-host.log"
         self._config = directory / "vchan.conf"
+        lines = ["[vchan]", f"host = {name}", f"libvirt_uri = {libvirt_uri}", "listen_topics = *"]
+        self.policy = directory / "policy.d" / "50-rig.policy"
+        self.policy.parent.mkdir()
+        self.policy.write_text(POLICY)
+        lines += [f"socket = {self.socket}", f"policy_dir = {self.policy.parent}", "select = *"]
+        lines += options
+        lines += ["[oslo_messaging_rabbit]", "heartbeat_timeout_threshold = 10", *broker_options]
+        self._lines = lines
+        self.use_broker(transport_url)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: Client | None = None
+
+    def use_broker(self, transport_url: str | None) -> None:
+        """From its next start on it talks to this broker; None: to none."""
         lines = ["[DEFAULT]", "debug = false", f"log_file = {self.log}"]
         if transport_url is not None:
             lines.append(f"transport_url = {transport_url}")
-        lines += ["[vchan]", f"host = {name}", f"libvirt_uri = {libvirt_uri}", "listen_topics = *"]
-        lines += [f"socket = {self.socket}", "select = *", *options]
-        lines += ["[oslo_messaging_rabbit]", "heartbeat_timeout_threshold = 10", *broker_options]
-        self._config.write_text("\n".join(lines) + "\n")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._client: Client | None = None
+        self._config.write_text("\n".join([*lines, *self._lines]) + "\n")
 
     @property
     def pid(self) -> int:
