@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from vchan.bodies import encode_invocation
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
+from vchan.guest.later import Later
 from vchan.guest.router import (
     AGENTS_MAX,
     HOLDING_MAX,
@@ -53,6 +54,10 @@ def forbid(_: Mapping[str, Any]) -> Any:
     raise ValueError("not that")
 
 
+def refuse(_: Mapping[str, Any]) -> Any:
+    raise Rejected("the owner does not allow it")
+
+
 class Rig:
     """A router between a host and agents that are lists of messages."""
 
@@ -60,7 +65,14 @@ class Rig:
         self.now_s = 1000.0
         self._host: list[Any] = []
         self._agents: dict[int, list[Any]] = {}
-        methods: dict[str, Method] = {"ping": dict, "set": lambda args: {1}, "forbid": forbid}
+        self.later = Later()
+        methods: dict[str, Method] = {
+            "ping": dict,
+            "set": lambda args: {1},
+            "forbid": forbid,
+            "refuse": refuse,
+            "later": lambda _: self.later,
+        }
         self.router = Router(lambda data, _: self._to_host(data), methods, self.now_s)
         if not grace:
             self.wait(RESTART_GRACE_S)
@@ -490,6 +502,7 @@ def test_who_holds_an_id_is_forgotten_when_it_is_settled_or_the_agent_leaves(rig
         (encode_invocation("nonsense", {}), True, "NoSuchMethod"),
         (encode_invocation("set", {}), True, "TypeError"),
         (encode_invocation("forbid", {}), True, "ValueError"),
+        (encode_invocation("refuse", {}), True, "Rejected"),
         (b"nonsense", True, "BadBody"),
     ],
 )
@@ -504,6 +517,40 @@ def test_the_daemon_answers_itself(rig: Rig, body: bytes, failed: bool, expected
 def test_the_daemon_takes_casts_itself(rig: Rig) -> None:
     rig.ask(cast(1, Topic("any", OWN_TOPIC), body=encode_invocation("ping", {})))
     assert rig.host() == [Receipt(identity(1))]
+
+
+@pytest.mark.parametrize(
+    ("result", "failed", "expected"),
+    [({"a": 1}, False, {"a": 1}), (Rejected("no"), True, "Rejected"), ({1}, True, "TypeError")],
+)
+@pytest.mark.parametrize("early", [True, False])
+def test_the_daemon_answers_later(
+    rig: Rig, early: bool, result: Any, failed: bool, expected: Any
+) -> None:
+    if early:
+        rig.later.answer(result, rig.now_s)
+    rig.ask(call(1, Topic("any", OWN_TOPIC), body=encode_invocation("later", {})))
+    if not early:
+        assert rig.host() == []
+        rig.later.answer(result, rig.now_s)
+    (reply,) = rig.host()
+    assert bool(reply.flags & FAILURE) == failed
+    value = json.loads(reply.body)
+    assert (value["class"] if failed else value) == expected
+
+
+def test_an_answer_that_nobody_waits_for_any_more(rig: Rig) -> None:
+    rig.ask(call(1, Topic("any", OWN_TOPIC), body=encode_invocation("later", {})))
+    rig.tell(Cancel(identity(1)))
+    rig.later.answer({}, rig.now_s)
+    assert rig.host() == []
+
+
+def test_a_cast_of_what_is_answered_later_is_taken_at_once(rig: Rig) -> None:
+    rig.ask(cast(1, Topic("any", OWN_TOPIC), body=encode_invocation("later", {})))
+    assert rig.host() == [Receipt(identity(1))]
+    rig.later.answer({}, rig.now_s)
+    assert rig.host() == []
 
 
 # -------------------------------------------------------------------- limits and nonsense

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from vchan.bodies import decode_invocation, encode_failure, encode_json
-from vchan.errors import BadBody, LimitExceeded
+from vchan.errors import LimitExceeded, NoSuchMethod, RequestError
 from vchan.exchange import (
     Answered,
     Cancelled,
@@ -35,6 +35,7 @@ from vchan.exchange import (
     Send,
     Taken,
 )
+from vchan.guest.later import Later
 from vchan.guest.upward import Upward
 from vchan.messages import (
     AGENT_GONE,
@@ -207,23 +208,34 @@ class Router:
             self._host.give_back(request.id, NO_AGENT, text)
 
     def _answer_ourselves(self, request: Request, now_s: float) -> None:
-        failed = True
+        result: Any
         try:
             call = decode_invocation(request.body)
-            result = self._methods[call.method](call.args)
-            body = encode_json(result) if request.is_call else b""
-            failed = False
-        except BadBody as error:
-            body = encode_failure("BadBody", str(error))
-        except KeyError as error:
-            text = f"{OWN_TOPIC} has no method {error}; it has {', '.join(sorted(self._methods))}"
-            body = encode_failure("NoSuchMethod", text)
-        except (TypeError, ValueError) as error:
-            body = encode_failure(type(error).__name__, str(error), module="builtins")
-        if request.is_call:
-            self._answer(request.id, failed, body, now_s)
-        else:
+            method = self._methods.get(call.method)
+            if method is None:
+                known = ", ".join(sorted(self._methods))
+                raise NoSuchMethod(f"{OWN_TOPIC} has no method '{call.method}'; it has {known}")
+            result = method(call.args)
+        except (RequestError, TypeError, ValueError) as error:
+            result = error
+        if not request.is_call:
             self._host.take(request.id, now_s)
+        elif isinstance(result, Later):
+            result.then(lambda value, at_s: self._answer_own(request.id, value, at_s))
+        else:
+            self._answer_own(request.id, result, now_s)
+
+    def _answer_own(self, request_id: bytes, result: Any, now_s: float) -> None:
+        """A method of our own has returned, or raised, this."""
+        failed = isinstance(result, Exception)
+        try:
+            body = b"" if failed else encode_json(result)
+        except (TypeError, ValueError) as error:
+            failed, result = True, error
+        if failed:
+            kind = type(result)
+            body = encode_failure(kind.__name__, str(result), module=kind.__module__)
+        self._answer(request_id, failed, body, now_s)
 
     def _tell_host(self) -> None:
         """Say which topics are served, if that is news."""

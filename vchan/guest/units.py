@@ -1,0 +1,266 @@
+"""What unit files say, and what the control side may do with the units. Pure.
+
+# /etc/vchan/agents.d/web.toml: the unit "web"
+command = ["/usr/bin/python3", "/opt/web/agent.py"]
+user = "web"
+topics = ["web"]
+[limits]
+memory = "256M"
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Final, NamedTuple
+
+from vchan.errors import ConfigError, Rejected
+from vchan.guest.supervisor import Policy
+
+UNITS_MAX: Final = 64
+"""Unit files of one guest."""
+WORDS_MAX: Final = 256
+"""Words of a command."""
+SECONDS_MAX: Final = 86_400.0
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,62}")
+_SIZE: Final = re.compile(r"([0-9]{1,12})([KMG]?)")
+_FACTORS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Limits(NamedTuple):
+    """What the kernel lets a unit's processes have; None: what the daemon itself may."""
+
+    memory_bytes: int | None = None
+    cpu_s: int | None = None
+    files: int | None = None
+    processes: int | None = None
+
+
+class Unit(NamedTuple):
+    """A unit file's content."""
+
+    name: str
+    command: tuple[str, ...] = ()
+    user: str = ""
+    group: str = ""
+    directory: str = "/"
+    environment: Mapping[str, str] = {}
+    policy: Policy = Policy()
+    autostart: bool = True
+    survive: bool = False
+    topics: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    systemd: str = ""
+
+
+# ---------------------------------------------------------------- unit files
+
+
+def parse_unit(name: str, where: str, table: Mapping[str, Any]) -> Unit:
+    """The unit that a file describes.
+
+    Args:
+        name: The file's, without `.toml`.
+        where: The file, for errors.
+        table: What TOML makes of its content.
+
+    Raises:
+        ConfigError: Something in it is wrong: says which key, and what was expected.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(where, "a unit's name is letters, digits and _.@- , at most 63")
+    file = _Table(where, table)
+    systemd = file.take("systemd", "", _unit_of_systemd)
+    command = file.take("command", (), _command)
+    if not command and not systemd:
+        raise ConfigError(f"{where}: command", 'is missing: expected ["/path/to/program", ...]')
+    if not command:
+        topics = file.take("topics", (), _names)
+        file.finish("systemd's unit says that")
+        return Unit(name, systemd=systemd, topics=topics, autostart=False)
+    limits = _Table(f"{where}: limits", file.take("limits", {}, _table))
+    unit = Unit(
+        name,
+        command,
+        file.take("user", "", _text),
+        file.take("group", "", _text),
+        file.take("directory", "/", _path),
+        file.take("environment", {}, _environment),
+        Policy(
+            file.take("restart", Policy().restart, _restart),
+            file.take("restart_delay_s", Policy().delay_s, _seconds(0.01)),
+            file.take("restart_delay_max_s", Policy().delay_max_s, _seconds(0.01)),
+            file.take("stop_timeout_s", Policy().stop_timeout_s, _seconds(0.0)),
+        ),
+        file.take("autostart", True, _boolean),
+        file.take("survive", False, _boolean),
+        file.take("topics", (), _names),
+        Limits(
+            limits.take("memory", None, _size),
+            limits.take("cpu_s", None, _count),
+            limits.take("files", None, _count),
+            limits.take("processes", None, _count),
+        ),
+        systemd,
+    )
+    limits.finish("no such limit")
+    file.finish("no such key")
+    if unit.policy.delay_max_s < unit.policy.delay_s:
+        problem = f"expected at least restart_delay_s ({unit.policy.delay_s:g})"
+        raise ConfigError(f"{where}: restart_delay_max_s", problem)
+    return unit
+
+
+class _Table:
+    """A table, key by key."""
+
+    def __init__(self, where: str, table: Mapping[str, Any]) -> None:
+        self._where = where
+        self._rest = dict(table)
+        self._known: list[str] = []
+
+    def take(self, key: str, default: Any, check: Callable[[Any], Any]) -> Any:
+        """A key's value as `check` makes it; check raises ValueError with what was expected."""
+        self._known.append(key)
+        if key not in self._rest:
+            return default
+        value = self._rest.pop(key)
+        try:
+            return check(value)
+        except ValueError as error:
+            raise ConfigError(f"{self._where}: {key}", f"{value!r}: expected {error}") from None
+
+    def finish(self, problem: str) -> None:
+        """No keys may be left."""
+        for key in self._rest:
+            known = ", ".join(self._known)
+            raise ConfigError(f"{self._where}: {key}", f"{problem}; expected one of {known}")
+
+
+def _require(good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(expected)
+
+
+def _text(value: Any) -> str:
+    _require(isinstance(value, str) and value != "" and "\0" not in value, "a text")
+    return str(value)
+
+
+def _path(value: Any) -> str:
+    good = isinstance(value, str) and value.startswith("/") and "\0" not in value
+    _require(good, "an absolute path")
+    return str(value)
+
+
+def _boolean(value: Any) -> bool:
+    _require(isinstance(value, bool), "true or false")
+    return bool(value)
+
+
+def _count(value: Any) -> int:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    _require(good, "a whole number over 0")
+    return int(value)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62:
+        return value
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    _require(found is not None, 'bytes: a whole number, or one with K, M or G: "256M"')
+    assert found is not None
+    size = int(found[1]) * _FACTORS[found[2]]
+    _require(size > 0, "more than 0 bytes")
+    return size
+
+
+def _seconds(least_s: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        in_range = good and least_s <= value <= SECONDS_MAX
+        _require(in_range, f"seconds, {least_s:g} to {SECONDS_MAX:g}")
+        return float(value)
+
+    return check
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    _require(isinstance(value, dict), "a table")
+    table: Mapping[str, Any] = value
+    return table
+
+
+def _environment(value: Any) -> Mapping[str, str]:
+    expected = 'a table of texts: { NAME = "value" }'
+    _require(isinstance(value, dict), expected)
+    for name, text in value.items():
+        _require(isinstance(text, str) and "\0" not in text + name and "=" not in name, expected)
+    table: Mapping[str, str] = value
+    return table
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    _require(isinstance(value, list) and all(isinstance(v, str) and v for v in value), "names")
+    return tuple(value)
+
+
+def _command(value: Any) -> tuple[str, ...]:
+    expected = f'the program\'s absolute path and its arguments, at most {WORDS_MAX}: ["/bin/x"]'
+    good = isinstance(value, list) and 0 < len(value) <= WORDS_MAX
+    _require(good and all(isinstance(v, str) and "\0" not in v for v in value), expected)
+    _require(value[0].startswith("/"), expected)
+    return tuple(value)
+
+
+def _restart(value: Any) -> str:
+    _require(value in ("always", "on-failure", "no"), '"always", "on-failure" or "no"')
+    return str(value)
+
+
+def _unit_of_systemd(value: Any) -> str:
+    good = isinstance(value, str) and re.fullmatch(r"[\w:.@\\-]+\.service", value) is not None
+    _require(good and not value.startswith("-"), 'the name of a service: "name.service"')
+    return str(value)
+
+
+# ---------------------------------------------------------------- what is allowed
+
+VERBS: Final = ("ping", "info", "list", "state", "log", "start", "stop", "restart")
+DEFAULT_ALLOW: Final = "ping, info, list, state"
+"""Nothing that changes the guest, and no log lines: they may hold secrets."""
+
+
+class Allowed:
+    """What the control side may do: the guest's owner says so.
+
+    Args:
+        text: Words of VERBS with commas between them; start, stop, restart, log and state may
+            name units by a pattern: `restart:web*`.
+
+    Raises:
+        ValueError: A word is none of these; says which are.
+    """
+
+    def __init__(self, text: str = DEFAULT_ALLOW) -> None:
+        self._patterns: dict[str, list[str]] = {}
+        for word in filter(None, (part.strip() for part in text.split(","))):
+            verb, colon, pattern = word.partition(":")
+            if verb not in VERBS or (colon and (not pattern or verb in VERBS[:3])):
+                known = f"{', '.join(VERBS[:3])}, and VERB or VERB:UNIT of {', '.join(VERBS[3:])}"
+                raise ValueError(f"{word!r}: expected {known}")
+            self._patterns.setdefault(verb, []).append(pattern or "*")
+
+    def allows(self, verb: str, unit: str = "") -> bool:
+        """Whether this may be done, to this unit."""
+        return any(fnmatchcase(unit, pattern) for pattern in self._patterns.get(verb, ()))
+
+    def require(self, verb: str, unit: str = "") -> None:
+        """Refuse what may not be done.
+
+        Raises:
+            Rejected: It may not.
+        """
+        if not self.allows(verb, unit):
+            what = f"{verb} {unit}".strip()
+            raise Rejected(f"{what}: the owner of this guest does not allow it (option allow)")
