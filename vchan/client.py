@@ -400,7 +400,7 @@ class _Caller:
                 class_name, text = decode_failure(failure)
                 raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
             case _:
-                raise _error_of(outcome, timeout_s)
+                raise error_of(outcome, timeout_s)
 
     def cast(
         self,
@@ -454,7 +454,7 @@ class _Caller:
             "publisher_id": publisher_id or os.uname().nodename,
             "event_type": event_type,
             "payload": payload,
-            "metadata": _new_metadata(),
+            "metadata": new_metadata(),
         }
         body = encode_invocation(priority, args, context=context)
         self._hand_over(NOTIFICATION, exchange, topic, "", body, timeout_s)
@@ -464,7 +464,7 @@ class _Caller:
     ) -> None:
         outcome = self._ask(flags, exchange, topic, server, body, timeout_s)
         if not isinstance(outcome, Taken):
-            raise _error_of(outcome, timeout_s)
+            raise error_of(outcome, timeout_s)
 
     def _ask(
         self, flags: int, exchange: str, topic: str, server: str, body: bytes, timeout_s: float
@@ -553,8 +553,8 @@ def _no_log(_: str) -> None:
     pass
 
 
-def _new_metadata() -> dict[str, str]:
-    """As oslo.messaging's own notifier makes it."""
+def new_metadata() -> dict[str, str]:
+    """A notification's, as oslo.messaging's own notifier makes it."""
     import datetime  # here: they cost start-up time
     import uuid
 
@@ -569,7 +569,8 @@ def _parse(result: bytes) -> Any:
         raise RemoteError("BadBody", f"the result is not JSON: {error}", "") from error
 
 
-def _error_of(outcome: Outcome, timeout_s: float) -> RequestError:
+def error_of(outcome: Outcome, timeout_s: float) -> RequestError:
+    """What an outcome that is none of success is called."""
     if isinstance(outcome, HandedBack):
         return _REASONS.get(outcome.reason, Rejected)(outcome.text)
     if isinstance(outcome, Answered):
