@@ -40,6 +40,7 @@ from vchan.messages import (
     EXPIRED,
     NO_AGENT,
     NO_DOMAIN,
+    REDELIVERED,
     REFUSED,
     BadMessage,
     Cancel,
@@ -57,6 +58,9 @@ from vchan.messages import (
 from vchan.server import Credentials
 from vchan.session import CONTROL
 
+PATIENCE_MS: Final = 60_000
+"""The time of a program's request that has none: there is no store here to keep it in. So a cast to
+a VM without an agent is refused at once."""
 TICK_S: Final = 0.1
 """How late a request's time may run out here."""
 
@@ -164,6 +168,8 @@ class LocalService:
 
     def _submit(self, peer: _Peer, request: Request) -> None:
         give_back = peer.responder.give_back
+        if not request.timeout_ms:
+            request = request._replace(timeout_ms=PATIENCE_MS)
         try:
             cancel = self._route(request, lambda outcome: self._tell(peer, outcome))
         except NoSuchDomain as error:
@@ -199,18 +205,22 @@ class LocalService:
         raise NoSuchAgent(f"no program on this host serves topic {request.topic}")
 
     def offer(
-        self, request: Request, told: Callable[[Outcome, float], None]
+        self, request: Request, told: Callable[[Outcome, float], None], *, or_broker: bool
     ) -> Callable[[], None] | None:
         """Give a guest's request to a program on this host that serves it.
 
         Args:
             told: Told each outcome, with the time, perhaps before this returns.
+            or_broker: There is a broker, too: after a start, do not wait for programs that may have
+                had it before.
 
         Returns:
             What cancels the request. None: nobody here serves it; `told` hears nothing.
         """
         loop, servers = self._loop, self._servers
         try:
+            if or_broker:
+                request = request._replace(flags=request.flags & ~REDELIVERED)
             is_served = servers.offer(
                 request, lambda outcome: told(outcome, loop.time()), loop.time(), patient=False
             )
