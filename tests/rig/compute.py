@@ -64,6 +64,7 @@ class HostDaemon:
         self.socket = directory / "host.sock"
         self.log = directory / "vchan-host.log"
         self._config = directory / "vchan.conf"
+        self.program: Sequence[str] = (sys.executable, "-m", "vchan.host.daemon")
         lines = ["[vchan]", f"host = {name}", f"libvirt_uri = {libvirt_uri}", "listen_topics = *"]
         self.policy = directory / "policy.d" / "50-rig.policy"
         self.policy.parent.mkdir()
@@ -93,7 +94,7 @@ class HostDaemon:
         """Start it and wait until it answers."""
         with (self._config.parent / "vchan-host.out").open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vchan.host.daemon", "--config-file", str(self._config)],
+                [*self.program, "--config-file", str(self._config)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
