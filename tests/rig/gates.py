@@ -32,6 +32,9 @@ class OpenGate:
     def may_reply(self, topic: Topic) -> bool:
         return topic not in self.deny_reply
 
+    def may_raise(self, module: str) -> bool:
+        return True
+
     def judge(self, ask: Ask, request_id: bytes) -> Verdict:
         return Verdict(Effect.ALLOW, "open")
 

@@ -1,5 +1,6 @@
 """vchan.host.envelope: what clients send and take, and what they must never see."""
 
+import importlib
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from vchan.host.envelope import (
     REASON_CHARS_MAX,
     REQUEST_BYTES_MAX,
     RESULT_BYTES_MAX,
+    UNKNOWN_MODULE,
     BrokerRequest,
     EnvelopeError,
     decode,
@@ -346,6 +348,39 @@ class TestEncodeReply:
         failure = failure_of(encode_reply("1", failure_json=text.encode()))
         assert failure["class"] == "BadReply"
         assert "the agent's failure" in failure["message"]
+
+    def test_a_failure_of_a_module_that_may_not_pass_is_text(self) -> None:
+        text = json.dumps({**FAILURE, "args": [1], "kwargs": {"a": 1}, "more": 2})
+        body = encode_reply("1", failure_json=text.encode(), may_raise="other".__eq__)
+        failure = failure_of(body)
+        assert failure == {
+            "class": FAILURE["class"],
+            "module": "vchan.guest.raised",
+            "message": FAILURE["message"],
+            "tb": FAILURE["tb"],
+            "args": [],
+            "kwargs": {},
+        }
+        again = encode_reply("1", failure_json=text.encode(), may_raise="agent.errors".__eq__)
+        assert opened(again)["failure"] == text
+
+    def test_a_module_that_is_there_for_nobody(self) -> None:
+        with pytest.raises(ImportError):
+            importlib.import_module(UNKNOWN_MODULE)
+
+    def test_what_a_stock_client_makes_of_it(self) -> None:
+        common = pytest.importorskip(
+            "oslo_messaging._drivers.common", reason="oslo.messaging is not installed"
+        )
+        text = json.dumps({**FAILURE, "module": "os", "class": "system", "args": ["true"]})
+        failure = opened(encode_reply("1", failure_json=text.encode(), may_raise=lambda _: False))[
+            "failure"
+        ]
+        for allowed in ([], ["os", "vchan.errors", "vchan.guest.raised"]):
+            error = common.deserialize_remote_exception(failure, allowed)
+            assert type(error).__name__ == "RemoteError"
+            assert error.exc_type == "system"
+            assert "no disk" in str(error)
 
     @given(st.binary() | st.text().map(str.encode))
     def test_any_bytes_from_a_guest(self, data: bytes) -> None:

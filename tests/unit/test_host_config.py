@@ -20,7 +20,7 @@ from vchan import cli
 from vchan.client import Client
 from vchan.errors import ConfigError, LinkError
 from vchan.host import config
-from vchan.messages import Topic
+from vchan.host.policy import Ask, Effect, Facts, Kind
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -47,6 +47,9 @@ def test_the_defaults(directory: Path) -> None:
     assert conf.vchan.libvirt_uri == "qemu:///system"
     assert config.socket_mode(conf) == 0o660
     assert conf.vchan.listen_topics == conf.vchan.select == []
+    assert conf.vchan.policy_dir == "/etc/vchan/policy.d"
+    assert conf.vchan.audit_log == "/var/log/vchan/audit.log"
+    assert config.guest_context_allow(conf) == {"request_id", "global_request_id", "resource_uuid"}
     assert not config.names_a_broker(conf)
 
 
@@ -57,6 +60,13 @@ def test_the_defaults(directory: Path) -> None:
         (["[vchan]", "socket = relative"], "[vchan] socket: 'relative' is no absolute path"),
         (["[vchan]", "select = color:red"], "[vchan] select"),
         (["[vchan]", "select = uuid:x"], "[vchan] select"),
+        (["[vchan]", "listen_topics = a, b/c/d"], "[vchan] listen_topics:2: 'b/c/d'"),
+        (["[vchan]", "listen_topics = a # b"], "a comment needs a line of its own"),
+        (["[vchan]", "policy_dir = policy.d"], "[vchan] policy_dir: 'policy.d' is no absolute"),
+        (["[vchan]", "audit_log = audit"], "[vchan] audit_log: 'audit' is no absolute path"),
+        (["[vchan]", "guest_context_allow = Roles"], "[vchan] guest_context_allow: 'Roles'"),
+        (["[vchan]", "guest_context_allow = is_admin"], "'is_admin' says who somebody is"),
+        (["[vchan]", "failure_modules = a b"], "[vchan] failure_modules: 'a b'"),
         (["[vchan"], "vchan.conf"),
         (["nonsense"], "vchan.conf"),
     ],
@@ -75,15 +85,27 @@ def test_no_such_file(directory: Path) -> None:
         config.load(["--config-file", str(directory / "nothing")])
 
 
-def test_topic_rules() -> None:
-    rule = config.TopicRule(["trove-*", "heat/engine"])
-    assert rule(Topic("openstack", "trove-agent"))
-    assert rule(Topic("other", "trove-agent"))
-    assert rule(Topic("heat", "engine"))
-    assert not rule(Topic("openstack", "engine"))
-    assert not rule(Topic("openstack", "nova"))
-    assert not config.TopicRule([])(Topic("openstack", "trove-agent"))
-    assert config.TopicRule(["*"])(Topic("any", "thing"))
+def test_the_policy_is_of_the_files_and_then_of_listen_topics(directory: Path) -> None:
+    files = directory / "policy.d"
+    files.mkdir()
+    (files / "50-x.policy").write_text("listen any secret deny\n")
+    conf = load(directory, "[vchan]", f"policy_dir = {files}", "listen_topics = *")
+    policy = config.policy(conf)
+    vm = Facts("11111111-2222-3333-4444-555555555555")
+    assert policy.decide(vm, Ask(Kind.LISTEN, "openstack", "agent")).effect is Effect.ALLOW
+    assert policy.decide(vm, Ask(Kind.LISTEN, "openstack", "secret")).effect is Effect.DENY
+    (files / "50-x.policy").write_text("listen any\n")
+    with pytest.raises(ConfigError, match=r"50-x.policy:1: the line ends"):
+        config.policy(conf)
+
+
+def test_whose_exceptions_pass(directory: Path) -> None:
+    rule = config.failure_rule(load(directory))
+    assert rule("builtins") and rule("vchan.errors") and rule("oslo_messaging.exceptions")
+    assert not rule("os") and not rule("nova.exception") and not rule("oslo_messaging")
+    rule = config.failure_rule(load(directory, "[vchan]", "failure_modules = trove.*"))
+    assert rule("trove.common.exception") and rule("vchan.errors")
+    assert not rule("builtins")
 
 
 def test_options_for_the_sample() -> None:

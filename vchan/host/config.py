@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from fnmatch import translate
+from collections.abc import Callable
 from typing import Any, Final
 
 from oslo_config import cfg
@@ -12,10 +12,12 @@ from oslo_log import log
 
 from vchan import __version__
 from vchan.errors import ConfigError
+from vchan.host import identity, policy_files
+from vchan.host.audit import AUDIT_LOG, STDERR
 from vchan.host.domain_xml import Selection
 from vchan.host.envelope import CONTEXT_ALLOW
-from vchan.host.policy import Policy, parse
-from vchan.messages import Topic
+from vchan.host.policy import Policy
+from vchan.host.policy_files import POLICY_DIR, topic_rules
 
 CONFIG_FILE: Final = "/etc/vchan/vchan.conf"
 GROUP: Final = "vchan"
@@ -52,8 +54,35 @@ OPTIONS: Final = [
         "listen_topics",
         default=[],
         help=(
-            "The topics that agents in guests may serve, as globs of TOPIC or EXCHANGE/TOPIC. "
-            "None by default: with a broker, serving a topic means to receive its fanouts."
+            "The topics that agents in guests may serve and answer on, as globs of TOPIC or "
+            "EXCHANGE/TOPIC: rules that come after those of policy_dir. None by default: with a "
+            "broker, serving a topic means to receive its fanouts."
+        ),
+    ),
+    cfg.StrOpt(
+        "policy_dir",
+        default=POLICY_DIR,
+        help="Directory of the files NN-name.policy, which say what guests may do.",
+    ),
+    cfg.StrOpt(
+        "audit_log",
+        default=AUDIT_LOG,
+        help="File for one line of JSON a decision; - for standard error, and so journald.",
+    ),
+    cfg.ListOpt(
+        "guest_context_allow",
+        default=list(identity.CONTEXT_ALLOW),
+        help=(
+            "Keys of a guest's request context that pass into the control plane. Who the guest "
+            "is, the host adds."
+        ),
+    ),
+    cfg.ListOpt(
+        "failure_modules",
+        default=list(identity.FAILURE_MODULES),
+        help=(
+            "Modules, as globs, whose exceptions callers may rebuild from an agent's answer, if "
+            "their own allowed_remote_exmods has them. Others arrive as RemoteError, with the text."
         ),
     ),
     cfg.ListOpt(
@@ -104,8 +133,13 @@ def check(conf: Any) -> None:
             raise ConfigError(f"[{GROUP}] {option.name}", str(error)) from error
     socket_mode(conf)
     selection(conf)
-    if not conf[GROUP].socket.startswith("/"):
-        raise ConfigError(f"[{GROUP}] socket", f"{conf[GROUP].socket!r} is no absolute path")
+    topic_rules(conf[GROUP].listen_topics)
+    guest_context_allow(conf)
+    failure_rule(conf)
+    for name in ("socket", "policy_dir", "audit_log"):
+        value = conf[GROUP][name]
+        if not value.startswith("/") and (name, value) != ("audit_log", STDERR):
+            raise ConfigError(f"[{GROUP}] {name}", f"{value!r} is no absolute path")
 
 
 def names_a_broker(conf: Any) -> bool:
@@ -140,34 +174,23 @@ def selection(conf: Any) -> Selection:
 
 
 def policy(conf: Any) -> Policy:
-    """What guests may do."""
-    lines = [f"listen,reply any {glob} allow" for glob in conf[GROUP].listen_topics]
-    return parse([("listen_topics", "\n".join(lines))])
-
-
-class TopicRule:
-    """Which topics agents may serve.
-
-    Args:
-        globs: Of TOPIC or EXCHANGE/TOPIC.
+    """What guests may do, as the files say now.
 
     Raises:
-        ConfigError: One of them is neither.
+        ConfigError: Says which file and line, and what was expected.
     """
+    return policy_files.load(conf[GROUP].policy_dir, conf[GROUP].listen_topics)
 
-    def __init__(self, globs: list[str]) -> None:
-        for glob in globs:
-            if not re.fullmatch(r"[^\s/#]+(/[^\s/#]+)?", glob):
-                problem = f"{glob!r} is no glob of TOPIC or EXCHANGE/TOPIC"
-                hint = " (a comment needs a line of its own)" if "#" in glob else ""
-                raise ConfigError(f"[{GROUP}] listen_topics", problem + hint)
-        self._patterns = [
-            re.compile(translate(glob if "/" in glob else f"*/{glob}")) for glob in globs
-        ]
 
-    def __call__(self, topic: Topic) -> bool:
-        name = f"{topic.exchange}/{topic.name}"
-        return any(pattern.match(name) for pattern in self._patterns)
+def guest_context_allow(conf: Any) -> frozenset[str]:
+    """The context keys that guests may set."""
+    where = f"[{GROUP}] guest_context_allow"
+    return identity.check_allow(conf[GROUP].guest_context_allow, where)
+
+
+def failure_rule(conf: Any) -> Callable[[str], bool]:
+    """Whether callers may rebuild exceptions of a module."""
+    return identity.module_rule(conf[GROUP].failure_modules, f"[{GROUP}] failure_modules")
 
 
 def list_opts() -> list[tuple[str, list[Any]]]:

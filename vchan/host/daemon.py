@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from oslo_log import log as oslo_log
@@ -20,6 +21,7 @@ from vchan import __version__
 from vchan.errors import ConfigError, LimitExceeded, LinkError, NoSuchDomain, Rejected
 from vchan.exchange import Outcome
 from vchan.host import broker_events, config, domains
+from vchan.host.authority import Authority, facts_of
 from vchan.host.broker import Broker
 from vchan.host.broker_config import BrokerConfig
 from vchan.host.broker_events import BrokerEvent
@@ -28,9 +30,9 @@ from vchan.host.domains import Domains, Effect, HypervisorEvent
 from vchan.host.gate import VmGate
 from vchan.host.hypervisor import Hypervisor
 from vchan.host.local import Answer, LocalService, failure, result
-from vchan.host.policy import Ask, Facts, Verdict
+from vchan.host.policy import Facts
 from vchan.loop import Loop, Timer
-from vchan.messages import Request, Topic
+from vchan.messages import Request
 from vchan.notify import ServiceManager
 from vchan.server import LocalServer
 
@@ -82,7 +84,8 @@ class Daemon:
         self.loop = Loop()
         self._manager = ServiceManager(self.loop)
         self._host = (options.host, os.urandom(16))
-        self._policy = config.policy(conf)
+        self._authority = Authority(self.loop, conf)
+        self._gates: dict[str, VmGate] = {}
         self._context_allow = frozenset(options.context_allow)
         self._channels: dict[str, Channel] = {}
         self._domains = Domains(config.selection(conf))
@@ -118,9 +121,11 @@ class Daemon:
         return lambda event: self.loop.call_soon_threadsafe(lambda: handle(event))
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+        """Serve until SIGTERM or SIGINT; SIGHUP has the policy read and the audit log opened
+        anew."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.loop.stop())
+        signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self._reload))
         broker = "no broker: local programs only" if self._broker is None else "with a broker"
         LOG.info("vchan-host %s: %s, %s", __version__, self._server.path, broker)
         if self._broker is not None:
@@ -140,7 +145,22 @@ class Daemon:
         if self._broker is not None:
             self._broker.stop()
         self._hypervisor.stop()
+        self._authority.close()
         self.loop.close()
+
+    # ---------------------------------------------------------------- the policy
+
+    def _reload(self) -> None:
+        self._authority.reload()
+        for uuid in self._channels:
+            self._apply_policy(uuid)
+
+    def _apply_policy(self, uuid: str) -> None:
+        """The rules, or what is known of the VM, may be others now."""
+        channel = self._channels[uuid]
+        channel.guard.update(self._authority.policy.limits(self._gates[uuid].facts))
+        channel.relay.policy_changed(self.loop.time())
+        channel.set_timer()
 
     # ---------------------------------------------------------------- libvirt
 
@@ -155,18 +175,22 @@ class Daemon:
             case domains.DetachDone(uuid, problem):
                 self._answer_command("detach", uuid, problem)
             case domains.Changed(facts):
-                self._note_pause(facts)
+                self._note_facts(facts)
             case domains.Resync(every):
                 for facts in every:
-                    self._note_pause(facts)
+                    self._note_facts(facts)
             case _:
                 pass
         self._carry_out(self._domains.receive(event, self.loop.time()))
 
-    def _note_pause(self, facts: domains.DomainFacts) -> None:
-        channel = self._channels.get(facts.uuid)
+    def _note_facts(self, domain: domains.DomainFacts) -> None:
+        channel = self._channels.get(domain.uuid)
         if channel is not None:
-            channel.paused = facts.state is domains.DomainState.PAUSED
+            channel.paused = domain.state is domains.DomainState.PAUSED
+            gate, facts = self._gates[domain.uuid], facts_of(domain)
+            if facts != gate.facts:
+                gate.facts = facts
+                self._apply_policy(domain.uuid)
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -181,6 +205,8 @@ class Daemon:
                     channel = self._channels.pop(uuid)
                     LOG.info("%s (%s): released: %s", channel.name, uuid, why.value)
                     channel.release(why.value)
+                    del self._gates[uuid]
+                    self._authority.forget(uuid)
                     self._past.update(channel.totals())
                 case domains.Attach(uuid):
                     self._hypervisor.attach(uuid)
@@ -190,32 +216,22 @@ class Daemon:
 
     def _connect(self, uuid: str, path: str) -> None:
         report = self._domains.report(uuid)
-        name = report.facts.name if report else uuid
+        facts = facts_of(report.facts) if report else Facts(uuid, uuid)
+        gate = self._gates[uuid] = self._authority.gate(facts)
         channel = self._channels[uuid] = Channel(
             self.loop,
             uuid,
-            name,
+            facts.name,
             self._host,
             _VmBroker(self._broker, uuid) if self._broker is not None else None,
-            self._make_gate(Facts(uuid, name)),
+            gate,
             self._context_allow,
-            self._local.offer,
+            partial(self._local.offer, or_broker=self._broker is not None),
             LOG.info,
+            self._authority.guard(facts),
+            lambda reason: self._authority.quarantined(gate.facts, reason),
         )
         channel.connect(path)
-
-    def _make_gate(self, facts: Facts) -> VmGate:
-        return VmGate(
-            facts, lambda: self._policy, self._record, self._stamp, Topic("openstack", "vchan")
-        )
-
-    def _record(
-        self, facts: Facts, ask: Ask, verdict: Verdict, request_id: bytes, reason: str
-    ) -> None:
-        LOG.info("%s: %s %s: %s", facts.uuid, ask, verdict, reason)
-
-    def _stamp(self, given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
-        return {"vchan_instance_uuid": facts.uuid}
 
     def _set_timer(self) -> None:
         at_s = self._domains.next_timeout()
@@ -329,8 +345,16 @@ class Daemon:
                 answer(*result(self._status(**args)))
             case "attach" | "detach":
                 self._command(name, answer, **args)
+            case "release":
+                self._end_quarantine(**args)
+                answer(*result(None))
             case _:
                 raise KeyError(name)
+
+    def _end_quarantine(self, vm: str) -> None:
+        channel = self._channel_of(vm)
+        if not channel.end_quarantine():
+            raise Rejected(f"{vm} is not in quarantine")
 
     def _list(self) -> list[dict[str, Any]]:
         rows = []
@@ -345,7 +369,7 @@ class Daemon:
                     "topics": sorted(f"{t.exchange}/{t.name}" for t in channel.relay.topics)
                     if channel
                     else [],
-                    "problem": report.problem,
+                    "problem": report.problem or (channel.problem if channel else "") or None,
                 }
             )
         return rows
@@ -369,6 +393,7 @@ class Daemon:
             "broker": "none configured" if self._broker is None else broker,
             "domains": len(self._domains.reports()),
             "channels": len(self._channels),
+            **self._authority.summary(),
             "totals": dict(self._totals()),
         }
 

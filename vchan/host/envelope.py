@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
@@ -39,6 +39,9 @@ DEPTH_MAX: Final = 100
 """Arrays and objects inside each other. Python's own parsers, the callers' among them, give up at
 some 1000, less what is on the stack already: what passes here must not break a caller there."""
 REASON_CHARS_MAX: Final = 200
+UNKNOWN_MODULE: Final = "vchan.guest.raised"
+"""What stands for the module of an exception that no caller may rebuild. There is no such module:
+a caller that would import it gets a RemoteError all the same."""
 
 CONTEXT_ALLOW: Final = frozenset(
     {
@@ -161,6 +164,7 @@ def encode_reply(
     failure_json: bytes | None = None,
     ending: bool = True,
     unique_id: str = "",
+    may_raise: Callable[[str], object] = lambda _: True,
 ) -> bytes:
     """The AMQP body of a reply or, with `ending` false, of a heartbeat.
 
@@ -174,11 +178,13 @@ def encode_reply(
         failure_json: Likewise.
         unique_id: 32 random hex digits, new for each message; clients may drop one they have
             seen. "" leaves it out, which clients accept.
+        may_raise: Whether the caller may rebuild exceptions of this module. Of others it gets a
+            RemoteError with class, message and traceback as text.
     """
     result, failure = None, None
     try:
         if failure_json is not None:
-            failure = _checked_failure(failure_json)
+            failure = _checked_failure(failure_json, may_raise)
         else:
             result = bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX)
     except EnvelopeError as error:
@@ -295,11 +301,11 @@ def _milliseconds(expiration: str | None) -> float | None:
     return int(expiration) / 1000
 
 
-def _checked_failure(failure_json: bytes) -> str:
-    """The same text, if a caller can rebuild an exception from it.
+def _checked_failure(failure_json: bytes, may_raise: Callable[[str], object]) -> str:
+    """The same text, if a caller can rebuild an exception from it and may.
 
     A caller imports the module if its own list allows it: here it is made sure that class and
-    module are names and nothing else.
+    module are names and nothing else, and that the module is one of ours to pass on.
     """
     what = "the agent's failure"
     failure = bounded_json(failure_json, what, FAILURE_BYTES_MAX)
@@ -316,7 +322,16 @@ def _checked_failure(failure_json: bytes) -> str:
             raise EnvelopeError(f"{what}: {key} is of the wrong type")
     if not all(isinstance(line, str) for line in failure.get("tb", ())):
         raise EnvelopeError(f"{what}: tb is not a list of strings")
+    if not may_raise(failure["module"]):
+        return _as_text(failure)
     return failure_json.decode("utf-8", "surrogatepass")
+
+
+def _as_text(failure: Mapping[str, Any]) -> str:
+    """A failure that no caller rebuilds: what it was called and said, as text."""
+    plain = {key: failure[key] for key in ("class", "message", "tb") if key in failure}
+    plain |= {"module": UNKNOWN_MODULE, "args": [], "kwargs": {}}
+    return encode_json(plain).decode("utf-8", "surrogatepass")
 
 
 def _is_dotted_name(value: object) -> bool:

@@ -53,6 +53,9 @@ class Gate(Protocol):
     def may_reply(self, topic: Topic) -> bool:
         """Whether what its agents answer is listened to."""
 
+    def may_raise(self, module: str) -> bool:
+        """Whether callers may rebuild exceptions of this module from what its agents answer."""
+
     def judge(self, ask: Ask, request_id: bytes) -> Verdict:
         """Decide about a request, and put it on record."""
 
@@ -73,6 +76,7 @@ class VmGate:
         policy: The one that holds now.
         stamp: See `vchan.host.identity`.
         conductor: (exchange, topic) of the conductor.
+        may_raise: See `vchan.host.identity`.
     """
 
     def __init__(
@@ -82,12 +86,14 @@ class VmGate:
         record: Record,
         stamp: Stamp,
         conductor: Topic,
+        may_raise: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.facts = facts
         self._policy = policy
         self._record = record
         self._stamp = stamp
         self._conductor = conductor
+        self.may_raise = may_raise
 
     @property
     def calls_max(self) -> int:
@@ -118,14 +124,16 @@ class VmGate:
 
     def may_listen(self, topic: Topic) -> bool:
         """See `Gate`."""
-        return self._allows(Ask(Kind.LISTEN, topic.exchange, topic.name))
+        ask = Ask(Kind.LISTEN, topic.exchange, topic.name)
+        return self.judge(ask, b"").effect is Effect.ALLOW
 
     def may_reply(self, topic: Topic) -> bool:
-        """See `Gate`."""
-        return self._allows(Ask(Kind.REPLY, topic.exchange, topic.name, self.facts.uuid))
-
-    def _allows(self, ask: Ask) -> bool:
-        return self._policy().decide(self.facts, ask).effect is Effect.ALLOW
+        """See `Gate`. On record only if not: those that may are as many as the calls."""
+        ask = Ask(Kind.REPLY, topic.exchange, topic.name, self.facts.uuid)
+        verdict = self._policy().decide(self.facts, ask)
+        if verdict.effect is not Effect.ALLOW:
+            self._record(self.facts, ask, verdict, b"", "")
+        return verdict.effect is Effect.ALLOW
 
     def judge(self, ask: Ask, request_id: bytes) -> Verdict:
         """See `Gate`."""

@@ -389,7 +389,9 @@ class Relay:
         origin = entry.origin
         assert origin is not None and origin.msg_id is not None  # the Requester looks to that
         if failed:
-            entry.reply = encode_reply(origin.msg_id, failure_json=body)
+            entry.reply = encode_reply(
+                origin.msg_id, failure_json=body, may_raise=self._gate.may_raise
+            )
         else:
             entry.reply = encode_reply(origin.msg_id, result_json=body)
         entry.kept_until_s = now_s + REPLY_KEPT_S
