@@ -363,8 +363,8 @@ class Responder:
         return tuple((request_id, record.call) for request_id, record in self._over.items())
 
     def is_over(self, request_id: bytes) -> bool:
-        """It is taken or answered, and not settled."""
-        return request_id in self._over
+        """It is taken or answered; perhaps it is settled."""
+        return request_id in self._over or request_id in self._settled
 
     def receive(self, message: Message, now_s: float) -> list[Delivery]:
         """Take a Request, Cancel or Settled; return what is to be done."""

@@ -90,8 +90,16 @@ class Upward:
             case Cancel(request_id):
                 if self._drop(request_id):
                     self._host.cancel(request_id)
+                    self._host.settle((request_id,))  # the host may have answered by now
             case Settled(ids):
-                self._host.settle([request_id for request_id in ids if self._drop(request_id)])
+                over = [request_id for request_id in ids if self._is_over(request_id)]
+                for request_id in over:
+                    self._drop(request_id)
+                self._host.settle(over)
+
+    def _is_over(self, request_id: bytes) -> bool:
+        item = self._items.get(request_id)
+        return item is not None and item.outcome is not None
 
     def _request(self, key: int, request: Request, now_s: float) -> None:
         item = self._items.get(request.id)
@@ -136,10 +144,7 @@ class Upward:
             self._settle(outcome)
 
     def _settle(self, outcome: Outcome) -> None:
-        item = self._items.get(outcome.id)
-        if item is None:  # its agent has withdrawn it, and the host did not know yet
-            self._host.settle((outcome.id,))
-            return
+        item = self._items[outcome.id]
         if not isinstance(outcome, Heartbeat):
             self._bytes -= item.bytes
             item.bytes = len(outcome.body) if isinstance(outcome, Answered) else 0

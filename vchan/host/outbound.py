@@ -8,8 +8,11 @@ Rules of this file
    leaves when the VM goes. While a note may come, what the guest sent before waits for it. Without
    a note (this daemon or its host died) nobody knows, so it is published again, and says so:
    its context has `vchan_redelivered`.
-4. Requests are published in the order they came; what could not be, before what came after it.
-5. An answer stays the broker's until the guest has heard it.
+4. A note that lies in the queue must be true: who takes one takes it out, and who has left one
+   publishes nothing before it has that back.
+5. Requests are published in the order they came. What could not be goes before what has not been
+   published yet.
+6. An answer stays the broker's until the guest has heard it, for HELD_S at most.
 
     guest --Request--> Outbound --publish_request--> broker
     guest <--Receipt-- Outbound <--sent------------- broker     (casts)
@@ -42,6 +45,7 @@ from vchan.host.envelope import EnvelopeError
 from vchan.host.gate import Gate
 from vchan.host.policy import Ask, Effect
 from vchan.host.upward_envelope import (
+    NOTE_IDS_MAX,
     Answer,
     Invocation,
     Note,
@@ -68,15 +72,19 @@ RETRY_S: Final = 1.0
 NOTE_WAIT_S: Final = 5.0
 """How long after a VM's arrival a note of the host it came from may come. It is written within
 milliseconds; a host that cannot for so long is as good as gone."""
+DOUBT_S: Final = 60.0
+"""How long after that a guest may send for the first time what it has sent to a host that left no
+note: its agents come back to it within seconds."""
 CALL_S_MAX: Final = 3600.0
 """The longest a guest's call may take, and what one without a timeout is given."""
 OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bodies of a VM's requests that are not published yet."""
-UNCLAIMED_MAX: Final = 64
-"""Answers kept for calls that the guest has not asked for again yet."""
-UNCLAIMED_S: Final = 60.0
-RAN_HERE_MAX: Final = 8192
-"""Ids of calls answered by programs of this host, before those that are settled are sorted out."""
+HELD_MAX: Final = 32
+"""Answers left with the broker because the guest has not settled them, or not asked for them again
+yet. Fewer than the broker hands out at a time, or no further one would come."""
+HELD_S: Final = 60.0
+PAST_MAX: Final = NOTE_IDS_MAX
+"""Ids known of earlier hosts, and of calls whose answers are in no queue; the oldest go first."""
 
 NOTE_ID: Final = b"note"
 """Stands for a note where the broker is told of requests by their ids."""
@@ -116,11 +124,15 @@ class _Item:
         "conducted",
         "deadline_s",
         "doubtful",
+        "number",
         "request",
         "state",
     )
 
-    def __init__(self, request: Request, asked: Invocation, conducted: bool, now_s: float) -> None:
+    def __init__(
+        self, number: int, request: Request, asked: Invocation, conducted: bool, now_s: float
+    ) -> None:
+        self.number = number
         self.request = request
         self.asked = asked
         self.conducted = conducted
@@ -139,16 +151,19 @@ class _Item:
 
 
 class _Past(Enum):
-    """What an earlier host did with a request."""
+    """What is known of a request that is over here, or was with an earlier host. See `Note`."""
 
     TAKEN = "taken"
     CALLED = "calls"
     GONE = "gone"
+    DOUBT = "doubt"
 
 
-class _Unclaimed(NamedTuple):
+class _Held(NamedTuple):
+    """An answer that is the broker's still."""
+
     token: Hashable
-    answer: Answer
+    answer: Answer | None  # None: the guest has been told, and has not settled it
     until_s: float
 
 
@@ -175,18 +190,17 @@ class Outbound:
         self._unsent: list[_Item] = []  # not confirmed: to go before the queue
         self._bytes = 0
         self._calls = 0
-        self._tokens: dict[bytes, Hashable] = {}  # of answers that the guest has not settled
-        self._unclaimed: OrderedDict[bytes, _Unclaimed] = OrderedDict()
-        self._ran_here: set[bytes] = set()  # calls whose answer is in no queue
-        self._note: dict[bytes, _Past] = {}
-        self._note_tokens: list[Hashable] = []
-        self._has_note = False
-        self._sessions = 0
+        self._held: OrderedDict[bytes, _Held] = OrderedDict()
+        self._past: OrderedDict[bytes, _Past] = OrderedDict()
+        self._is_whole = False  # an id that is not known here was not published by anybody
+        self._doubt_until_s: float | None = None  # after that it is; None: no session yet
         self._note_until_s = 0.0
+        self._note_is_due = False
+        self._note_is_out = False  # ours lies in the queue
+        self._note_back_s: float | None = None  # how long it is waited for
         self._listening = False
         self._retry_at_s: float | None = None
         self._suspended = False
-        self._note_due = False
         self.counters = {
             "guest_requests": 0,
             "guest_published": 0,
@@ -206,13 +220,14 @@ class Outbound:
 
     # ---------------------------------------------------------------- the guest
 
-    def opened(self, *, resumed: bool, now_s: float) -> None:
+    def opened(self, now_s: float) -> None:
         """The guest's session is open, or the guest speaks again after `suspend`."""
-        if not resumed:
-            self._sessions += 1
-            if self._sessions == 1:
-                self._note_until_s = now_s + NOTE_WAIT_S
-        self._suspended = self._note_due = False
+        if self._doubt_until_s is None:
+            self._note_until_s = now_s + NOTE_WAIT_S
+            self._doubt_until_s = now_s + DOUBT_S
+        if self._suspended and self._note_is_out:
+            self._note_back_s = now_s + NOTE_WAIT_S
+        self._suspended = self._note_is_due = False
         if self._gate.may_send or self._calls:
             self._listen()
         self._publish_next(now_s)
@@ -255,7 +270,8 @@ class Outbound:
             self._gate.refused(asked.ask, request.id, problem)
             self._responder.give_back(request.id, BUSY, problem)
             return
-        item = _Item(request, asked, verdict.effect is Effect.CONDUCTOR, now_s)
+        number = self.counters["guest_requests"]
+        item = _Item(number, request, asked, verdict.effect is Effect.CONDUCTOR, now_s)
         self._items[request.id] = item
         self._bytes += item.bytes
         self._calls += request.is_call
@@ -283,16 +299,17 @@ class Outbound:
             return
         if item.state is _State.QUEUED:
             self._queue = deque(other for other in self._queue if other is not item)
+            self._unsent = [other for other in self._unsent if other is not item]
         elif item.cancel is not None:
             item.cancel()
+        self._settled(request_id)
 
     def _settled(self, request_id: bytes) -> None:
-        """The guest has heard the outcome, and never asks again."""
-        self._note.pop(request_id, None)
-        self._ran_here.discard(request_id)
-        token = self._tokens.pop(request_id, None)
-        if token is not None and self._broker is not None:
-            self._broker.ack(token)
+        """The guest never asks again."""
+        self._past.pop(request_id, None)
+        held = self._held.pop(request_id, None)
+        if held is not None and self._broker is not None:
+            self._broker.ack(held.token)
 
     # ---------------------------------------------------------------- publishing
 
@@ -300,37 +317,39 @@ class Outbound:
         while self._queue and not self._is_held_up:
             item = self._queue[0]
             request_id = item.request.id
-            is_known = request_id in self._note or request_id in self._unclaimed
-            if is_known:
-                self._queue.popleft()
-                self._repeat(item, now_s)
-            elif item.request.flags & REDELIVERED and now_s < self._note_until_s:
+            past = _Past.CALLED if request_id in self._held else self._past.get(request_id)
+            is_unclear = past is _Past.DOUBT
+            if past is None and item.request.flags & REDELIVERED:
+                is_unclear = not self._is_whole
+            if is_unclear and now_s < self._note_until_s:
                 return  # a note may come
-            else:
-                self._queue.popleft()
+            self._queue.popleft()
+            if past is None or past is _Past.DOUBT:
+                item.doubtful = item.doubtful or is_unclear
                 self._publish(item, now_s)
+            else:
+                self._repeat(item, past, now_s)
 
     @property
     def _is_held_up(self) -> bool:
-        return self._suspended or self._retry_at_s is not None or bool(self._unsent)
+        waits = self._retry_at_s is not None or self._note_back_s is not None
+        return self._suspended or waits or bool(self._unsent)
 
-    def _repeat(self, item: _Item, now_s: float) -> None:
-        """An earlier host has published it."""
+    def _repeat(self, item: _Item, past: _Past, now_s: float) -> None:
+        """It was published before."""
         request_id = item.request.id
-        past = self._note.get(request_id, _Past.CALLED)
         if past is _Past.TAKEN:
             self._forget(request_id)
             self._responder.take(request_id, now_s)
         elif past is _Past.GONE:
             self._forget(request_id)
-            self._ran_here.add(request_id)
-            text = "it ran on the host that this VM came from, and its answer is lost"
+            text = "it was called before; its answer is not kept any more"
             self._responder.give_back(request_id, AGENT_GONE, text)
         else:
             self._wait_for_answer(item)
-            unclaimed = self._unclaimed.pop(request_id, None)
-            if unclaimed is not None:
-                self._answer(unclaimed.token, unclaimed.answer, now_s)
+            held = self._held.get(request_id)
+            if held is not None and held.answer is not None:
+                self._answer(held.token, held.answer, now_s)
 
     def _wait_for_answer(self, item: _Item) -> None:
         item.state = _State.SENT
@@ -339,8 +358,6 @@ class Outbound:
 
     def _publish(self, item: _Item, now_s: float) -> None:
         request = item.remaining(now_s)
-        if request.flags & REDELIVERED and self._sessions == 1 and not self._has_note:
-            item.doubtful = True
         if not item.conducted and self._give_to_local(item, request):
             return
         if self._broker is None:
@@ -374,17 +391,10 @@ class Outbound:
             item.state = _State.QUEUED
             return False
         self.counters["guest_local"] += 1
-        if request.is_call:
-            self._remember_local(request_id)
+        if request.is_call:  # its answer will be in no queue
+            self._past[request_id] = _Past.GONE
+            self._bound_past()
         return True
-
-    def _remember_local(self, request_id: bytes) -> None:
-        self._ran_here.add(request_id)
-        if len(self._ran_here) > RAN_HERE_MAX:
-            is_over = self._responder.is_over
-            self._ran_here = {
-                known for known in self._ran_here if known in self._items or is_over(known)
-            }
 
     def sent(
         self, request_id: bytes, *, ok: bool, unroutable: bool, doubtful: bool, now_s: float
@@ -395,16 +405,20 @@ class Outbound:
             unroutable: No queue is bound for it: nobody serves its target.
             doubtful: Not `ok`, but the broker may have it all the same.
         """
+        if request_id == NOTE_ID:
+            self._note_sent(ok, doubtful, now_s)
+            return
         item = self._sending.pop(request_id, None)
         if item is not None and self._items.get(request_id) is item:
             self._conclude(item, ok, unroutable, doubtful, now_s)
         if self._sending:
             return
         if self._unsent:
+            self._unsent.sort(key=lambda item: item.number)
             self._queue.extendleft(reversed(self._unsent))
             self._unsent = []
             self._retry_at_s = now_s + RETRY_S
-        if self._note_due:
+        if self._note_is_due:
             self._leave_note()
 
     def _conclude(
@@ -445,40 +459,57 @@ class Outbound:
         return ""
 
     def _take_note(self, token: Hashable, note: Note, now_s: float) -> None:
-        """It stays in the queue until this host leaves one of its own."""
-        self._note_tokens.append(token)
-        self._has_note = True
+        assert self._broker is not None
+        self._broker.ack(token)  # first: what is published from now on is not in it
+        self._note_is_out, self._note_back_s = False, None
+        self._is_whole = self._is_whole or note.whole
         for past in _Past:
-            self._note.update(dict.fromkeys(getattr(note, past.value), past))
-        self._note_until_s = now_s
+            self._past.update(dict.fromkeys(getattr(note, past.value), past))
+        self._bound_past()
+        if not note.doubt:  # else a better one may follow
+            self._note_until_s = now_s
         self._publish_next(now_s)
+
+    def _bound_past(self) -> None:
+        while len(self._past) > PAST_MAX:
+            self._past.popitem(last=False)
 
     def _answer(self, token: Hashable, answer: Answer, now_s: float) -> None:
         assert self._broker is not None
         item = self._items.get(answer.id)
+        held = self._held.pop(answer.id, None)
         if not answer.ending:
             self._broker.ack(token)
             self._responder.heartbeat(answer.id, now_s)
         elif item is not None and item.state in (_State.SENT, _State.SENDING):
             self.counters["guest_answered"] += 1
             self._forget(answer.id)
-            self._tokens[answer.id] = token
+            self._hold(token, answer.id, None, now_s)
             self._reply(answer.id, answer.failed, answer.body, now_s)
-        elif self._responder.is_over(answer.id):
-            self._tokens[answer.id] = token  # the broker hands it out again: a channel was lost
+        elif held is not None and held.answer is None:
+            self._hold(token, answer.id, None, now_s)  # the broker hands it out again
+        elif item is None and self._responder.is_over(answer.id):
+            self._broker.ack(token)  # nobody waits any more
         elif item is None or item.state is _State.QUEUED:
-            self._keep_unclaimed(token, answer, now_s)
+            self._hold(token, answer.id, answer, now_s)
+            self._publish_next(now_s)
         else:
             self._broker.ack(token)
 
-    def _keep_unclaimed(self, token: Hashable, answer: Answer, now_s: float) -> None:
-        """The guest has not asked for it yet, or never will."""
+    def _hold(
+        self, token: Hashable, request_id: bytes, answer: Answer | None, now_s: float
+    ) -> None:
+        self._held[request_id] = _Held(token, answer, now_s + HELD_S)
+        if len(self._held) > HELD_MAX:
+            self._drop_held()
+
+    def _drop_held(self) -> None:
+        """The oldest answer is the broker's no more."""
         assert self._broker is not None
-        self._unclaimed[answer.id] = _Unclaimed(token, answer, now_s + UNCLAIMED_S)
-        if len(self._unclaimed) > UNCLAIMED_MAX:
-            _, oldest = self._unclaimed.popitem(last=False)
-            self._broker.ack(oldest.token)
-        self._publish_next(now_s)
+        request_id, held = self._held.popitem(last=False)
+        self._past[request_id] = _Past.GONE
+        self._bound_past()
+        self._broker.ack(held.token)
 
     def _reply(self, request_id: bytes, failed: bool, body: bytes, now_s: float) -> None:
         try:
@@ -508,16 +539,8 @@ class Outbound:
 
     # ---------------------------------------------------------------- the VM goes
 
-    def released(self) -> None:
-        """The VM's channel to the broker is gone, and all its tokens: what they stand for comes
-        again."""
-        self._tokens.clear()
-        self._unclaimed.clear()
-        self._note_tokens.clear()
-
     def relisten(self) -> None:
-        """The relay has closed the VM's channel itself."""
-        self.released()
+        """The relay has closed the VM's channel itself. What is in the queue comes again."""
         was_listening, self._listening = self._listening, False
         if was_listening and not self._suspended:
             self._listen()
@@ -527,53 +550,69 @@ class Outbound:
         if self._suspended:
             return
         self._suspended = True
-        if self._broker is None or not (self._gate.may_send or self._responder.over()):
+        if self._broker is None or self._doubt_until_s is None:
             return
-        if self._sending:
-            self._note_due = True  # when the broker has said what became of them
-        else:
-            self._leave_note()
+        if self._gate.may_send or self._items or self._responder.over():
+            self._note_is_due = True
+            if not self._sending:  # else when the broker has said what became of them
+                self._leave_note()
 
     def _leave_note(self) -> None:
         assert self._broker is not None
-        self._note_due = False
-        past = dict(self._note)
+        past = dict(self._past)
         for request_id, is_call in self._responder.over():
-            past[request_id] = _Past.CALLED if is_call else _Past.TAKEN
+            if past.get(request_id) is not _Past.GONE:
+                past[request_id] = _Past.CALLED if is_call else _Past.TAKEN
         for request_id, item in self._items.items():
             if item.state is _State.SENT:
                 past[request_id] = _Past.CALLED
-        past.update(dict.fromkeys(self._ran_here, _Past.GONE))
-        body = encode_note(
-            Note(*(tuple(k for k, what in past.items() if what is each) for each in _Past))
-        )
+            elif item.state is _State.LOCAL and item.request.is_call:
+                past[request_id] = _Past.GONE
+            elif item.doubtful or item.state is not _State.QUEUED:
+                past[request_id] = _Past.DOUBT
+        newest = list(past.items())[-NOTE_IDS_MAX:]
+
+        def ids(what: _Past) -> tuple[bytes, ...]:
+            return tuple(request_id for request_id, each in newest if each is what)
+
+        lists = (ids(_Past.TAKEN), ids(_Past.CALLED), ids(_Past.GONE), ids(_Past.DOUBT))
+        body = encode_note(Note(*lists, self._is_whole))
+        self._note_is_due = bool(self._sending)  # then a better one follows
+        self._note_is_out = True
         self._broker.publish_request(
             self.vm, NOTE_ID, Publication(Form.MAIL, "", vm_queue(self.vm), body, None, False)
         )
-        for token in self._note_tokens:
-            self._broker.ack(token)
-        self._note_tokens.clear()
+
+    def _note_sent(self, ok: bool, doubtful: bool, now_s: float) -> None:
+        if ok:
+            return
+        if self._suspended:
+            self._note_is_due = True
+            self._retry_at_s = now_s + RETRY_S
+        elif not doubtful:  # it is in no queue, and will not come back
+            self._note_is_out, self._note_back_s = False, None
+            self._publish_next(now_s)
 
     def release(self) -> None:
         """The VM is no longer here. Its guest still holds what is not over."""
-        items, self._items = self._items, {}
-        for item in items.values():
-            if item.cancel is not None:
-                item.cancel()
-        self._queue.clear()
-        self._sending.clear()
-        self._unsent.clear()
-        self._bytes = self._calls = 0
+        for item in self._items.values():
+            cancel, item.cancel = item.cancel, None
+            if cancel is not None:
+                cancel()
+        if self._note_is_due:
+            self._leave_note()  # now, or perhaps never
 
     # ---------------------------------------------------------------- time and state
 
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`."""
-        times = [self._responder.next_timeout(), self._retry_at_s]
+        times = [self._responder.next_timeout(), self._retry_at_s, self._note_back_s]
+        if self._listening and not self._is_whole:
+            times.append(self._doubt_until_s)
         if self._queue and not self._is_held_up:
             times.append(self._note_until_s)
-        if self._unclaimed:
-            times.append(next(iter(self._unclaimed.values())).until_s)
+        if self._held:
+            times.append(next(iter(self._held.values())).until_s)
         known = [at_s for at_s in times if at_s is not None]
         return min(known) if known else None
 
@@ -585,13 +624,14 @@ class Outbound:
                 self._drop(delivery.id)
         if self._retry_at_s is not None and now_s >= self._retry_at_s:
             self._retry_at_s = None
-        while self._unclaimed:
-            request_id, unclaimed = next(iter(self._unclaimed.items()))
-            if unclaimed.until_s > now_s:
-                break
-            assert self._broker is not None
-            del self._unclaimed[request_id]
-            self._broker.ack(unclaimed.token)
+            if self._note_is_due and not self._sending:
+                self._leave_note()
+        if self._note_back_s is not None and now_s >= self._note_back_s:
+            self._note_back_s = None
+        if self._doubt_until_s is not None and now_s >= self._doubt_until_s:
+            self._is_whole = True
+        while self._held and next(iter(self._held.values())).until_s <= now_s:
+            self._drop_held()
         self._publish_next(now_s)
 
     def summary(self) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class Relay:
     def opened(self, *, resumed: bool, now_s: float) -> None:
         """The guest's session is open, or the guest speaks again after `suspend`."""
         was_suspended, self._suspended = self._suspended, False
-        self.outbound.opened(resumed=resumed, now_s=now_s)
+        self.outbound.opened(now_s)
         self._mute = self._gate.is_mute
         if not resumed:
             self._requester.opened(now_s)
@@ -451,7 +451,6 @@ class Relay:
         """The VM's channel is gone, and all its tokens: what was not over comes again."""
         self._handing_back = False
         self._drop_tokens()
-        self.outbound.released()
 
     def _release(self) -> None:
         if self._broker is not None:

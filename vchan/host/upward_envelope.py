@@ -9,7 +9,8 @@ A call's `_msg_id` is its id, and its `_reply_q` the VM's own queue, so that the
 VM to whichever host serves it. That queue also carries notes: what a host that served the VM before
 has published, told to the one that serves it now.
 
-    note   {"vchan.note": 1, "taken": [ids], "calls": [ids], "gone": [ids]}
+    note   {"vchan.note": 1, "taken": [ids], "calls": [ids], "gone": [ids], "doubt": [ids],
+            "whole": true}
 """
 
 from __future__ import annotations
@@ -160,18 +161,25 @@ class Note(NamedTuple):
     """What an earlier host did with requests that the guest may send again.
 
     taken: casts that were published. calls: calls that were: their answers come, or are here.
-    gone: calls that ran on that host and have no answer any more.
+    gone: calls that were, and have no answer any more. doubt: requests that may have been.
+    whole: no other request was. (Else that host had no note itself, and the guest hardly time to
+    send again what it had sent before.)
     """
 
     taken: tuple[bytes, ...]
     calls: tuple[bytes, ...]
     gone: tuple[bytes, ...]
+    doubt: tuple[bytes, ...]
+    whole: bool
+
+
+_LISTS: Final = Note._fields[:-1]
 
 
 def encode_note(note: Note) -> bytes:
     """For the VM's own queue."""
-    lists = {name: [each.hex() for each in ids] for name, ids in note._asdict().items()}
-    return encode_json({NOTE_KEY: 1, **lists})
+    lists = {name: [each.hex() for each in getattr(note, name)] for name in _LISTS}
+    return encode_json({NOTE_KEY: 1, **lists, "whole": note.whole})
 
 
 def read_mail(body: bytes) -> Answer | Note:
@@ -182,7 +190,8 @@ def read_mail(body: bytes) -> Answer | Note:
     """
     value = open_envelope(body)
     if NOTE_KEY in value:
-        return Note(*(_ids(value.get(name)) for name in Note._fields))
+        taken, calls, gone, doubt = (_ids(value.get(name)) for name in _LISTS)
+        return Note(taken, calls, gone, doubt, value.get("whole") is True)
     return _answer(value)
 
 
