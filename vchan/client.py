@@ -593,7 +593,8 @@ class Agent(_Caller):
 
     Args:
         path: The guest daemon's socket.
-        workers: Threads for methods; 0: the loop's own.
+        workers: Threads for methods; 0: the loop's own. With threads, callers that ask for
+            heartbeats (oslo.messaging's call_monitor_timeout) get them while a method runs.
         log: Told what an operator may want to know.
     """
 
@@ -715,6 +716,14 @@ class Agent(_Caller):
             self._finish(request, *self._run_method(request))
         else:
             self._pool.submit(self._run_in_pool, request)
+            if request.monitor_ms:
+                self._beat(request)
+
+    def _beat(self, request: Request) -> None:
+        """Say now and then that it is being worked on: its caller wants to hear it so often."""
+        if request.id in self._connection.responder:
+            self._connection.responder.heartbeat(request.id, self.loop.time())
+            self.loop.call_later(request.monitor_ms / 2000, lambda: self._beat(request))
 
     def _run_in_pool(self, request: Request) -> None:
         failed, body = self._run_method(request)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
+from vchan.messages import Topic
 
 if TYPE_CHECKING:
-    from tests.rig.cloud import Vm
+    from tests.rig.cloud import Cloud, Vm
     from tests.rig.compute import ComputeHost
 
 MISSING = missing_for_rabbit() or missing_for_libvirt()
@@ -126,3 +128,28 @@ def test_daemons_die_as_the_guest_leaves(vm: Vm) -> None:
             vm.there.daemon.start()
         report = traffic.finish()
     report.check()
+
+
+def test_a_long_monitored_call_goes_on_through_a_migration(cloud: Cloud) -> None:
+    """The caller is told all the while that it is being worked on."""
+    from tests.rig.broker_peers import Clients
+    from tests.rig.compute import GUEST_DAEMON, agent_service
+
+    topic = Topic("openstack", "slow")
+    agent = agent_service(
+        "slow", "/app/agent.py", topic.name, "/run/slow", "/run/vchan/agent.sock", "2"
+    )
+    vm = cloud.boot("monitored", (GUEST_DAEMON, agent), wait=False)
+    clients = Clients(cloud.url)
+    try:
+        vm.here.daemon.wait_ready(vm.name, topics=[topic.name])
+        client = clients.client(topic, server=vm.uuid, timeout=90, call_monitor_timeout=8)
+        with ThreadPoolExecutor(1) as pool:
+            args = {"sender": "long", "number": 1, "seconds": 20}
+            answer = pool.submit(client.call, {}, "slow", **args)
+            vm.migrate()
+            assert not answer.done()
+            assert answer.result(90) == ["long", 1]
+    finally:
+        clients.close()
+        vm.discard()

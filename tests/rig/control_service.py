@@ -135,9 +135,8 @@ class ControlService:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._process.poll() is None:
+        with self._process:  # closes its pipes
             self._process.kill()
-            self._process.wait()
 
 
 if __name__ == "__main__":

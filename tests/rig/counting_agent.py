@@ -46,6 +46,12 @@ class Counting:
         self.note("blob", size)
         return "x" * size
 
+    def slow(self, sender: str, number: int, seconds: float) -> list[object]:
+        """For calls that take a while."""
+        self.note(sender, number)
+        time.sleep(seconds)
+        return [sender, number]
+
     def pid(self) -> int:
         """This process."""
         return os.getpid()
