@@ -1,6 +1,6 @@
-"""Builds what users install: two Debian packages, a zipapp and the wheel.
+"""Builds what users install: Debian packages, a zipapp, the wheel, cloud-init's data.
 
-    scripts/package [--output DIR] [--deb-version VERSION]
+    scripts/package [--output DIR] [--deb-version VERSION] [--url URL]
 
 Everything is made from the wheel, so that no file is in one and forgotten in another. With the same
 tree, the same SOURCE_DATE_EPOCH (default: the last commit's date) and the same Python, the same
@@ -8,7 +8,10 @@ bytes come out.
 """
 
 import argparse
+import base64
 import gzip
+import hashlib
+import json
 import os
 import py_compile
 import re
@@ -41,11 +44,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/package", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="[%(default)s]")
     parser.add_argument("--deb-version", help="of the Debian packages [the project's]")
+    parser.add_argument(
+        "--url",
+        default="http://packages.example.org",
+        help="where VMs fetch the .deb [%(default)s]",
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["SOURCE_DATE_EPOCH"] = str(source_date())
     with tempfile.TemporaryDirectory(prefix="vchan-package-") as directory:
-        build(Path(directory), options.output, options.deb_version)
+        build(Path(directory), options.output, options.deb_version, options.url)
 
 
 def source_date() -> int:
@@ -56,19 +64,15 @@ def source_date() -> int:
     return int(run("git", "log", "-1", "--format=%ct") or 0)
 
 
-def build(work: Path, output: Path, deb_version: str | None) -> None:
+def build(work: Path, output: Path, deb_version: str | None, url: str) -> None:
     """Make every artefact; prints their names."""
     wheel = build_wheel(work)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work / "wheel")
     version = wheel.name.split("-")[1]
     debian = Debian(work, deb_version or version)
-    made = [
-        wheel,
-        build_zipapp(work),
-        debian.guest(),
-        debian.host(),
-    ]
+    made = [wheel, build_zipapp(work), debian.guest(), debian.host()]
+    made += cloud_init(work, made[1], made[2], url)
     for artefact in made:
         shutil.copy(artefact, output / artefact.name)
         print(output / artefact.name)
@@ -286,6 +290,37 @@ class Tree:
         self.write("DEBIAN/md5sums", (sums + "\n").encode())
 
 
+# ---------------------------------------------------------------- cloud-init
+
+
+def cloud_init(work: Path, zipapp: Path, package: Path, url: str) -> list[Path]:
+    """User-data and vendor-data with what they install filled in."""
+    guest = HERE / "guest"
+    service = (guest / "vchan-guest.service").read_text()
+    values = {
+        "ZIPAPP": base64.encodebytes(zipapp.read_bytes()).decode(),
+        "SERVICE": service.replace(
+            "/usr/bin/vchan-guest", "/usr/bin/python3 -I /opt/vchan/vchan-guest.pyz"
+        ),
+        "RULES": (guest / "60-vchan-guest.rules").read_text(),
+        "SYSUSERS": (guest / "sysusers.conf").read_text(),
+        "TMPFILES": (guest / "tmpfiles.conf").read_text(),
+        "AGENT": (ROOT / "examples" / "agent.py").read_text(),
+        "DEB": package.name,
+        "SHA256": hashlib.sha256(package.read_bytes()).hexdigest(),
+        "URL": url,
+    }
+    made = []
+    for template in sorted((ROOT / "cloud-init").glob("*.in")):
+        target = work / template.stem
+        target.write_text(filled_lines(template.read_text(), values))
+        made.append(target)
+    script = (work / "vendor-data.sh").read_text()
+    nova = work / "vendor_data.json"
+    nova.write_text(json.dumps({"cloud-init": script}) + "\n")
+    return [*made, nova]
+
+
 # ---------------------------------------------------------------- the manual
 
 
@@ -342,7 +377,18 @@ def literal(text: str) -> str:
 
 def filled(template: str, values: dict[str, str]) -> str:
     """A template with each @NAME@ replaced; every one must be known."""
-    return re.sub(r"@([A-Z]+)@", lambda found: values[found.group(1)], template)
+    return re.sub(r"@([A-Z0-9]+)@", lambda found: values[found.group(1)], template)
+
+
+def filled_lines(template: str, values: dict[str, str]) -> str:
+    """As `filled`, but a value that stands alone on its line is indented as its name is."""
+
+    def indented(found: re.Match[str]) -> str:
+        margin, name = found.groups()
+        lines = values[name].rstrip("\n").split("\n")
+        return "\n".join((margin + line).rstrip() for line in lines)
+
+    return filled(re.sub(r"^( *)@([A-Z0-9]+)@$", indented, template, flags=re.MULTILINE), values)
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:

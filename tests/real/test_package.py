@@ -1,0 +1,318 @@
+"""What scripts/package builds: lint, contents, and installing it in a bare Debian."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import debian_image, rig_directory
+from tests.rig.cloud import Cloud
+from tests.rig.debian_image import chroot_command, copy_of_tree, in_chroot
+from tests.rig.hosting import HostEnd
+from tests.rig.packages import ROOT, Artefacts, package
+from tests.unit.cable import Cable
+
+_MISSING = debian_image.missing_for_debian()
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
+]
+
+EXPOSURE_MAX = {"vchan-host.service": 1.5, "vchan-guest.service": 0.5}
+"""systemd-analyze security's, of 10; the guest's with the drop-in relay-only.conf."""
+OUR_FILES = "find / -xdev -iname '*vchan*' -not -path '/proc/*' -not -path '/root/*'"
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with rig_directory() as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def artefacts(directory: Path) -> Artefacts:
+    return package(directory / "dist")
+
+
+@pytest.fixture(scope="module")
+def unpacked(directory: Path, artefacts: Artefacts) -> Path:
+    """Both Debian packages' files, side by side."""
+    root = directory / "unpacked"
+    for deb in (artefacts.guest, artefacts.host):
+        run("dpkg-deb", "-x", str(deb), str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def debian(directory: Path) -> Path:
+    """A Debian system to install in."""
+    tree = directory / "debian"
+    copy_of_tree(debian_image.build(), tree)
+    # What could start them is not running: nothing may try.
+    (tree / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")
+    (tree / "usr/sbin/policy-rc.d").chmod(0o755)
+    return tree
+
+
+def run(*command: str, **environment: str) -> str:
+    """Run a program that must succeed; returns all it said."""
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def give(tree: Path, *files: Path) -> list[str]:
+    """Copy files into a tree; returns their paths there."""
+    for file in files:
+        shutil.copy(file, tree / "root" / file.name)
+    return [f"/root/{file.name}" for file in files]
+
+
+# ---------------------------------------------------------------- lint and contents
+
+
+def test_lintian_has_nothing_against_the_packages(artefacts: Artefacts) -> None:
+    options = ["--allow-root", "--tag-display-limit", "0", "--fail-on", "error,warning"]
+    run("lintian", *options, str(artefacts.guest), str(artefacts.host))
+
+
+def test_the_manual_is_well_formed(unpacked: Path, directory: Path) -> None:
+    pages = sorted((unpacked / "usr/share/man").rglob("*.gz"))
+    assert len(pages) == 4
+    for page in pages:
+        plain = directory / page.stem
+        plain.write_bytes(subprocess.run(["zcat", page], capture_output=True, check=True).stdout)
+        assert run("mandoc", "-Tlint", "-W", "warning", str(plain)) == ""
+        shown = run("man", "--warnings", "--local-file", str(plain), MANWIDTH="80")
+        assert "warning:" not in shown
+
+
+def test_the_manual_has_every_option(unpacked: Path) -> None:
+    from vchan.cli import build_parser
+    from vchan.guest.daemon import USAGE
+    from vchan.host.config import list_opts
+
+    def page(name: str) -> str:
+        path = str(unpacked / f"usr/share/man/man{name[-1]}/{name}.gz")
+        return re.sub(r".\x08", "", run("man", "--local-file", path, MANWIDTH="200"))
+
+    options = page("vchan.conf.5")
+    for section, group in list_opts():
+        assert f"[{section}]" in options
+        assert [option.name for option in group if option.name not in options] == []
+    flat = " ".join(page("vchan-guest.8").split())
+    assert " ".join(USAGE.split()) in flat.replace("\N{HYPHEN}", "-")
+    commands = re.findall(r"^    (\w+) ", build_parser().format_help(), re.MULTILINE)
+    assert len(commands) >= 7
+    assert [name for name in commands if f" {name} " not in page("vchan.1")] == []
+
+
+def test_the_packages_together_have_all_of_the_wheel(artefacts: Artefacts, unpacked: Path) -> None:
+    with zipfile.ZipFile(artefacts.one("*.whl")) as wheel:
+        modules = {name for name in wheel.namelist() if name.endswith(".py")}
+    library = unpacked / "usr/lib/python3/dist-packages"
+    packed = {path.relative_to(library).as_posix() for path in library.rglob("*.py")}
+    assert modules - packed == {"vchan/protocol.py"}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vchan").rglob("*.py")}
+    assert sources == modules
+
+
+def test_the_same_tree_gives_the_same_bytes(artefacts: Artefacts, directory: Path) -> None:
+    again = package(directory / "again")
+    for path in artefacts.directory.iterdir():
+        assert path.read_bytes() == again.one(path.name).read_bytes(), path.name
+
+
+def test_the_shell_scripts_are_sound(artefacts: Artefacts) -> None:
+    packaging = ROOT / "packaging"
+    scripts = [*packaging.glob("*/p*inst"), *packaging.glob("*/p*rm")]
+    assert len(scripts) == 6
+    run("shellcheck", *map(str, scripts), str(artefacts.one("vendor-data.sh")))
+    completions = map(str, (packaging / "completion").iterdir())
+    run("shellcheck", "--shell=bash", "--exclude=SC2034", *completions)
+
+
+def test_cloud_init_finds_its_data_valid(artefacts: Artefacts, debian: Path) -> None:
+    files = sorted(artefacts.directory.glob("user-data*.yaml"))
+    assert files
+    for path in give(debian, *files):
+        said = in_chroot(debian, "cloud-init", "schema", "--config-file", path).output
+        assert "Valid cloud-config" in said
+
+
+def test_novas_vendor_data_is_the_script(artefacts: Artefacts) -> None:
+    data = json.loads(artefacts.one("vendor_data.json").read_text())
+    assert data == {"cloud-init": artefacts.one("vendor-data.sh").read_text()}
+
+
+# ---------------------------------------------------------------- the units
+
+
+def test_systemd_finds_no_fault(debian: Path, unpacked: Path, directory: Path) -> None:
+    units = directory / "units"
+    shutil.copytree(unpacked / "lib/systemd/system", units)
+    drop_in = units / "vchan-guest.service.d"
+    drop_in.mkdir()
+    shutil.copy(unpacked / "usr/share/doc/vchan-guest/examples/relay-only.conf", drop_in)
+    for name, exposure in EXPOSURE_MAX.items():
+        threshold = f"--threshold={exposure * 10:.0f}"
+        said = run("systemd-analyze", "security", "--offline=true", threshold, str(units / name))
+        print(said.strip().splitlines()[-1])
+
+
+# ---------------------------------------------------------------- the zipapp
+
+
+def pythons() -> list[str]:
+    """The interpreters of this machine that should run it."""
+    found = [Path(sys.executable), *Path.home().glob(".pyenv/versions/3.*/bin/python3")]
+    return [str(path) for path in found if version_of(path) >= (3, 11)]
+
+
+def version_of(python: Path) -> tuple[int, int]:
+    """Its language's version."""
+    found = re.match(r"Python (\d+)\.(\d+)", run(str(python), "--version"))
+    assert found is not None
+    return (int(found[1]), int(found[2]))
+
+
+@pytest.mark.parametrize("python", pythons() if _MISSING is None else [])
+def test_the_zipapp_is_daemon_and_library(
+    python: str, artefacts: Artefacts, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with rig_directory() as directory, Cable(directory) as cable:
+        words = ["--port", f"unix:{cable.guest}", "--socket", str(directory / "agent.sock")]
+        agent = [python, str(ROOT / "examples/agent.py"), str(directory / "agent.sock")]
+        with (directory / "log").open("w") as log, HostEnd(cable.host) as host:
+            daemon = subprocess.Popen([python, "-I", artefacts.zipapp, *words], stderr=log)
+            library = os.environ | {"PYTHONPATH": str(artefacts.zipapp)}
+            served = subprocess.Popen(agent, env=library, stdout=log, cwd=directory)
+            try:
+                host.wait_ready()
+                assert json.loads(host.call("agent", "echo", x=1)) == {"x": 1}
+            finally:
+                for process in (served, daemon):
+                    process.terminate()
+                    process.wait()
+
+
+def test_an_older_python_is_refused_readably(artefacts: Artefacts) -> None:
+    installed = Path.home().glob(".pyenv/versions/3.*/bin/python")
+    older = [path for path in installed if version_of(path) < (3, 11)]
+    if not older:
+        pytest.skip("no older Python on this machine")
+    for python in older:
+        done = subprocess.run([python, artefacts.zipapp], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "needs Python 3.11, this is" in done.stderr
+
+
+# ---------------------------------------------------------------- completion
+
+COMPLETE = """
+. /usr/share/bash-completion/bash_completion
+. "$1"; . "$2"
+COMP_LINE=$3; read -r -a COMP_WORDS <<<"$COMP_LINE"
+[ "${COMP_LINE% }" = "$COMP_LINE" ] || COMP_WORDS+=("")
+COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_POINT=${#COMP_LINE}
+function=$(complete -p "${COMP_WORDS[0]}" | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+"$function" "${COMP_WORDS[0]}" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("vchan ", {"list", "status", "call", "attach"}),
+        ("vchan de", {"detach"}),
+        ("vchan --ti", {"--timeout"}),
+        ("vchan call --rpc", {"--rpc-version"}),
+        ("vchan --timeout 3 pi", {"ping"}),
+        ("vchan-guest --exit", {"--exit-without-port"}),
+        ("vchan-guest --so", {"--socket", "--socket-mode"}),
+        ("vchan-host --config-", {"--config-dir", "--config-file"}),
+    ],
+)
+def test_bash_completes(line: str, expected: set[str]) -> None:
+    completion = ROOT / "packaging" / "completion"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    words = [str(completion / "vchan"), str(completion / "daemons"), line]
+    found = set(run("bash", "-c", COMPLETE, "bash", *words, PATH=path).split())
+    assert expected <= found
+    assert found == expected or line.endswith(" ")
+
+
+# ---------------------------------------------------------------- installing, in Debian
+
+
+def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -> None:
+    before = in_chroot(debian, "sh", "-c", OUR_FILES).output
+    (deb,) = give(debian, artefacts.guest)
+    in_chroot(debian, "dpkg", "--install", deb)
+    assert in_chroot(debian, "dpkg", "--verify", "vchan-guest").output == ""
+    assert "vchan-guest 0" in in_chroot(debian, "vchan-guest", "--version").output
+    in_chroot(debian, "python3", "-c", "import vchan.client")
+    assert "vchan" in in_chroot(debian, "getent", "group", "vchan").output
+    verified = in_chroot(debian, "systemd-analyze", "verify", "--man=no", "vchan-guest.service")
+    assert verified.output == ""
+    in_chroot(debian, "dpkg", "--install", deb)
+    in_chroot(debian, "dpkg", "--remove", "vchan-guest")
+    left = in_chroot(debian, "sh", "-c", OUR_FILES).output.split()
+    assert "/etc/vchan" in left
+    assert not any(path.startswith("/usr/lib/python3") for path in left)
+    in_chroot(debian, "dpkg", "--purge", "vchan-guest")
+    assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
+
+
+def test_the_hosts_package_works_with_debians_own_libraries(
+    debian: Path, artefacts: Artefacts, cloud: Cloud
+) -> None:
+    """A host with them, a host with the newest, one broker, and a VM that migrates between both."""
+    before = in_chroot(debian, "sh", "-c", OUR_FILES).output
+    in_chroot(debian, "apt-get", "update", "--quiet")
+    install = ("apt-get", "install", "--quiet", "--yes", "--no-install-recommends")
+    in_chroot(debian, *install, *give(debian, artefacts.guest, artefacts.host))
+    assert in_chroot(debian, "dpkg", "--verify", "vchan-host").output == ""
+    verified = in_chroot(debian, "systemd-analyze", "verify", "--man=no", "vchan-host.service")
+    assert verified.output == ""
+
+    vm = cloud.shared_vm()
+    daemon, program = cloud.a.daemon, cloud.a.daemon.program
+    daemon.stop()
+    daemon.program = [*chroot_command(debian, shared=cloud.directory), "/usr/bin/vchan-host"]
+    try:
+        daemon.start()
+        vm.wait_ready()
+        assert "dist-packages" in Path(f"/proc/{daemon.pid}/maps").read_text()
+        with vm.traffic(callers=2, casts_per_s=50) as traffic:
+            for _ in range(2):
+                vm.migrate()
+                vm.wait_ready()
+                traffic.flows()
+            report = traffic.finish()
+        report.check()
+    finally:
+        daemon.stop()
+        daemon.program = program
+        daemon.start()
+
+    in_chroot(debian, "dpkg", "--purge", "vchan-host", "vchan-guest")
+    assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
