@@ -1,0 +1,68 @@
+"""The guard: how fast a guest is read, and when it is not read any more."""
+
+from __future__ import annotations
+
+import pytest
+
+from vchan.host.guard import PAUSE_S_MAX, Guard
+from vchan.host.limits import Limits
+
+LIMITS = Limits(
+    bytes_per_s=1_000_000,
+    frames_per_s=1000,
+    messages_per_s=600,
+    handshakes_per_min=6,
+    violations_per_min=2,
+    quarantine_s=10,
+)
+
+
+def test_within_its_limits_a_guest_never_waits() -> None:
+    guard = Guard(LIMITS)
+    assert [guard.received(10_000, 10, 5, second / 100) for second in range(1000)] == [0] * 1000
+    assert guard.counters["throttled"] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "messages"), [(10_000, 1, 1), (100, 10, 1), (100, 1, 6)]
+)
+def test_a_guest_that_waits_as_told_is_read_at_its_rate(
+    size: int, frames: int, messages: int
+) -> None:
+    guard, now_s = Guard(LIMITS), 0.0
+    for _ in range(1000):
+        now_s += guard.received(size, frames, messages, now_s)
+    assert now_s == pytest.approx(9, rel=0.01)  # ten seconds' worth, one of them a burst
+    assert guard.counters["throttled"] > 0
+
+
+def test_no_pause_is_so_long_that_the_guest_looks_silent() -> None:
+    assert Guard(LIMITS).received(100_000_000, 1, 1, 0.0) == PAUSE_S_MAX
+
+
+def test_handshakes() -> None:
+    guard = Guard(LIMITS)
+    assert not any(guard.handshake(0.0) for _ in range(6))
+    assert guard.handshake(0.0)
+    assert guard.breaker.reason == "over 6 handshakes a minute"
+    assert guard.breaker.quarantined_until(0.0) == 10.0
+    assert not guard.handshake(1.0)  # it is there already
+    assert guard.counters["quarantines"] == 1
+    patient = Guard(LIMITS)
+    assert not any(patient.handshake(number * 10.1) for number in range(100))
+
+
+def test_violations() -> None:
+    guard = Guard(LIMITS)
+    assert [guard.violation("bad ack", 0.0) for _ in range(4)] == [False, False, True, False]
+    assert guard.counters["quarantines"] == 1
+
+
+def test_other_limits_hold_at_once_and_forgive_nothing() -> None:
+    guard = Guard(LIMITS)
+    guard.violation("x", 0.0)
+    guard.update(LIMITS)
+    assert guard.limits is LIMITS
+    guard.update(Limits(violations_per_min=1, bytes_per_s=64 * 1024))
+    assert guard.violation("x", 1.0)
+    assert guard.received(128 * 1024, 1, 1, 1.0) == pytest.approx(1.0)
