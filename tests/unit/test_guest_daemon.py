@@ -258,7 +258,7 @@ def test_the_command_line_goes_before_the_file(directory: Path) -> None:
         (["--dance"], "command line: '--dance' is no option"),
         (["dance"], "command line: 'dance' is no option"),
         (["--port"], "command line: --port needs a value"),
-        (["--port", "tcp:1"], "command line: port 'tcp:1': expected virtio:NAME"),
+        (["--port", "tcp:1"], "command line: port 'tcp:1': expected one of virtio:NAME"),
         (["--port", "unix:relative"], "port 'unix:relative': expected"),
         (["--socket", "relative"], "command line: socket: 'relative' is no absolute path"),
         (["--socket-mode", "9"], "command line: socket-mode: '9' is no octal mode"),

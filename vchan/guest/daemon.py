@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vchan import __version__
 from vchan.errors import ConfigError, LinkError, PortAbsent
+from vchan.guest.allowed import DEFAULT_ALLOW, RUNNING, UNIT_METHODS, Allowed
 from vchan.guest.port import DEFAULT_PORT, Port, port_opener
 from vchan.guest.router import Router
 from vchan.link import Link
@@ -34,6 +36,9 @@ from vchan.session import (
 )
 from vchan.streams import Stream
 
+if TYPE_CHECKING:  # imported where there are units: it costs start-up time
+    from vchan.guest.agents import Agents
+
 EXIT_OK: Final = 0
 EXIT_CONFIG: Final = 2
 """A wrong argument or configuration value: starting again does not help."""
@@ -42,6 +47,7 @@ EXIT_SOCKET: Final = 3
 
 DEFAULT_SOCKET: Final = "/run/vchan/agent.sock"
 DEFAULT_CONFIG: Final = "/etc/vchan/guest.conf"
+DEFAULT_UNITS: Final = "/etc/vchan/agents.d"
 
 GARBAGE_OBJECTS: Final = 20_000
 """Objects more than at the last look for garbage, until the next."""
@@ -53,7 +59,9 @@ _ERROR, _WARNING, _INFO = 3, 4, 6
 
 USAGE: Final = f"""\
 usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
-                   [--socket PATH] [--socket-mode MODE] [--quiet]
+                   [--socket PATH] [--socket-mode MODE]
+                   [--units DIRECTORY] [--allow WHAT] [--quiet]
+       vchan-guest standard-agent [--config FILE] [--socket PATH]
 
   --config FILE       read these options from FILE ({DEFAULT_CONFIG} if it is there):
                       lines of  option = value , without the dashes; # begins a comment
@@ -63,11 +71,16 @@ usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                       when it appears [0: never]
   --socket PATH       where agents attach [{DEFAULT_SOCKET}]
   --socket-mode MODE  the socket's permissions, octal [0660]
+  --units DIRECTORY   the sub-agents to run, a file NAME.toml each; read again at SIGHUP
+                      [{DEFAULT_UNITS}]
+  --allow WHAT        what the control side may do, with commas between: ping, info, list,
+                      and state, log, start, stop, restart, each of them also for units by
+                      a pattern, as in  restart:web*  [{DEFAULT_ALLOW}]
   --quiet             log warnings and errors only
   --version, --help
 
-exit status: {EXIT_OK} ended by a signal, or without its port; {EXIT_CONFIG} wrong arguments or configuration;
-{EXIT_SOCKET} the agents' socket cannot be made
+exit status: {EXIT_OK} ended by a signal, or without its port; {EXIT_CONFIG} wrong arguments or
+configuration; {EXIT_SOCKET} the agents' socket cannot be made
 """
 
 
@@ -79,6 +92,8 @@ class Options(NamedTuple):
     socket_mode: int = 0o660
     quiet: bool = False
     exit_without_port_s: int = 0
+    units: str = DEFAULT_UNITS
+    allow: str = DEFAULT_ALLOW
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -113,10 +128,26 @@ def parse_options(arguments: list[str]) -> Options:
     where, quiet = values.get("quiet", ("", "no"))
     if quiet not in ("yes", "no"):
         raise ConfigError(f"{where}: quiet", f"{quiet!r} is neither yes nor no")
-    return Options(port, socket, mode, quiet == "yes", int(absence))
+    where, units = values.get("units", ("", DEFAULT_UNITS))
+    if not units.startswith("/"):
+        raise ConfigError(f"{where}: units", f"{units!r} is no absolute path")
+    where, allow = values.get("allow", ("", DEFAULT_ALLOW))
+    try:
+        Allowed(allow)
+    except ValueError as error:
+        raise ConfigError(f"{where}: allow", str(error)) from error
+    return Options(port, socket, mode, quiet == "yes", int(absence), units, allow)
 
 
-_NAMES: Final = ("port", "exit-without-port", "socket", "socket-mode", "quiet")
+_NAMES: Final = (
+    "port",
+    "exit-without-port",
+    "socket",
+    "socket-mode",
+    "units",
+    "allow",
+    "quiet",
+)
 
 
 def _read_arguments(arguments: list[str]) -> dict[str, str]:
@@ -174,9 +205,14 @@ class Daemon:
         instance = os.urandom(16)
         name = os.uname().nodename
         self._session = Session(Config(Role.GUEST, instance, name), os.urandom)
+        self._options = options
+        self._allowed = Allowed(options.allow)
+        self._units: Agents | None = None
+        self._is_ending = False
         methods: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-            "ping": dict,
-            "info": lambda _: self.info(),
+            "ping": self._ping,
+            "info": self._info,
+            **{name: partial(self._ask_units, name) for name in UNIT_METHODS},
         }
         self._opener = port_opener(options.port)
         self._exit_without_port_s = options.exit_without_port_s
@@ -191,7 +227,8 @@ class Daemon:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.loop.stop())
+            signal.signal(number, lambda *_: self.loop.call_soon_threadsafe(self._end))
+        signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self._reload))
         self._log(_INFO, f"vchan-guest {__version__}: agents at {self._server.path}")
         self._port.open()
         self._set_timer()
@@ -200,10 +237,14 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS)
         self._manager.ready(f"agents at {self._server.path}")
+        if self._has_units():
+            self.loop.call_soon(self._super_agent().begin)
         try:
             self.loop.run()
         finally:
             self._manager.stopping()
+            if self._units is not None:
+                self._units.close()
             self._server.close()
             self._port.close()
             self.loop.close()
@@ -242,7 +283,7 @@ class Daemon:
             absent_s = now_s - self._absent_since_s
             if self._exit_without_port_s and absent_s >= self._exit_without_port_s:
                 self._log(_INFO, f"no port for {absent_s:.0f} s: ending (exit-without-port)")
-                self.loop.stop()
+                self._end()
             raise
         except LinkError:  # it is there
             self._absent_since_s = None
@@ -272,6 +313,49 @@ class Daemon:
         self._router.detach(key, self.loop.time())
         self._set_timer()
 
+    # ---------------------------------------------------------------- units
+
+    def _has_units(self) -> bool:
+        """Whether the super-agent is worth its start-up time."""
+        from_before = f"{os.path.dirname(self._options.socket)}/{RUNNING}"
+        for directory in (self._options.units, from_before):
+            try:
+                if os.listdir(directory):
+                    return True
+            except OSError:
+                pass  # none: or it says so when it is asked
+        return False
+
+    def _super_agent(self) -> "Agents":
+        if self._units is None:
+            from vchan.guest.agents import Agents, Systemd
+
+            self._units = Agents(
+                self.loop,
+                self._options.units,
+                self._options.socket,
+                self._allowed,
+                self._router.served_topics,
+                self._log,
+                Systemd.if_there(),
+            )
+        return self._units
+
+    def _ask_units(self, method: str, args: Mapping[str, Any]) -> Any:
+        return self._super_agent().methods()[method](args)
+
+    def _reload(self) -> None:
+        self._log(_INFO, f"reading {self._options.units} again")
+        self._super_agent().reload()
+
+    def _end(self) -> None:
+        """End when the units have; at once if told twice."""
+        if self._units is None or self._is_ending:
+            self.loop.stop()
+            return
+        self._is_ending = True
+        self._units.end(self.loop.stop)
+
     # ---------------------------------------------------------------- time and state
 
     def _set_timer(self) -> None:
@@ -289,6 +373,14 @@ class Daemon:
         at_s = self._router.next_timeout()
         if at_s is not None:
             self._timer = self.loop.call_at(at_s, self._timed_out)
+
+    def _ping(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        self._allowed.require("ping")
+        return dict(args)
+
+    def _info(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        self._allowed.require("info")
+        return self.info()
 
     def info(self) -> dict[str, Any]:
         """What the control side sees of this daemon."""
@@ -321,6 +413,11 @@ def log(priority: int, text: str) -> None:
 def main() -> None:
     """The command."""
     arguments = sys.argv[1:]
+    if arguments[:1] == ["standard-agent"]:
+        from vchan.guest import standard
+
+        standard.main(arguments[1:])
+        return
     if "--help" in arguments:
         os.write(1, USAGE.encode())
         return

@@ -477,6 +477,10 @@ class Router:
 
     # ---------------------------------------------------------------- state
 
+    def served_topics(self) -> set[str]:
+        """The topics that agents serve now, in any exchange."""
+        return {topic.name for topic in self._servers}
+
     def summary(self) -> dict[str, Any]:
         """What `vchan status` shows of this guest."""
         return {

@@ -1,4 +1,4 @@
-"""What unit files say, and what the control side may do with the units. Pure.
+"""What unit files say. Pure.
 
 # /etc/vchan/agents.d/web.toml: the unit "web"
 command = ["/usr/bin/python3", "/opt/web/agent.py"]
@@ -10,10 +10,9 @@ memory = "256M"
 
 import re
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
 
-from vchan.errors import ConfigError, Rejected
+from vchan.errors import ConfigError
 from vchan.guest.supervisor import Policy
 
 UNITS_MAX: Final = 64
@@ -51,9 +50,6 @@ class Unit(NamedTuple):
     topics: tuple[str, ...] = ()
     limits: Limits = Limits()
     systemd: str = ""
-
-
-# ---------------------------------------------------------------- unit files
 
 
 def parse_unit(name: str, where: str, table: Mapping[str, Any]) -> Unit:
@@ -222,45 +218,3 @@ def _unit_of_systemd(value: Any) -> str:
     good = isinstance(value, str) and re.fullmatch(r"[\w:.@\\-]+\.service", value) is not None
     _require(good and not value.startswith("-"), 'the name of a service: "name.service"')
     return str(value)
-
-
-# ---------------------------------------------------------------- what is allowed
-
-VERBS: Final = ("ping", "info", "list", "state", "log", "start", "stop", "restart")
-DEFAULT_ALLOW: Final = "ping, info, list, state"
-"""Nothing that changes the guest, and no log lines: they may hold secrets."""
-
-
-class Allowed:
-    """What the control side may do: the guest's owner says so.
-
-    Args:
-        text: Words of VERBS with commas between them; start, stop, restart, log and state may
-            name units by a pattern: `restart:web*`.
-
-    Raises:
-        ValueError: A word is none of these; says which are.
-    """
-
-    def __init__(self, text: str = DEFAULT_ALLOW) -> None:
-        self._patterns: dict[str, list[str]] = {}
-        for word in filter(None, (part.strip() for part in text.split(","))):
-            verb, colon, pattern = word.partition(":")
-            if verb not in VERBS or (colon and (not pattern or verb in VERBS[:3])):
-                known = f"{', '.join(VERBS[:3])}, and VERB or VERB:UNIT of {', '.join(VERBS[3:])}"
-                raise ValueError(f"{word!r}: expected {known}")
-            self._patterns.setdefault(verb, []).append(pattern or "*")
-
-    def allows(self, verb: str, unit: str = "") -> bool:
-        """Whether this may be done, to this unit."""
-        return any(fnmatchcase(unit, pattern) for pattern in self._patterns.get(verb, ()))
-
-    def require(self, verb: str, unit: str = "") -> None:
-        """Refuse what may not be done.
-
-        Raises:
-            Rejected: It may not.
-        """
-        if not self.allows(verb, unit):
-            what = f"{verb} {unit}".strip()
-            raise Rejected(f"{what}: the owner of this guest does not allow it (option allow)")

@@ -1,0 +1,6 @@
+"""Placeholder."""
+
+
+def main(arguments: list[str]) -> None:
+    """Not yet."""
+    raise SystemExit(f"not yet: {arguments}")
