@@ -43,7 +43,7 @@ from vchan.exchange import (
 from vchan.host.broker_events import Form, Publication
 from vchan.host.envelope import EnvelopeError
 from vchan.host.gate import Gate
-from vchan.host.policy import Ask, Effect
+from vchan.host.policy import Ask, Effect, Kind
 from vchan.host.upward_envelope import (
     NOTE_IDS_MAX,
     Answer,
@@ -360,8 +360,8 @@ class Outbound:
         request = item.remaining(now_s)
         if not item.conducted and self._give_to_local(item, request):
             return
-        if self._broker is None:
-            text = f"no program on this host serves {describe(item.asked.ask)}: it has no broker"
+        if item.asked.ask.kind is Kind.HTTP or self._broker is None:
+            text = f"this host does not serve {describe(item.asked.ask)}"
             self._forget(request.id)
             self._responder.give_back(request.id, NO_AGENT, text)
             return

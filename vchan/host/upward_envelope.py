@@ -20,6 +20,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from vchan import httpcall
+from vchan.errors import BadBody, LimitExceeded
 from vchan.host.broker_events import Form, Publication
 from vchan.host.envelope import (
     REQUEST_BYTES_MAX,
@@ -70,6 +72,8 @@ def read(request: Request) -> Invocation:
         raise EnvelopeError('expected "method", and "args" and "context" that are objects')
     if not request.exchange or not request.topic:
         raise EnvelopeError("there is no exchange, or no topic")
+    if request.target == httpcall.TOPIC:
+        return Invocation(_read_http(request, method, args), args, None, {})
     kind = _kind(request)
     if kind is Kind.NOTIFY and method not in _PRIORITIES:
         raise EnvelopeError(f"{method!r} is no priority of a notification")
@@ -83,6 +87,17 @@ def read(request: Request) -> Invocation:
         fanout=request.flags & FANOUT != 0,
     )
     return Invocation(ask, args, name_of(body, "version"), context)
+
+
+def _read_http(request: Request, method: str, args: Mapping[str, Any]) -> Ask:
+    """A request to a service under the cloud: the policy judges the service and HTTP's method."""
+    if method != httpcall.METHOD or not request.is_call or request.flags & FANOUT:
+        raise EnvelopeError(f"topic {httpcall.TOPIC.name} takes calls of {httpcall.METHOD} alone")
+    try:
+        ask = httpcall.read_ask(args)
+    except (BadBody, LimitExceeded) as error:
+        raise EnvelopeError(str(error)) from error
+    return Ask(Kind.HTTP, httpcall.TOPIC.exchange, ask.service, method=ask.method)
 
 
 def _kind(request: Request) -> Kind:

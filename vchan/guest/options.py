@@ -1,0 +1,90 @@
+"""Command lines and configuration files of the guest's programs.
+
+Both have the same options: `--name value` or `--name=value` there, lines of `name = value` here.
+Not argparse and configparser: they cost a tenth of a second of a small guest's start-up each.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from vchan.errors import ConfigError
+
+SWITCH: Final = "no"
+"""The default of an option that is yes or no, and needs no value on a command line."""
+
+
+class Given(NamedTuple):
+    """An option's value, and where it was given, for who must be told that it is wrong."""
+
+    where: str
+    value: str
+
+    def wrong(self, problem: str) -> ConfigError:
+        """What to raise."""
+        return ConfigError(self.where, f"{self.value!r}: {problem}")
+
+
+def read_options(
+    arguments: Sequence[str], defaults: Mapping[str, str], default_file: str, program: str
+) -> dict[str, Given]:
+    """Every option: of the command line, else of the file, else the default.
+
+    Args:
+        defaults: All options there are. `--config FILE` comes on top of them.
+        default_file: Read if it is there, and no other is named.
+
+    Raises:
+        ConfigError: Says which option, where, and what was expected.
+    """
+    given = _read_arguments(arguments, defaults, program)
+    path = given.pop("config", None)
+    values = {name: Given(name, value) for name, value in defaults.items()}
+    values.update(_read_file(path or default_file, defaults, required=path is not None))
+    values.update({name: Given(f"--{name}", value) for name, value in given.items()})
+    for name, default in defaults.items():
+        if default == SWITCH and values[name].value not in ("yes", "no"):
+            raise values[name].wrong("expected yes or no")
+    return values
+
+
+def _read_arguments(
+    arguments: Sequence[str], defaults: Mapping[str, str], program: str
+) -> dict[str, str]:
+    given: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in (*defaults, "config"):
+            raise ConfigError("command line", f"{word!r} is no option: see {program} --help")
+        if not equals and defaults.get(name) == SWITCH:
+            value = "yes"
+        elif not equals:
+            if not rest:
+                raise ConfigError("command line", f"{word} needs a value")
+            value = rest.pop(0)
+        given[name] = value
+    return given
+
+
+def _read_file(path: str, known: Mapping[str, str], *, required: bool) -> dict[str, Given]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        if required:
+            raise ConfigError(path, "no such file") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, f"cannot be read: {error}") from error
+    values = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name not in known:
+            expected = f"expected OPTION = VALUE, one of {', '.join(known)}"
+            raise ConfigError(f"{path}:{number}", expected)
+        values[name] = Given(f"{path}:{number}: {name}", value)
+    return values
