@@ -1,7 +1,7 @@
 """vchan: the operator's command on a compute host. The only module that prints.
 
 vchan list | status [VM] | ping VM | call VM TOPIC METHOD [KEY=VALUE ...] | cast ...
-      | attach VM | detach VM
+      | attach VM | detach VM | release VM | policy check | policy lint
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from vchan import __version__
 from vchan.client import EXCHANGE, HOST_SOCKET, Client
@@ -24,6 +25,9 @@ from vchan.errors import (
     RequestError,
     VchanError,
 )
+
+if TYPE_CHECKING:
+    from vchan.host.policy import Policy
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -78,9 +82,26 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in (
         ("attach", "give a VM a channel, now and for its next boots"),
         ("detach", "take a VM's channel away, now and for its next boots"),
+        ("release", "end a VM's quarantine"),
     ):
         commands.add_parser(name, help=text).add_argument("vm", metavar="VM")
+    _add_policy(commands.add_parser("policy", help="check the policy's files, without the daemon"))
     return parser
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="parse it; or say which rule decides a request")
+    lint = actions.add_parser("lint", help="what is suspicious about it")
+    for action in (check, lint):
+        action.add_argument("--dir", help="of these files alone, not as vchan.conf has it")
+        action.add_argument("--config-file", metavar="FILE", help="in place of vchan.conf")
+    check.add_argument(
+        "--vm", default="", metavar="KEY=VALUE,...", help="uuid, name, project, user, flavor, image"
+    )
+    check.add_argument("kind", nargs="?", help="listen, reply, cast, fanout, call, notify or http")
+    check.add_argument("target", nargs="?", metavar="EXCHANGE/TOPIC")
+    check.add_argument("details", nargs="*", metavar="KEY=VALUE", help="server, namespace, method")
 
 
 def parse_values(words: list[str]) -> dict[str, Any]:
@@ -121,8 +142,8 @@ def _list(client: Client, options: argparse.Namespace) -> None:
     line = "{:36}  {:20}  {:8}  {:10}  {}"
     print(line.format("UUID", "NAME", "DOMAIN", "CHANNEL", "TOPICS"))
     for row in rows:
-        topics = ", ".join(row["topics"]) or row["problem"] or ""
-        fields = (row["uuid"], row["name"], row["domain"], row["channel"], _printable(topics))
+        last = row["problem"] or ", ".join(row["topics"])
+        fields = (row["uuid"], row["name"], row["domain"], row["channel"], _printable(last))
         print(line.format(*fields).rstrip())
 
 
@@ -162,6 +183,70 @@ def _command(client: Client, options: argparse.Namespace) -> None:
     client.call("vchan.host", options.command, {"vm": options.vm}, timeout_s=options.timeout)
 
 
+def _policy(options: argparse.Namespace) -> int:
+    # Here, because the other commands need nothing of the host's side.
+    from vchan.host import policy_files
+
+    if options.dir is not None:
+        if not Path(options.dir).is_dir():
+            raise ConfigError(options.dir, "is no directory")
+        policy = policy_files.load(options.dir)
+    else:
+        from vchan.host import config
+
+        files = ["--config-file", options.config_file] if options.config_file else []
+        policy = config.policy(config.load(files))
+    if options.action == "lint":
+        return _lint(policy, options)
+    if options.kind is not None:
+        return _explain_request(policy, options)
+    if options.json:
+        _show({"rules": len(policy.rules), "limits": len(policy.limit_rules)}, as_json=True)
+    else:
+        print(f"no errors; rules: {len(policy.rules)}, lines of limits: {len(policy.limit_rules)}")
+    return EXIT_OK
+
+
+def _lint(policy: Policy, options: argparse.Namespace) -> int:
+    from vchan.host.policy_lint import lint
+
+    findings = lint(policy)
+    if options.json:
+        _show([finding._asdict() for finding in findings], as_json=True)
+        return EXIT_FAILED if findings else EXIT_OK
+    for where, code, text in findings:
+        print(f"{where or 'policy'}: {code}: {text}")
+    if not findings:
+        print("nothing suspicious")
+    return EXIT_FAILED if findings else EXIT_OK
+
+
+def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
+    from vchan.host.policy import Effect, make_ask, make_facts
+
+    facts = make_facts(_pairs(options.vm.split(",") if options.vm else []))
+    ask = make_ask(options.kind, options.target or "", _pairs(options.details))
+    verdict, steps = policy.explain(facts, ask)
+    if options.json:
+        rows = [
+            {"rule": rule.where, "text": rule.text, "mismatch": str(why) if why else None}
+            for rule, why in steps
+        ]
+        _show({"effect": verdict.effect, "rule": verdict.rule, "looked_at": rows}, as_json=True)
+    else:
+        for rule, why in steps:
+            print(f"{rule.where}: {rule.text}\n    {f'no: {why}' if why else 'yes'}")
+        print(f"{verdict.effect}: {verdict.rule}")
+    return EXIT_FAILED if verdict.effect is Effect.DENY else EXIT_OK
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    """KEY=VALUE words, all of them text."""
+    return {
+        key: word.partition("=")[2] for word, key in zip(words, parse_values(words), strict=True)
+    }
+
+
 _COMMANDS: Final = {
     "list": _list,
     "status": _status,
@@ -170,6 +255,7 @@ _COMMANDS: Final = {
     "cast": _request,
     "attach": _command,
     "detach": _command,
+    "release": _command,
 }
 
 
@@ -177,6 +263,8 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns its exit status."""
     options = build_parser().parse_args(arguments)
     try:
+        if options.command == "policy":
+            return _policy(options)
         if options.command in ("call", "cast"):
             parse_values(options.args)  # wrong words are told before anything is connected
         with Client(options.socket) as client:

@@ -27,6 +27,7 @@ class LocalHost:
     def __init__(self, path: Path) -> None:
         self.log: list[str] = []
         self.status: dict[str, str] = {}
+        self.problem: str | None = None
         self.cancelled: list[bytes] = []
         self.requests: list[Request] = []
         self.loop = Loop()
@@ -87,11 +88,14 @@ class LocalHost:
         match name:
             case "list":
                 row = {"uuid": "u", "name": "vm", "domain": "running", "channel": "ready"}
-                answer(*result([{**row, "topics": ["openstack/agent"], "problem": None}]))
+                answer(*result([{**row, "topics": ["openstack/agent"], "problem": self.problem}]))
             case "status":
                 answer(*result({"version": "1", **self.status, **args}))
             case "attach":
                 self._attach(answer, **args)
+            case "release":
+                known = args == {"vm": "vm"}
+                answer(*(result(None) if known else failure(Rejected("not in quarantine"))))
             case _:
                 raise KeyError(name)
 

@@ -65,6 +65,14 @@ def test_list_status_and_ping(host: LocalHost, run: Run) -> None:
     assert run("ping", "nobody")[0] == cli.EXIT_FAILED
 
 
+def test_a_vms_problem_is_listed_before_its_topics(host: LocalHost, run: Run) -> None:
+    host.problem = "in quarantine for 9 s more: over 30 handshakes a minute"
+    assert "openstack/agent" not in run("list")[1]
+    assert "ready       in quarantine for 9 s more" in run("list")[1]
+    assert run("release", "vm") == (cli.EXIT_OK, "", "")
+    assert run("release", "nobody")[0] == cli.EXIT_FAILED
+
+
 def test_a_list_made_without_libvirt_says_so(host: LocalHost, run: Run) -> None:
     host.status["libvirt"] = "libvirtd cannot be reached"
     _, out, problem = run("list")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import uuid as uuids
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import translate
@@ -362,6 +362,43 @@ def _normal(facts: Facts, ask: Ask) -> tuple[str, Ask]:
     if ask.kind is Kind.LISTEN and not ask.server:
         ask = ask._replace(server=facts.uuid)
     return (FANOUT if ask.fanout and ask.kind is Kind.CAST else ask.kind.value), ask
+
+
+def make_facts(values: Mapping[str, str]) -> Facts:
+    """Facts as an operator writes them.
+
+    Raises:
+        ConfigError: One is none.
+    """
+    for key in values:
+        if key not in WHO_KEYS:
+            raise ConfigError(f"{key}=", f"is no fact; expected {', '.join(WHO_KEYS)}")
+    try:
+        uuid = str(uuids.UUID(values.get("uuid", str(uuids.UUID(int=0)))))
+    except ValueError as error:
+        raise ConfigError(f"uuid={values['uuid']}", "is no UUID") from error
+    return Facts(**{**values, "uuid": uuid})
+
+
+def make_ask(kind: str, target: str, values: Mapping[str, str]) -> Ask:
+    """A request as an operator writes it.
+
+    Args:
+        target: EXCHANGE/TOPIC.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    exchange, slash, topic = target.partition("/")
+    if kind not in KINDS:
+        raise ConfigError(repr(kind), f"is no kind; expected {', '.join(KINDS)}")
+    if not slash or not exchange or not topic:
+        raise ConfigError(repr(target), "is no target; expected EXCHANGE/TOPIC")
+    for key in values:
+        if key not in TARGET_KEYS:
+            raise ConfigError(f"{key}=", f"expected {', '.join(TARGET_KEYS)}")
+    is_fanout = kind == FANOUT
+    return Ask(Kind.CAST if is_fanout else Kind(kind), exchange, topic, **values, fanout=is_fanout)
 
 
 # --- the language ---------------------------------------------------------------------------

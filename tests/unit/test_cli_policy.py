@@ -1,0 +1,157 @@
+"""vchan policy: what it prints of a directory of files, without any daemon."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vchan import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.d"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def run(directory: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command; text that stands first becomes the directory's one file."""
+
+    def run(text: str, action: str, *words: str, json: bool = False) -> tuple[int, str, str]:
+        (directory / "50-a.policy").write_text(text)
+        before = ["--json"] if json else []
+        try:
+            status = cli.run([*before, "policy", action, "--dir", str(directory), *words])
+        except SystemExit as end:  # argparse
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out.replace(f"{directory}/", ""), err.replace(f"{directory}/", "")
+
+    return run
+
+
+RULES = """\
+call name:web-* any             allow
+mode any        one-way-call
+call,http any   any             allow
+"""
+
+
+def test_a_policy_without_errors(run: Run) -> None:
+    text = RULES + "limit any topics=1\n"
+    assert run(text, "check") == (0, "no errors; rules: 4, lines of limits: 1\n", "")
+    assert json.loads(run(text, "check", json=True)[1]) == {"rules": 4, "limits": 1}
+
+
+def test_an_error(run: Run) -> None:
+    status, out, err = run("call any\n", "check")
+    assert (status, out) == (cli.EXIT_USAGE, "")
+    assert err.startswith("vchan: 50-a.policy:1: the line ends; expected a target")
+    assert run("call any\n", "lint")[0] == cli.EXIT_USAGE
+
+
+def test_an_allowed_request_is_explained(run: Run) -> None:
+    words = ("--vm", "name=web-1", "call", "nova/conductor", "method=report")
+    assert run(RULES, "check", *words) == (
+        0,
+        "50-a.policy:1: call name:web-* any allow\n    yes\nallow: 50-a.policy:1\n",
+        "",
+    )
+
+
+def test_a_denied_request_is_explained(run: Run) -> None:
+    words = ("--vm", "name=db", "call", "nova/conductor")
+    status, out, _ = run(RULES, "check", *words)
+    assert status == cli.EXIT_FAILED
+    assert out.splitlines() == [
+        "50-a.policy:1: call name:web-* any allow",
+        "    no: name 'db' is not 'web-*'",
+        "50-a.policy:2: mode any one-way-call",
+        "    no: kind 'call' is not 'reply'",
+        "50-a.policy:2: mode any one-way-call",
+        "    yes",
+        "deny: 50-a.policy:2",
+    ]
+    status, out, _ = run("listen any any allow", "check", "fanout", "a/b", json=True)
+    assert status == cli.EXIT_FAILED
+    assert json.loads(out) == {
+        "effect": "deny",
+        "rule": "default",
+        "looked_at": [
+            {
+                "rule": "50-a.policy:1",
+                "text": "listen any any allow",
+                "mismatch": "kind 'fanout' is not 'listen'",
+            }
+        ],
+    }
+
+
+def test_all_the_details(run: Run) -> None:
+    uuid = "11111111-2222-3333-4444-555555555555"
+    vm = f"uuid={uuid.upper()},name=n,project=p,user=u,flavor=f,image=i"
+    line = (
+        f"call uuid:{uuid} name:n project:p user:u flavor:f image:i "
+        "e/t server:s namespace:ns method:m conductor"
+    )
+    words = ("--vm", vm, "call", "e/t", "server=s", "namespace=ns", "method=m")
+    status, out, _ = run(line, "check", *words)
+    assert (status, out.splitlines()[-1]) == (0, "conductor: 50-a.policy:1")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("shout", "a/b"), "'shout': is no kind; expected listen"),
+        (("call", "a"), "'a': is no target; expected EXCHANGE/TOPIC"),
+        (("call",), "'': is no target; expected EXCHANGE/TOPIC"),
+        (("call", "a/b", "color=red"), "color=: expected server, namespace, method"),
+        (("call", "a/b", "method"), "expected KEY=VALUE"),
+        (("--vm", "color=red", "call", "a/b"), "color=: is no fact; expected uuid"),
+        (("--vm", "uuid=x", "call", "a/b"), "uuid=x: is no UUID"),
+        (("--vm", "name", "call", "a/b"), "expected KEY=VALUE"),
+    ],
+)
+def test_a_question_that_is_none(run: Run, words: tuple[str, ...], text: str) -> None:
+    status, out, err = run(RULES, "check", *words)
+    assert (status, out) == (cli.EXIT_USAGE, "")
+    assert text in err
+
+
+def test_lint(run: Run) -> None:
+    status, out, _ = run(RULES, "lint")
+    assert status == cli.EXIT_FAILED
+    assert out.splitlines() == [
+        "50-a.policy:1: everything: allows call on every topic",
+        "50-a.policy:3: shadowed: never decides: 50-a.policy:2 came first for all it matches",
+        "50-a.policy:3: everything: allows call, http on every topic for every VM",
+        "policy: missing: no rule allows listen: no agent can serve a topic",
+    ]
+    found = json.loads(run(RULES, "lint", json=True)[1])
+    assert found[1]["code"] == "shadowed"
+    assert run("listen,reply any agent allow", "lint") == (0, "nothing suspicious\n", "")
+    assert json.loads(run("listen,reply any agent allow", "lint", json=True)[1]) == []
+
+
+def test_no_directory(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["policy", "check", "--dir", str(directory / "none")]) == cli.EXIT_USAGE
+    assert "is no directory" in capsys.readouterr().err
+
+
+def test_the_policy_as_the_configuration_has_it(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("oslo_config", reason="oslo.config is not installed")
+    (directory / "50-a.policy").write_text("listen any secret deny\n")
+    file = directory / "vchan.conf"
+    file.write_text(f"[vchan]\npolicy_dir = {directory}\nlisten_topics = agent\n")
+    words = ["policy", "check", "--config-file", str(file), "listen", "openstack/agent"]
+    assert cli.run(words) == 0
+    assert capsys.readouterr().out.endswith("allow: [vchan] listen_topics:1\n")
