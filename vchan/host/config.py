@@ -16,6 +16,7 @@ from vchan.host import identity, policy_files
 from vchan.host.audit import AUDIT_LOG, STDERR
 from vchan.host.domain_xml import Selection
 from vchan.host.envelope import CONTEXT_ALLOW
+from vchan.host.http_proxy import Service, parse_services
 from vchan.host.policy import Policy
 from vchan.host.policy_files import POLICY_DIR, topic_rules
 
@@ -93,6 +94,23 @@ OPTIONS: Final = [
             "not: a guest is its tenant's."
         ),
     ),
+    cfg.ListOpt(
+        "http_services",
+        default=[],
+        help=(
+            "HTTP services that guests may ask over the channel, as far as the policy has rules of "
+            "kind http: a list of NAME=http://HOST[:PORT][/PATH], or https."
+        ),
+    ),
+    cfg.StrOpt(
+        "metadata_proxy_shared_secret",
+        default="",
+        secret=True,
+        help=(
+            "As in nova's [neutron] section: with it requests to http_services are signed, so that "
+            "nova's metadata service takes them."
+        ),
+    ),
 ]
 
 
@@ -136,6 +154,7 @@ def check(conf: Any) -> None:
     topic_rules(conf[GROUP].listen_topics)
     guest_context_allow(conf)
     failure_rule(conf)
+    http_services(conf)
     for name in ("socket", "policy_dir", "audit_log"):
         value = conf[GROUP][name]
         if not value.startswith("/") and (name, value) != ("audit_log", STDERR):
@@ -158,6 +177,11 @@ def names_a_broker(conf: Any) -> bool:
         default_config_dirs=conf.config_dir,
     )
     return files.transport_url is not None
+
+
+def http_services(conf: Any) -> dict[str, Service]:
+    """The HTTP services that guests may ask, by name."""
+    return parse_services(conf[GROUP].http_services, f"[{GROUP}] http_services")
 
 
 def socket_mode(conf: Any) -> int:

@@ -28,6 +28,7 @@ from vchan.host.broker_events import BrokerEvent
 from vchan.host.channels import Channel
 from vchan.host.domains import Domains, Effect, HypervisorEvent
 from vchan.host.gate import VmGate
+from vchan.host.http_proxy import HttpProxy
 from vchan.host.hypervisor import Hypervisor
 from vchan.host.local import Answer, LocalService, failure, result
 from vchan.host.policy import Facts
@@ -100,6 +101,9 @@ class Daemon:
             target_name=options.target_name,
         )
         self._local = LocalService(self.loop, self, LOG.debug)
+        self._http = HttpProxy(
+            self.loop, config.http_services(conf), options.metadata_proxy_shared_secret
+        )
         self._server = LocalServer(
             self.loop,
             options.socket,
@@ -145,6 +149,7 @@ class Daemon:
         if self._broker is not None:
             self._broker.stop()
         self._hypervisor.stop()
+        self._http.close()
         self._authority.close()
         self.loop.close()
 
@@ -226,7 +231,10 @@ class Daemon:
             _VmBroker(self._broker, uuid) if self._broker is not None else None,
             gate,
             self._context_allow,
-            partial(self._local.offer, or_broker=self._broker is not None),
+            self._http.offers(
+                lambda: gate.facts,
+                partial(self._local.offer, or_broker=self._broker is not None),
+            ),
             LOG.info,
             self._authority.guard(facts),
             lambda reason: self._authority.quarantined(gate.facts, reason),
@@ -394,6 +402,7 @@ class Daemon:
             "domains": len(self._domains.reports()),
             "channels": len(self._channels),
             **self._authority.summary(),
+            **self._http.counters,
             "totals": dict(self._totals()),
         }
 
