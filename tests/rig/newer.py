@@ -1,0 +1,57 @@
+"""Ends of a later release, as far as that can be known now: for tests of rolling upgrades.
+
+They offer a session version that nobody speaks yet, and their greetings have fields at the end that
+nobody knows. `python -m tests.rig.newer OLDEST NEWEST [vchan-guest's options]` is such a daemon.
+"""
+
+import sys
+from typing import Any
+
+from vchan import session
+from vchan.frames import Greeting
+
+UNKNOWN_FIELDS = b"\x07unknown\x00\x00\x00\x2a"
+
+
+class NewerGreeting(Greeting):
+    """A greeting with more in it."""
+
+    def encode(self) -> bytes:
+        """What goes over the wire."""
+        return super().encode() + UNKNOWN_FIELDS
+
+
+class NewerSession(session.Session):
+    """A session of a later release."""
+
+    versions = (1, 2)
+
+    def __init__(self, config: session.Config, *arguments: Any) -> None:
+        oldest, newest = self.versions
+        super().__init__(config._replace(version_min=oldest, version_max=newest), *arguments)
+
+    def _greeting(self, nonce: bytes, echo: bytes) -> Greeting:
+        return NewerGreeting._make(super()._greeting(nonce, echo))
+
+
+def session_type(oldest: int, newest: int) -> type[session.Session]:
+    """The sessions of a release that speaks these versions."""
+    name = f"Session{oldest}To{newest}"
+    return type(name, (NewerSession,), {"versions": (oldest, newest)})
+
+
+def main() -> None:
+    """The command."""
+    oldest, newest = (int(word) for word in sys.argv[1:3])
+    del sys.argv[1:3]
+    kind = session_type(oldest, newest)
+    from vchan import server
+    from vchan.guest import daemon
+
+    for module in (server, daemon):
+        module.Session = kind  # type: ignore[attr-defined]
+    daemon.main()
+
+
+if __name__ == "__main__":
+    main()
