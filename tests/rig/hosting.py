@@ -16,6 +16,8 @@ from tests.rig.gates import OpenGate, offer_nothing
 from vchan.bodies import encode_invocation
 from vchan.exchange import Answered, Heartbeat, Outcome
 from vchan.host.channels import Channel
+from vchan.host.gate import Gate
+from vchan.host.outbound import Offer
 from vchan.loop import Loop
 from vchan.messages import CALL, Request
 
@@ -29,9 +31,19 @@ class HostEnd:
     Args:
         path: The socket of the guest's port.
         instance: Of the daemon that this stands for; None: a new one.
+        gate: What the guest may do; None: everything.
+        offer: Given the loop, makes what the guest's requests are offered to; None: nothing.
     """
 
-    def __init__(self, path: Path, *, name: str = "host", instance: bytes | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str = "host",
+        instance: bytes | None = None,
+        gate: Gate | None = None,
+        offer: Callable[[Loop], Offer] | None = None,
+    ) -> None:
         self.log: list[str] = []
         self._loop = Loop()
         host = (name, instance or os.urandom(16))
@@ -41,9 +53,9 @@ class HostEnd:
             "vm",
             host,
             None,
-            OpenGate(),
+            gate or OpenGate(),
             frozenset(),
-            offer_nothing,
+            offer(self._loop) if offer is not None else offer_nothing,
             self.log.append,
         )
         self._thread = threading.Thread(target=self._loop.run, name="host-end")
