@@ -364,6 +364,36 @@ class TestEncodeReply:
         again = encode_reply("1", failure_json=text.encode(), may_raise="agent.errors".__eq__)
         assert opened(again)["failure"] == text
 
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("ExceptionGroup", ["m", []]),
+            ("UnicodeEncodeError", ["utf-8", "x", 10**30, 1, "reason"]),
+            ("UnicodeDecodeError", ["utf-8"]),
+            ("KeyboardInterrupt", []),
+            ("print", ["x"]),
+            ("NoSuchError", []),
+        ],
+    )
+    def test_one_of_pythons_own_that_cannot_be_made_is_text(
+        self, name: str, args: list[object]
+    ) -> None:
+        raised = {**FAILURE, "module": "builtins", "class": name, "args": args, "kwargs": {}}
+        failure = failure_of(encode_reply("1", failure_json=json.dumps(raised).encode()))
+        assert (failure["class"], failure["module"], failure["args"]) == (name, UNKNOWN_MODULE, [])
+        assert failure["message"] == FAILURE["message"]
+
+    def test_one_of_pythons_own_passes_verbatim(self) -> None:
+        raised = {
+            **FAILURE,
+            "module": "builtins",
+            "class": "OSError",
+            "args": [2, "x"],
+            "kwargs": {},
+        }
+        text = json.dumps(raised)
+        assert opened(encode_reply("1", failure_json=text.encode()))["failure"] == text
+
     def test_a_module_that_is_there_for_nobody(self) -> None:
         with pytest.raises(ImportError):
             importlib.import_module(UNKNOWN_MODULE)

@@ -16,6 +16,7 @@ Version 1 of the envelope had no envelope: such bodies are the message itself, a
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import re
@@ -322,9 +323,27 @@ def _checked_failure(failure_json: bytes, may_raise: Callable[[str], object]) ->
             raise EnvelopeError(f"{what}: {key} is of the wrong type")
     if not all(isinstance(line, str) for line in failure.get("tb", ())):
         raise EnvelopeError(f"{what}: tb is not a list of strings")
-    if not may_raise(failure["module"]):
+    if not may_raise(failure["module"]) or not _is_rebuildable(failure):
         return _as_text(failure)
     return failure_json.decode("utf-8", "surrogatepass")
+
+
+def _is_rebuildable(failure: Mapping[str, Any]) -> bool:
+    """Whether a caller that makes the exception from its arguments gets one.
+
+    Any caller makes Python's own, of whatever a guest gave: oslo.messaging minds a TypeError and
+    no more, and there are others (an ExceptionGroup of nothing, a number too large for C).
+    """
+    if failure["module"] != builtins.__name__:
+        return True
+    kind = getattr(builtins, failure["class"], None)
+    if not isinstance(kind, type) or not issubclass(kind, Exception):
+        return False
+    try:
+        str(kind(*failure.get("args", ()), **failure.get("kwargs", {})))
+    except Exception:  # noqa: BLE001  # whatever it is, the caller would have met it
+        return False
+    return True
 
 
 def _as_text(failure: Mapping[str, Any]) -> str:

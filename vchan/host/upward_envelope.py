@@ -152,9 +152,10 @@ def _notification(vm: str, asked: Invocation) -> dict[str, Any]:
     metadata = args.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise EnvelopeError("a notification's metadata is not an object")
+    # Nobody may take it for one of a service's own.
+    publisher = {"publisher_id": f"vchan.{vm}.{name_of(args, 'publisher_id') or ''}"}
     return {
-        # Nobody may take it for one of a service's own.
-        "publisher_id": f"vchan.{vm}.{name_of(args, 'publisher_id') or ''}",
+        "publisher_id": name_of(publisher, "publisher_id"),  # no longer than others may be
         "event_type": name_of(args, "event_type"),
         "payload": args.get("payload"),
         "priority": asked.ask.method.upper(),
