@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -243,6 +244,31 @@ def test_without_libvirt_and_broker_it_says_so_and_goes_on(
     finally:
         assert host.end() == 0
     assert not host.socket.exists()
+
+
+def test_sighup_reads_the_policy_again(directory: Path, needs_libvirt: None) -> None:
+    files, audit = directory / "policy.d", directory / "audit.log"
+    files.mkdir()
+    file = files / "50-a.policy"
+    file.write_text("call any any allow\n")
+    more = [f"policy_dir = {files}", f"audit_log = {audit}"]
+    host = HostProcess(directory, *options(directory, *more))
+    host.start()
+    try:
+        assert host.status()["policy"] == "1 rules"
+        assert host.status()["audit"]["problem"] is None
+        assert host.process is not None
+        for text, told in (
+            ("call any any allow\ncall any\n", f"{file}:2: the line ends"),
+            ("call any any allow\n" * 3, "3 rules"),
+        ):
+            file.write_text(text)
+            audit.unlink()
+            host.process.send_signal(signal.SIGHUP)
+            wait(lambda told=told: told in host.status()["policy"], host.status)  # type: ignore[misc]
+            wait(audit.exists, host.status)
+    finally:
+        assert host.end() == 0
 
 
 def wait(reached: Callable[[], bool], seen: Callable[[], Any]) -> None:
