@@ -19,6 +19,7 @@ class OpenGate:
 
     calls_max = 64
     requests_max = 256
+    topics_max = 64
 
     def __init__(
         self, may_listen: Callable[[Topic], bool] = lambda _: True, *, may_send: bool = True

@@ -598,6 +598,25 @@ def test_a_guest_serves_so_many_topics_in_its_life() -> None:
     assert rig.relay.counters["topics_over_limit"] == 2
 
 
+def test_a_vm_serves_as_many_topics_as_its_limit_says(rig: Rig) -> None:
+    rig.gate.topics_max = 2
+    rig.now_s += SUBSCRIBE_S
+    rig.subscribe(FORBIDDEN, A, B, Topic("x", "over"))
+    assert rig.relay.topics == {A, B}
+    assert Topic("x", "over") in rig.relay.denied
+    assert rig.relay.counters["topics_over_limit"] == 1
+
+
+def test_exceptions_of_modules_that_may_not_pass_are_text(rig: Rig) -> None:
+    rig.gate.may_raise = lambda module: module != "os"  # type: ignore[method-assign]
+    for number, module in enumerate(("os", "fine"), 1):
+        rig.deliver(f"t{number}", call(number))
+        failure = {"class": "E", "module": module, "message": "no"}
+        rig.guest(Reply(identity(number), FINAL | FAILURE, json.dumps(failure).encode()))
+    failures = [json.loads(reply["failure"]) for reply in rig.broker.replies]
+    assert [failure["module"] for failure in failures] == ["vchan.guest.raised", "fine"]
+
+
 # -------------------------------------------------------------------- suspend, opened, release
 
 

@@ -36,6 +36,10 @@ class Gate(Protocol):
         """The guest's requests that are not over."""
 
     @property
+    def topics_max(self) -> int:
+        """Topics that its agents may serve at a time."""
+
+    @property
     def may_send(self) -> bool:
         """Whether the policy lets this VM send any request at all."""
 
@@ -104,6 +108,11 @@ class VmGate:
     def requests_max(self) -> int:
         """See `Gate`."""
         return self._policy().limits(self.facts).requests_up
+
+    @property
+    def topics_max(self) -> int:
+        """See `Gate`."""
+        return self._policy().limits(self.facts).topics
 
     @property
     def may_send(self) -> bool:

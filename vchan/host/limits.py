@@ -75,13 +75,6 @@ class Limits:
         TOPICS_MAX,
         "Topics that agents serve at a time: each is two queues with the broker.",
     )
-    requests_down: int = _limit(
-        256,
-        1,
-        1024,
-        "Requests of this host's programs that the guest has not answered; the broker's are "
-        "bounded by its prefetch.",
-    )
     requests_up: int = _limit(
         128,
         0,

@@ -236,7 +236,10 @@ class Relay:
 
     def _subscribe(self, topics: Iterable[Topic], now_s: float) -> None:
         self._asked = frozenset(topics)
-        self._topics = frozenset(filter(self._admit, topics))
+        allowed = list(filter(self._admit, topics))
+        most = self._gate.topics_max
+        self.counters["topics_over_limit"] += max(0, len(allowed) - most)
+        self._topics = frozenset(allowed[:most])
         if self._is_first_topics:
             # What an earlier relay of this VM released may still be on its way to us.
             self._is_first_topics = False
