@@ -308,6 +308,7 @@ Delivery = Deliver | Cancelled
 _RUNNING: Final = 0
 _TAKEN: Final = 1
 _ANSWERED: Final = 2
+_GIVEN_UP: Final = 3
 
 
 class _Record:
@@ -360,10 +361,14 @@ class Responder:
 
     def over(self) -> tuple[tuple[bytes, bool], ...]:
         """(id, is a call) of what is taken or answered, and not settled."""
-        return tuple((request_id, record.call) for request_id, record in self._over.items())
+        return tuple(
+            (request_id, record.call)
+            for request_id, record in self._over.items()
+            if record.state != _GIVEN_UP
+        )
 
     def is_over(self, request_id: bytes) -> bool:
-        """It is taken or answered; perhaps it is settled."""
+        """It is taken, answered or given up; perhaps it is settled."""
         return request_id in self._over or request_id in self._settled
 
     def receive(self, message: Message, now_s: float) -> list[Delivery]:
@@ -468,7 +473,7 @@ class Responder:
         record = self._running.pop(request_id, None)
         if record is None:
             return False
-        record.state = _ANSWERED
+        record.state = _GIVEN_UP
         self._remember(request_id, record, now_s)
         return True
 

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from tests.simulate.world import Fifo, World
 from vchan.host.broker_events import Form, Publication
-from vchan.host.broker_vm import own_queue
+from vchan.host.broker_vm import OWN_PREFETCH, own_queue
 from vchan.host.envelope import BrokerRequest
 from vchan.messages import Topic
 
@@ -141,7 +141,7 @@ class Queue:
         broker = self._broker
         while self.ready and self.consumers:
             consumer = self.consumers[0]
-            if consumer.unacked >= broker.prefetch:
+            if consumer.unacked >= (broker.prefetch if consumer.topic else OWN_PREFETCH):
                 return
             message = self.ready.popleft()
             if message.expires_s is not None and message.expires_s <= broker.world.now_s:
@@ -295,6 +295,8 @@ class _ServerConnection:
         broker, rng = self.broker, self.broker.world.rng
         if rng.random() < broker.refuses:
             broker.world.stats["guests' requests refused by the broker"] += 1
+            broker.refused.add(request_id)
+            broker.doubted.add(request_id)
             sent = Sent(vm, request_id, ok=False, unroutable=False, reason="refused", in_doubt=True)
         else:
             is_there = broker.take(publication)
@@ -302,6 +304,7 @@ class _ServerConnection:
             sent = Sent(vm, request_id, not returned, returned, "returned" if returned else "")
             if rng.random() < broker.doubts:
                 # As when the channel ends before the confirm has come.
+                broker.doubted.add(request_id)
                 broker.world.stats["guests' requests in doubt"] += 1
                 sent = Sent(
                     vm, request_id, ok=False, unroutable=False, reason="channel lost", in_doubt=True
@@ -330,6 +333,14 @@ class Broker:
         """How often it refuses to take something: out of disk, or the queue's leader is away."""
         self.doubts = 0.0
         """How often it takes a guest's request, and its host does not hear of that."""
+        self.refused: set[bytes] = set()
+        """Guests' requests that it refused."""
+        self.doubted: set[bytes] = set()
+        """Guests' requests of which a host does not know whether the broker has them."""
+        self.losses: list[float] = []
+        """When a host's daemon or its connection was lost: no note may have been left."""
+        self.arrivals: list[tuple[float, str]] = []
+        """When a VM's guest began to talk to a host."""
         self._services: dict[tuple[str, str], list[Fifo]] = {}  # by exchange and routing key
         self._notifications: dict[tuple[str, str], list[Publication]] = {}  # nobody listens yet
         self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
@@ -602,6 +613,7 @@ class HostBroker:
         if connection is None or connection.up.cut_s is not None:
             return
         self._world.note("a broker connection is cut")
+        self._broker.losses.append(self._world.now_s)
         now_s = self._world.now_s
         connection.up.cut_s = now_s + rng.random() * 0.002
         connection.down.cut_s = now_s + rng.random() * 0.002
@@ -614,6 +626,7 @@ class HostBroker:
         if self._connection is not connection or self._dead:
             return
         self._connection = None
+        self._broker.losses.append(self._world.now_s)
         for vm, state in self._vms.items():
             if state.generation:
                 state.generation = state.closing = 0
@@ -640,6 +653,7 @@ class HostBroker:
     def die(self, *, host_too: bool) -> None:
         """The daemon is gone. Its kernel says so, unless that is gone, too."""
         self._dead = True
+        self._broker.losses.append(self._world.now_s)
         connection, self._connection = self._connection, None
         if connection is None:
             return

@@ -54,6 +54,7 @@ class Faults:
         for vm in vms:
             vm.channel.lost_wakeups = lost_wakeups
         callers.broker.refuses = 0.1 if self._enabled(weights, "refused") else 0.0
+        callers.broker.doubts = 0.1 if self._enabled(weights, "doubts") else 0.0
         callers.unconfirmed = 0.15 if self._enabled(weights, "unconfirmed") else 0.0
         self.active = False
         self.struck = 0
@@ -257,7 +258,7 @@ class Faults:
         """No more faults, and an end to those that go on."""
         self.active = False
         self._callers.unconfirmed = 0.0
-        self._callers.broker.refuses = 0.0
+        self._callers.broker.refuses = self._callers.broker.doubts = 0.0
         for vm in self._vms:
             vm.channel.lost_wakeups = 0.0
             vm.channel.damage = 0

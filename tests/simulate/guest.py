@@ -159,6 +159,7 @@ class Vm:
         self.saved = False
         self.migrating = False
         self.boots = 0
+        self.booted_s = 0.0
         self._numbers = 0
 
     @property
@@ -186,6 +187,7 @@ class Vm:
             self.machine.thaw()
         self.paused = self.saved = self.migrating = False
         self.boots += 1
+        self.booted_s = self.world.now_s
         self.channel.qemu = self.new_qemu(host, incoming=False)
         self.channel.qemu.resume()
         host.emit(self.uuid, DomainEvent.RESUMED)

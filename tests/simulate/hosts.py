@@ -113,6 +113,7 @@ class HostDaemon:
                         _no_log,
                     )
                     self._check_settling(channel)
+                    self._watch_arrival(channel)
                     channel.connect(path)
                 case domains.Speak(uuid):
                     self.channels[uuid].speak()
@@ -137,6 +138,18 @@ class HostDaemon:
             settle(ids)
 
         requester.settle = checked
+
+    def _watch_arrival(self, channel: Channel) -> None:
+        """Note when the guest is there for the first time."""
+        outbound: Any = channel.relay.outbound
+        opened = outbound.opened
+
+        def noted(now_s: float) -> None:
+            if outbound._doubt_until_s is None:
+                self._server.arrivals.append((self._world.now_s, channel.vm))
+            opened(now_s)
+
+        outbound.opened = noted
 
     def _on_broker(self, event: sim_broker.Event) -> None:
         """As Daemon._on_broker."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
+from tests.simulate import asking
+from tests.simulate.asking import Asking
 from tests.simulate.broker import Broker
 from tests.simulate.callers import Callers
 from tests.simulate.check import CAST, FANOUT, LONG_S, Bounds, Ledger
@@ -14,6 +16,10 @@ from tests.simulate.guest import Vm
 from tests.simulate.hosts import Host
 from tests.simulate.patches import installed
 from tests.simulate.world import World
+from vchan.host.outbound import DOUBT_S
+from vchan.messages import CALL as CALL_UP
+from vchan.messages import FANOUT as FANOUT_UP
+from vchan.messages import NOTIFICATION
 
 START_S: Final = 30.0
 CONVERGE_S: Final = 400.0
@@ -67,6 +73,7 @@ class Run:
         self.vms = [self._make_vm(at) for at in range(rng.choice((1, 1, 2)))]
         machines = {vm.uuid: vm.machine for vm in self.vms}
         self.callers = Callers(world, self.broker, self.ledger, machines)
+        self.asking = Asking(world, self.broker)
         self.faults = Faults(world, self.hosts, self.vms, self.callers)
         self._bursts = 0
         self.bounds = Bounds(world, prefetch, topics=3)
@@ -86,7 +93,22 @@ class Run:
     def _after_step(self) -> None:
         self.faults.maybe()
         if self.world.step % BOUNDS_EVERY == 0:
-            self.bounds.check(self.hosts, self.vms)
+            self._check_bounds()
+
+    def _check_bounds(self) -> None:
+        self.bounds.check(self.hosts, self.vms)
+        self.asking.check_bounds(self._outbounds(), self._upwards())
+
+    def _outbounds(self) -> Iterator[Any]:
+        for host in self.hosts:
+            if host.daemon is not None:
+                for channel in host.daemon.channels.values():
+                    yield channel.relay.outbound
+
+    def _upwards(self) -> Iterator[Any]:
+        for vm in self.vms:
+            if vm.daemon is not None and vm.daemon.daemon is not None:
+                yield vm.daemon.daemon._router._upward
 
     # ------------------------------------------------------------ the play
 
@@ -99,6 +121,8 @@ class Run:
             vm.boot(rng.choice(self.hosts))
         if not self._run_until(START_S, self._is_serving, "start serving"):
             return
+        if rng.random() < 0.8:  # else their arrival is part of it
+            world.run(world.now_s + DOUBT_S + 2.0)
         if scenario is not None:
             scenario(self)
         else:
@@ -114,8 +138,11 @@ class Run:
         if not self._run_until(PROBE_S, self._is_quiet, "answer the probes"):
             return
         world.run(world.now_s + 5.0)
-        self.bounds.check(self.hosts, self.vms)
+        self._check_bounds()
         self.ledger.check_end()
+        self.asking.check_end()
+        world.run(world.now_s + asking.SETTLE_S)
+        self.asking.check_tables(self._outbounds(), self._upwards())
         left = self.broker.leftovers()
         if left:
             world.fail(f"everything is over, and the broker still holds messages in {left}")
@@ -127,7 +154,7 @@ class Run:
         world.run(world.now_s + rng.choice((8.0, 16.0, 24.0)))
         if any(vm.paused for vm in self.vms) and rng.random() < 0.2:
             world.stats["pauses for hours"] += 1
-            self.ledger.hours_passed = True
+            self.ledger.hours_passed = self.asking.hours_passed = True
             world.run(world.now_s + 7200.0)
 
     def _run_until(self, limit_s: float, done: object, what: str) -> bool:
@@ -136,7 +163,8 @@ class Run:
         if not world.run(world.now_s + limit_s, done):
             return False
         if not done():
-            stuck = ", ".join(map(str, self.ledger.open_ops()[:5]))
+            open_ones = [*self.ledger.open_ops(), *self.asking.open_asks()]
+            stuck = ", ".join(map(str, open_ones[:5]))
             world.fail(f"did not {what} within {limit_s:g} s: {stuck}")
             return False
         return True
@@ -150,6 +178,7 @@ class Run:
         return (
             self.ledger.is_quiet()
             and self.callers.is_idle
+            and self.asking.is_quiet()
             and not self._bursts
             and all(agent.is_idle for vm in self.vms for agent in vm.agents.values())
         )
@@ -159,7 +188,8 @@ class Run:
         span_s = rng.choice((2.0, 6.0, 15.0))
         self._bursts = rng.randrange(4, 20)
         for _ in range(self._bursts):
-            world.after(rng.random() * span_s, self._burst)
+            burst = rng.choice((self._burst, self._burst, self._burst_of_asks))
+            world.after(rng.random() * span_s, burst)
 
     def _burst(self) -> None:
         rng = self.world.rng
@@ -180,6 +210,15 @@ class Run:
             for _ in range(rng.choice((1, 3))):
                 self.callers.cast(vm, topic, FANOUT, filling=filling)
 
+    def _burst_of_asks(self) -> None:
+        rng = self.world.rng
+        self._bursts -= 1
+        agents = list(rng.choice(self.vms).agents.values())
+        if agents:
+            kinds = (asking.CAST, asking.CAST, CALL_UP, CALL_UP, FANOUT_UP, NOTIFICATION)
+            kind, count = rng.choice(kinds), rng.choice((1, 3, 12))
+            self.asking.ask(rng.choice(agents), kind, count, at_once=rng.random() < 0.5)
+
     def _probe(self) -> None:
         """After healing, everything works at once."""
         self.world.note("probing")
@@ -187,6 +226,8 @@ class Run:
             for topic in ("alpha", "beta"):
                 self.callers.cast(vm.uuid, topic, CAST, filling="")
                 self.callers.call(vm.uuid, topic, 60.0, fails=False, filling="")
+            for agent in vm.agents.values():
+                self.asking.probe(agent)
         self.callers.cast(self.vms[0].uuid, "alpha", FANOUT, filling="")
 
     def result(self) -> Result:

@@ -46,6 +46,9 @@ LOG = logging.getLogger(__name__)
 
 RETRY_MIN_S: Final = 1.0
 RETRY_MAX_S: Final = 30.0
+OWN_PREFETCH: Final = 64
+"""Of a VM's own queue: answers that the guest has not settled stay there, and a note behind them
+must come all the same. More than `vchan.host.outbound.HELD_MAX`."""
 REPAIRS_MAX: Final = 8
 """Openings in a row that failed over what is declared how, each tried again at once."""
 
@@ -238,7 +241,8 @@ class Vm(Owner):
         """Settled follows, unless the token's channel ends first."""
         if token.generation != self._generation or self._channel is None or self._is_closing:
             return
-        self._ask([self._qos(lambda: self._broker.post(Settled(self.vm, ids)))])
+        prefetch = self._broker.config.prefetch
+        self._ask([self._qos(lambda: self._broker.post(Settled(self.vm, ids)), prefetch)])
 
     @property
     def _is_wanted(self) -> bool:
@@ -267,7 +271,6 @@ class Vm(Owner):
         self._phase = _Phase.OPENING
         self._generation = self._broker.next_generation()
         self._steps.append(_Step((0, 0), "", (), spec.Channel.OpenOk, _nothing))
-        self._ask([self._qos(_nothing)])
         self._set_up()
         return True
 
@@ -282,11 +285,14 @@ class Vm(Owner):
             self._asked_own = True
             own = own_queue(self.vm)
             self._ask([self._declare(own, own_arguments(self._broker.config))])
+            self._ask([self._qos(_nothing, OWN_PREFETCH)])  # for what is consumed from now on
             self._consume(own)
         missing = self._topics - self._asked
         ready = frozenset(topic for topic in missing if self._has_exchanges(topic))
         self._asked |= ready
         queues = list(queues_of(self.vm, ready))
+        if queues:
+            self._ask([self._qos(_nothing, self._broker.config.prefetch)])
         for queue in queues:
             arguments = topic_arguments(self._broker.config, fanout=queue.fanout)
             self._ask([self._declare(queue.name, arguments), self._bind(queue)])
@@ -330,8 +336,8 @@ class Vm(Owner):
             self._channel.ask(step.method, step.layout, *step.args)
             self._steps.append(step)
 
-    def _qos(self, on_answer: Callable[[], None]) -> _Step:
-        args = (0, self._broker.config.prefetch, False)
+    def _qos(self, on_answer: Callable[[], None], prefetch: int) -> _Step:
+        args = (0, prefetch, False)
         return _Step(spec.Basic.Qos, "lBb", args, spec.Basic.QosOk, on_answer)
 
     def _declare(self, name: str, arguments: dict[str, Any]) -> _Step:

@@ -72,9 +72,9 @@ RETRY_S: Final = 1.0
 NOTE_WAIT_S: Final = 5.0
 """How long after a VM's arrival a note of the host it came from may come. It is written within
 milliseconds; a host that cannot for so long is as good as gone."""
-DOUBT_S: Final = 60.0
-"""How long after that a guest may send for the first time what it has sent to a host that left no
-note: its agents come back to it within seconds."""
+DOUBT_S: Final = 10.0
+"""How long after its arrival, if no note came, a guest may send again what it has sent to a host
+before this one. Its agents come back to a daemon that was restarted within a second or two."""
 CALL_S_MAX: Final = 3600.0
 """The longest a guest's call may take, and what one without a timeout is given."""
 OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -107,6 +107,15 @@ Told = Callable[[Outcome, float], None]
 """(outcome, now)"""
 Offer = Callable[[Request, Told], Callable[[], None] | None]
 """Gives a request to a local program that serves its target: returns what cancels it, or None."""
+
+
+class _Past(Enum):
+    """What is known of a request that is over here, or was with an earlier host. See `Note`."""
+
+    TAKEN = "taken"
+    CALLED = "calls"
+    GONE = "gone"
+    DOUBT = "doubt"
 
 
 class _State(Enum):
@@ -142,21 +151,21 @@ class _Item:
         self.bytes = len(request.body)
         self.cancel: Callable[[], None] | None = None
 
+    @property
+    def past(self) -> _Past | None:
+        """What the next host must know of it, if this one does not end it."""
+        if self.state is _State.SENT:
+            return _Past.CALLED
+        if self.state is _State.LOCAL and self.request.is_call:
+            return _Past.GONE
+        return _Past.DOUBT if self.doubtful or self.state is not _State.QUEUED else None
+
     def remaining(self, now_s: float) -> Request:
         """The request, with the time it has left."""
         if not self.request.timeout_ms:
             return self.request
         left_ms = max(1, int((self.deadline_s - now_s) * 1000))
         return self.request._replace(timeout_ms=left_ms)
-
-
-class _Past(Enum):
-    """What is known of a request that is over here, or was with an earlier host. See `Note`."""
-
-    TAKEN = "taken"
-    CALLED = "calls"
-    GONE = "gone"
-    DOUBT = "doubt"
 
 
 class _Held(NamedTuple):
@@ -293,16 +302,18 @@ class Outbound:
         return item
 
     def _drop(self, request_id: bytes) -> None:
-        """Nobody waits for it any more."""
+        """Nobody waits for it any more, or its time is up by this host's clock."""
         item = self._forget(request_id)
         if item is None:
             return
+        if item.past is not None:
+            self._past[request_id] = item.past
+            self._bound_past()
         if item.state is _State.QUEUED:
             self._queue = deque(other for other in self._queue if other is not item)
             self._unsent = [other for other in self._unsent if other is not item]
         elif item.cancel is not None:
             item.cancel()
-        self._settled(request_id)
 
     def _settled(self, request_id: bytes) -> None:
         """The guest never asks again."""
@@ -347,7 +358,7 @@ class Outbound:
             self._responder.give_back(request_id, AGENT_GONE, text)
         else:
             self._wait_for_answer(item)
-            held = self._held.get(request_id)
+            held = self._held.pop(request_id, None)
             if held is not None and held.answer is not None:
                 self._answer(held.token, held.answer, now_s)
 
@@ -478,6 +489,8 @@ class Outbound:
         assert self._broker is not None
         item = self._items.get(answer.id)
         held = self._held.pop(answer.id, None)
+        if held is not None:
+            self._broker.ack(held.token)  # the same again: it was called, or handed out, twice
         if not answer.ending:
             self._broker.ack(token)
             self._responder.heartbeat(answer.id, now_s)
@@ -487,7 +500,7 @@ class Outbound:
             self._hold(token, answer.id, None, now_s)
             self._reply(answer.id, answer.failed, answer.body, now_s)
         elif held is not None and held.answer is None:
-            self._hold(token, answer.id, None, now_s)  # the broker hands it out again
+            self._hold(token, answer.id, None, now_s)
         elif item is None and self._responder.is_over(answer.id):
             self._broker.ack(token)  # nobody waits any more
         elif item is None or item.state is _State.QUEUED:
@@ -564,12 +577,8 @@ class Outbound:
             if past.get(request_id) is not _Past.GONE:
                 past[request_id] = _Past.CALLED if is_call else _Past.TAKEN
         for request_id, item in self._items.items():
-            if item.state is _State.SENT:
-                past[request_id] = _Past.CALLED
-            elif item.state is _State.LOCAL and item.request.is_call:
-                past[request_id] = _Past.GONE
-            elif item.doubtful or item.state is not _State.QUEUED:
-                past[request_id] = _Past.DOUBT
+            if item.past is not None:
+                past[request_id] = item.past
         newest = list(past.items())[-NOTE_IDS_MAX:]
 
         def ids(what: _Past) -> tuple[bytes, ...]:
