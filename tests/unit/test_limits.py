@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -179,3 +180,26 @@ def test_a_breaker_is_bounded_and_never_longer_than_its_longest(gaps: list[float
         assert len(breaker._recent) <= LIMITS_3.violations_per_min
         until_s = breaker.quarantined_until(now_s)
         assert until_s is None or now_s < until_s <= now_s + LIMITS_3.quarantine_max_s
+
+
+# --- the documentation
+
+
+def test_the_documented_table_is_this_one() -> None:
+    documented = {}
+    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].strip("`") in LIMITS:
+            documented[cells[0].strip("`")] = cells[1:]
+    assert list(documented) == list(LIMITS)
+    for name, (default, bounds, reason) in documented.items():
+        info = LIMITS[name]
+        assert number(default) == getattr(Limits(), name), name
+        assert [number(bound) for bound in bounds.split(" to ")] == [info.minimum, info.maximum]
+        assert reason == info.reason
+
+
+def number(text: str) -> int:
+    factors = {"K": 1024, "M": 1024**2, "G": 1024**3}
+    return int(text.rstrip("KMG")) * factors.get(text[-1], 1)

@@ -9,7 +9,17 @@ import pytest
 
 from vchan.errors import ConfigError
 from vchan.host import policy_files
-from vchan.host.policy import FILE_CHARS_MAX, Ask, Effect, Facts, Kind, PolicyError, Verdict
+from vchan.host.policy import (
+    FILE_CHARS_MAX,
+    KINDS,
+    Ask,
+    Effect,
+    Facts,
+    Kind,
+    PolicyError,
+    Verdict,
+    parse,
+)
 from vchan.host.policy_files import load, read, topic_rules
 
 VM = Facts("11111111-2222-3333-4444-555555555555")
@@ -145,3 +155,23 @@ def test_a_topic_that_is_none(topic: str, text: str) -> None:
         topic_rules(["fine", topic])
     assert str(caught.value).startswith("[vchan] listen_topics:2: ")
     assert text in str(caught.value)
+
+
+# --- what is written about it
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("file", ["docs/policy.md", "etc/policy.d/90-default.policy"])
+def test_the_examples_are_rules(file: str) -> None:
+    """Indented lines that begin with a word of the language and end with one."""
+    first = (*KINDS, "cast,notify", "mode", "limit")
+    examples = []
+    for line in (ROOT / file).read_text().splitlines():
+        words = line.removeprefix("#").split()
+        is_code = line.startswith("    ") or line.startswith("#     ")
+        if is_code and words and words[0] in first and "WHO..." not in words:
+            examples.append(" ".join(words))
+    assert len(examples) >= 4
+    assert len(parse([(file, "\n".join(examples))]).rules) >= 3

@@ -79,7 +79,7 @@ class Limits:
         128,
         0,
         1024,
-        "The guest's requests that are not over: as many as the broker confirms in some 10 ms.",
+        "The guest's requests that are not over: enough to keep the broker busy with one VM.",
     )
     calls_up: int = _limit(
         32,
