@@ -170,7 +170,7 @@ def test_the_examples_are_rules(file: str) -> None:
     examples = []
     for line in (ROOT / file).read_text().splitlines():
         words = line.removeprefix("#").split()
-        is_code = line.startswith("    ") or line.startswith("#     ")
+        is_code = line.startswith(("    ", "#     "))
         if is_code and words and words[0] in first and "WHO..." not in words:
             examples.append(" ".join(words))
     assert len(examples) >= 4
