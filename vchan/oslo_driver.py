@@ -301,7 +301,7 @@ def _socket_path(url: Any) -> str:
 
 def _milliseconds(seconds: float | None) -> int:
     """For the wire: 0 means none, so what is nearly over is 1."""
-    return 0 if seconds is None else min(max(1, int(seconds * 1000)), MILLISECONDS_MAX)
+    return 0 if seconds is None else min(max(1, math.ceil(seconds * 1000)), MILLISECONDS_MAX)
 
 
 class _Engine:
@@ -486,17 +486,20 @@ class _Sending:
             case Exception():
                 raise outcome
             case _:
-                raise MessagingTimeout(
-                    f"Timed out waiting for {'a reply' if self._request.is_call else 'a taker'} to "
-                    f"message ID {self._request.id.hex()}"
-                )
+                raise Unanswered(self._timed_out())
 
     def _exception_of(self, reason: int, text: str) -> MessagingException:
         if reason in (NO_AGENT, NO_DOMAIN):
             return NotDelivered(text, self._request)
-        if reason in (AGENT_GONE, RELEASED, EXPIRED):
+        if reason in (AGENT_GONE, RELEASED):
             return Unanswered(text)
+        if reason == EXPIRED:
+            return Unanswered(f"{self._timed_out()}: {text}")
         return MessageDeliveryFailure(text)
+
+    def _timed_out(self) -> str:
+        what = "a reply to" if self._request.is_call else "anybody to take"
+        return f"Timed out waiting for {what} message ID {self._request.id.hex()}"
 
     # What follows belongs to the engine's thread.
 
@@ -627,18 +630,16 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
         Raises:
             NotHeld: It must not: its caller has given up, or another server has it.
         """
-        request = incoming.request
-        if request.is_call:
-            self._no_longer_handed(request.id)
-            held = request.id in self._connection.responder
+        if incoming.request.is_call:
+            held = self._release(incoming) and incoming.request.id in self._connection.responder
         else:
-            held = self._engine.run(lambda: self._take(request.id))
+            held = self._engine.run(lambda: self._take(incoming))
         if not held:
             raise NotHeld(f"message {incoming.msg_id} is no longer ours: it was withdrawn")
 
     def requeue(self, incoming: _Incoming) -> None:
         """Give it back."""
-        self._engine.run(lambda: self._give_back(incoming.request.id, BUSY, "requeued"))
+        self._engine.run(lambda: self._requeue(incoming))
 
     def answer(self, incoming: _Incoming, failed: bool, body: bytes) -> bool:
         """Answer a call. False if nobody waits for it any more."""
@@ -653,10 +654,14 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
         if not self._engine.run(lambda: self._beat(incoming.request.id)):
             raise NotHeld(f"message {incoming.msg_id}: nobody waits for it")
 
-    def _no_longer_handed(self, request_id: bytes) -> None:
+    def _release(self, incoming: _Incoming) -> bool:
+        """The server has dealt with it. False if it was not the server's any more."""
         with self._news:
-            self._handed.pop(request_id, None)
+            if self._handed.get(incoming.request.id) is not incoming:
+                return False
+            del self._handed[incoming.request.id]
             self._news.notify_all()
+            return True
 
     # ---------------------------------------------------------------- the engine's thread
 
@@ -680,20 +685,28 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
     def _changed(self, up: bool, reason: str) -> None:
         self._log.changed(up, reason)
         if not up:
-            self._lose_untaken()
+            self._lose(everything=False)
         self._settle()
 
-    def _lose_untaken(self) -> None:
-        """The daemon gives what we had not acknowledged to another, or to us again. What a call is
-        doing goes on: we tell the daemon that we have it. So for a notification that is running."""
+    def _lose(self, *, everything: bool) -> None:
+        """The daemon gives what we had not acknowledged to another, or to us again.
+
+        Unless we are closed, the calls that are running go on, and notifications that are being
+        dealt with: we tell the daemon that we have them.
+        """
         with self._news:
-            lost = [each for each in self._queue if not each.request.is_call]
-            for each in lost:
+            queued = [each for each in self._queue if everything or not each.request.is_call]
+            for each in queued:
                 self._queue.remove(each)
-            if self.is_rpc:
-                lost += [each for each in self._handed.values() if not each.request.is_call]
-        for each in lost:
-            self._connection.responder.give_back(each.request.id, NO_AGENT, "")
+            handed = [
+                each
+                for each in self._handed.values()
+                if everything or (self.is_rpc and not each.request.is_call)
+            ]
+            for each in handed:
+                del self._handed[each.request.id]
+        for each in (*queued, *handed):
+            self._connection.responder.give_back(each.request.id, NO_AGENT, "the server has gone")
 
     def _deliver(self, delivery: Delivery) -> None:
         match delivery:
@@ -717,25 +730,27 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
                 self._queue.append(incoming)
                 self._news.notify_all()
                 return
-        self._give_back(request.id, NO_AGENT, "the server has stopped")
+        self._connection.responder.give_back(request.id, NO_AGENT, "the server has stopped")
 
     def _refuse(self, request: Request, error: BadBody) -> None:
         LOG.warning("a message for %s cannot be understood: %s", request.topic, error)
         if request.is_call:
             self._answer(request.id, True, encode_failure("BadBody", str(error)))
         else:
-            self._take(request.id)
+            self._connection.responder.take(request.id, self._engine.loop.time())
 
-    def _take(self, request_id: bytes) -> bool:
-        self._no_longer_handed(request_id)
-        taken = self._connection.responder.take(request_id, self._engine.loop.time())
+    def _take(self, incoming: _Incoming) -> bool:
+        if not self._release(incoming):
+            return False
+        now_s = self._engine.loop.time()
+        taken = self._connection.responder.take(incoming.request.id, now_s)
         self._connection.flush()
         return taken
 
-    def _give_back(self, request_id: bytes, reason: int, text: str) -> None:
-        self._no_longer_handed(request_id)
-        self._connection.responder.give_back(request_id, reason, text)
-        self._connection.flush()
+    def _requeue(self, incoming: _Incoming) -> None:
+        if self._release(incoming):
+            self._connection.responder.give_back(incoming.request.id, BUSY, "requeued")
+            self._connection.flush()
 
     def _answer(self, request_id: bytes, failed: bool, body: bytes) -> bool:
         responder, now_s = self._connection.responder, self._engine.loop.time()
@@ -755,8 +770,8 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
     def _close(self) -> None:
         with self._news:
             self._stopped = self._drained = True
-            self._queue.clear()
-        self._lose_untaken()
+        self._lose(everything=True)
+        self._connection.flush()
         self._engine.disconnect(self._connection)
 
 
