@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 from vchan.errors import ConfigError
@@ -37,6 +38,7 @@ _RESERVED: Final = frozenset(
 """oslo.messaging's own, and what contexts switch behaviour by."""
 
 
+@lru_cache(maxsize=256)
 def is_privileged(key: str) -> bool:
     """Whether services take authority from a key of a context, however it is spelled."""
     plain = re.sub("[^a-z0-9]", "", key.casefold())
