@@ -138,7 +138,7 @@ class Child:
             if on_output is not None:
                 self._output, output = os.pipe2(os.O_CLOEXEC)
                 fds.append(output)
-            self.pid = _fork(unit, environment, stdin, output, go_read)
+            self.pid = _fork(unit, environment, stdin, output, (go_read, go_write))
             self._pidfd = _watchable(self.pid)
         except OSError:
             self._close_output()
@@ -239,7 +239,9 @@ def _watchable(pid: int) -> int:
 # ---------------------------------------------------------------- becoming another program
 
 
-def _fork(unit: Unit, environment: Mapping[str, str], stdin: int, output: int, go: int) -> int:
+def _fork(
+    unit: Unit, environment: Mapping[str, str], stdin: int, output: int, go: tuple[int, int]
+) -> int:
     # Signals wait meanwhile: the child must not run our handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -252,7 +254,9 @@ def _fork(unit: Unit, environment: Mapping[str, str], stdin: int, output: int, g
     return pid
 
 
-def _become(unit: Unit, environment: Mapping[str, str], stdin: int, output: int, go: int) -> None:
+def _become(
+    unit: Unit, environment: Mapping[str, str], stdin: int, output: int, go: tuple[int, int]
+) -> None:
     """In the child: never returns."""
     try:
         os.setsid()
@@ -262,7 +266,8 @@ def _become(unit: Unit, environment: Mapping[str, str], stdin: int, output: int,
         os.dup2(stdin if stdin >= 0 else os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if os.read(go, 1):  # nothing: the daemon has died
+        os.close(go[1])
+        if os.read(go[0], 1):  # nothing: the daemon has died
             _limit(unit.limits)
             _become_user(unit)
             os.chdir(unit.directory)
