@@ -45,7 +45,7 @@ class OpenGate:
     def context(self, given: Mapping[str, Any], *, redelivered: bool) -> dict[str, Any]:
         return {REDELIVERED_KEY: True} if redelivered else {}
 
-    def conduct(self, asked: Invocation) -> Invocation:
+    def conduct(self, asked: Invocation, request: Request) -> Invocation:
         return asked
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from vchan.host.policy import Ask, Effect, Facts, Kind, Policy, Verdict
 from vchan.host.upward_envelope import Invocation
-from vchan.messages import Topic
+from vchan.messages import Request, Topic
 
 REDELIVERED_KEY: Final = "vchan_redelivered"
 """In the context of what may have been published before."""
@@ -69,7 +69,7 @@ class Gate(Protocol):
     def context(self, given: Mapping[str, Any], *, redelivered: bool) -> dict[str, Any]:
         """The context for the control side."""
 
-    def conduct(self, asked: Invocation) -> Invocation:
+    def conduct(self, asked: Invocation, request: Request) -> Invocation:
         """The same request, put to the conductor."""
 
 
@@ -146,7 +146,11 @@ class VmGate:
 
     def judge(self, ask: Ask, request_id: bytes) -> Verdict:
         """See `Gate`."""
-        verdict = self._policy().decide(self.facts, ask)
+        if (ask.exchange, ask.topic) == self._conductor:
+            # What it is told about a guest, it believes.
+            verdict = Verdict(Effect.DENY, "the conductor is asked by hosts alone")
+        else:
+            verdict = self._policy().decide(self.facts, ask)
         self._record(self.facts, ask, verdict, request_id, "")
         return verdict
 
@@ -161,22 +165,24 @@ class VmGate:
             context[REDELIVERED_KEY] = True
         return context
 
-    def conduct(self, asked: Invocation) -> Invocation:
+    def conduct(self, asked: Invocation, request: Request) -> Invocation:
         """The conductor's method is named for the kind; its arguments say who asks for what."""
         ask = asked.ask
-        target = {
-            "exchange": ask.exchange,
-            "topic": ask.topic,
-            "server": ask.server or None,
-            "namespace": ask.namespace or None,
-            "version": asked.version,
-            "fanout": ask.fanout,
-        }
         args = {
             "vm": self.facts._asdict(),
-            "target": target,
+            "request_id": request.id.hex(),
+            "target": {
+                "exchange": ask.exchange,
+                "topic": ask.topic,
+                "server": ask.server,
+                "namespace": ask.namespace,
+                "version": asked.version,
+                "fanout": ask.fanout,
+            },
             "method": ask.method,
             "args": asked.args,
+            "timeout_s": request.timeout_ms / 1000,
+            "monitor_s": request.monitor_ms / 1000,
         }
         kind = Kind.CALL if ask.kind is Kind.CALL else Kind.CAST
         to = Ask(kind, self._conductor.exchange, self._conductor.name, method=ask.kind.value)

@@ -378,7 +378,7 @@ class Outbound:
             return
         self.counters["guest_redelivered"] += item.doubtful
         context = self._gate.context(item.asked.context, redelivered=item.doubtful)
-        asked = self._gate.conduct(item.asked) if item.conducted else item.asked
+        asked = self._gate.conduct(item.asked, request) if item.conducted else item.asked
         try:
             made = publication(self.vm, request, asked, context)
         except EnvelopeError as error:
