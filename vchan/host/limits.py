@@ -107,10 +107,10 @@ class Limits:
         "Seconds of the first quarantine: each next one takes twice as long.",
     )
     quarantine_max_s: int = _limit(
-        3600,
+        600,
         1,
         86_400,
-        "Seconds of the longest quarantine: what is repaired meanwhile is noticed within the hour.",
+        "Seconds of the longest quarantine: a guest that is repaired is back within ten minutes.",
     )
     audit_lines_per_s: int = _limit(
         20,
