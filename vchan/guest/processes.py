@@ -129,7 +129,7 @@ class Child:
         self._on_exit = on_exit
         self._on_output = on_output
         self._keeper = keeper
-        self._is_ours = True
+        self._adopted = ""
         self._pidfd = self._output = -1
         fds = list(os.pipe2(os.O_CLOEXEC))
         go_read, go_write = fds
@@ -164,7 +164,7 @@ class Child:
         child._loop, child._on_exit, child.pid = loop, on_exit, pid
         child._on_output = child._keeper = None
         child._output = -1
-        child._is_ours = False
+        child._adopted = start_time(pid)
         child._pidfd = os.pidfd_open(pid)
         child._watch()
         return child
@@ -199,12 +199,15 @@ class Child:
             if self._output < 0 or not self._read():
                 break
         status = None
-        if self._is_ours:
+        if not self._adopted:
             # While nobody has waited for it, its number is its own, and its group's.
             self.signal(signal.SIGKILL)
             if self._keeper is not None:
                 self._keeper.discard(self.pid)
             status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        elif start_time(self.pid) in ("", self._adopted):
+            # A group that has members keeps its number; here it is nobody else's yet.
+            self.signal(signal.SIGKILL)
         self.release()
         self._on_exit(status)
 
