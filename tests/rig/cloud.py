@@ -25,6 +25,8 @@ TOPIC = "demo"
 JOURNAL = "/run/ran"
 AGENT = agent_service("agent", "/app/agent.py", TOPIC, JOURNAL)
 MIGRATION_TIMEOUT_S = 90.0
+DURABLE = "amqp_durable_queues=true"
+"""For a broker's URL: exchanges outlive the broker. oslo.messaging's own default does not."""
 
 
 class Cloud:
@@ -49,6 +51,7 @@ class Cloud:
         warm_cache = cache_directory() / "libvirt"
         with contextlib.ExitStack() as stack:
             self.rabbit = stack.enter_context(RabbitServer(self.directory / "r"))
+            self.url = f"{self.rabbit.url}?{DURABLE}"
             self.a, self.b = (
                 stack.enter_context(
                     ComputeHost(self.directory / name, number, warm_cache, self.url)
@@ -66,11 +69,22 @@ class Cloud:
     ) -> None:
         self._stack.close()
 
-    @property
-    def url(self) -> str:
-        """The broker's, with what it takes for messages to outlive the broker: oslo's default
-        declares exchanges that do not, and what is sent before they are bound again is dropped."""
-        return f"{self.rabbit.url}?amqp_durable_queues=true"
+    @contextlib.contextmanager
+    def using(self, url: str) -> Iterator[None]:
+        """Everybody talks to another broker meanwhile."""
+        before, self.url = self.url, url
+        try:
+            self._restart_daemons()
+            yield
+        finally:
+            self.url = before
+            self._restart_daemons()
+
+    def _restart_daemons(self) -> None:
+        for host in (self.a, self.b):
+            host.daemon.stop()
+            host.daemon.use_broker(self.url)
+            host.daemon.start()
 
     def boot(
         self,

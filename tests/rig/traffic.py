@@ -41,6 +41,7 @@ class Report:
     fanouts_sent: int = 0
     fanouts_executed: int = 0
     lost: int = 0
+    casts_lost: list[int] = field(default_factory=list)
     duplicated: int = 0
     reordered: int = 0
     wrong_answers: int = 0
@@ -58,7 +59,7 @@ class Report:
         assert self.fanouts_executed == self.fanouts_sent, self.brief()
 
     def brief(self) -> str:
-        """The counts, without the lists."""
+        """The counts, without the long lists."""
         return repr(replace(self, answers_s=[], round_trips_s=[]))
 
 
@@ -163,6 +164,7 @@ class Traffic:
                 line = {
                     "calls_sent": self.report.calls_sent,
                     "calls_answered": self.report.calls_answered,
+                    "calls_failed": len(self.report.calls_failed),
                     "casts_sent": self.report.casts_sent,
                 }
             print(json.dumps({"progress": line}), flush=True)
@@ -174,16 +176,17 @@ class Traffic:
             # Calls are over, one way or another; casts may be on their way.
             ran = self._wait_for(sender, 0 if "caller" in sender else len(sent))
             times = Counter(ran)
-            missing = sum(1 for number in sent if number not in times)
+            missing = [number for number in sent if number not in times]
             report.duplicated += sum(count - 1 for count in times.values())
             order = list(dict.fromkeys(ran))
             report.reordered += sum(1 for a, b in pairwise(order) if b < a)
             if sender.endswith("caster"):
                 report.casts_executed = len(times)
-                report.lost += missing
+                report.casts_lost = missing
+                report.lost += len(missing)
             elif sender.endswith("fanner"):
                 report.fanouts_executed = len(times)
-                report.lost += missing
+                report.lost += len(missing)
         report.lost += report.calls_sent - report.calls_answered
 
     def _wait_for(self, sender: str, count: int) -> list[int]:
