@@ -11,6 +11,7 @@ import argparse
 import base64
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import py_compile
@@ -172,16 +173,18 @@ class Debian:
         metadata = next(self._wheel.glob("*.dist-info"))
         for name in ("METADATA", "entry_points.txt"):
             tree.copy(metadata / name, f"{LIBRARY}/{metadata.name}/{name}")
-        tree.launcher("vchan-guest", "vchan.guest.daemon")
         source = HERE / "guest"
-        tree.copy(source / "vchan-guest.service", "lib/systemd/system/vchan-guest.service")
+        for name, module in (("vchan-guest", "daemon"), ("vchan-http", "http")):
+            tree.launcher(name, f"vchan.guest.{module}")
+            tree.copy(source / f"{name}.service", f"lib/systemd/system/{name}.service")
+            tree.manual(f"{name}.8", USAGE=usage_of(f"vchan.guest.{module}"))
         tree.copy(source / "60-vchan-guest.rules", "lib/udev/rules.d/60-vchan-guest.rules")
         tree.copy(source / "sysusers.conf", "usr/lib/sysusers.d/vchan.conf")
         tree.copy(source / "tmpfiles.conf", "usr/lib/tmpfiles.d/vchan.conf")
-        tree.copy(source / "guest.conf", "etc/vchan/guest.conf")
+        tree.write("etc/vchan/guest.conf", guest_configuration().encode())
+        tree.directory("etc/vchan/agents.d")
         tree.copy_documents("vchan-guest", "relay-only.conf", source / "relay-only.conf")
         tree.copy_documents("vchan-guest", "agent.py", ROOT / "examples" / "agent.py")
-        tree.manual("vchan-guest.8", USAGE=guest_usage())
         return self._finish(tree, "vchan-guest")
 
     def host(self) -> Path:
@@ -196,6 +199,9 @@ class Debian:
         source = HERE / "host"
         tree.copy(source / "vchan-host.service", "lib/systemd/system/vchan-host.service")
         tree.copy(source / "vchan.conf", "etc/vchan/vchan.conf")
+        tree.copy(source / "logrotate", "etc/logrotate.d/vchan-host")
+        policy = "policy.d/90-default.policy"
+        tree.copy(ROOT / "etc" / policy, f"etc/vchan/{policy}")
         for example in sorted((ROOT / "libvirt").iterdir()):
             tree.copy_documents("vchan-host", f"libvirt/{example.name}", example)
         tree.manual("vchan.1", USAGE=command_usage())
@@ -205,9 +211,9 @@ class Debian:
 
     def _finish(self, tree: "Tree", name: str) -> Path:
         completion = "usr/share/bash-completion/completions"
-        tree.copy(HERE / "completion" / "daemons", f"{completion}/{name}")
-        if name == "vchan-host":
-            tree.copy(HERE / "completion" / "vchan", f"{completion}/vchan")
+        for command in sorted(path.name for path in (tree.root / "usr/bin").iterdir()):
+            source = "vchan" if command == "vchan" else "daemons"
+            tree.copy(HERE / "completion" / source, f"{completion}/{command}")
         year = str(datetime.fromtimestamp(source_date(), UTC).year)
         copyright_text = filled((HERE / "copyright").read_text(), {"YEAR": year})
         tree.write(f"usr/share/doc/{name}/copyright", copyright_text.encode())
@@ -244,10 +250,14 @@ class Tree:
     def write(self, name: str, content: bytes, mode: int = 0o644) -> None:
         """Add a file; directories come by themselves."""
         path = self.root / name
-        for directory in reversed(path.relative_to(self.root).parents):
-            (self.root / directory).mkdir(mode=0o755, exist_ok=True)
+        self.directory(str(Path(name).parent))
         path.write_bytes(content)
         path.chmod(mode)
+
+    def directory(self, name: str) -> None:
+        """Add a directory, and those above it."""
+        for directory in (*reversed(Path(name).parents), Path(name)):
+            (self.root / directory).mkdir(mode=0o755, exist_ok=True)
 
     def copy(self, source: Path, name: str, mode: int = 0o644) -> None:
         """Add a file of the project's."""
@@ -324,11 +334,17 @@ def cloud_init(work: Path, zipapp: Path, package: Path, url: str) -> list[Path]:
 # ---------------------------------------------------------------- the manual
 
 
-def guest_usage() -> str:
-    """vchan-guest's own words, as a manual page takes them."""
-    from vchan.guest.daemon import USAGE
+def usage_of(module: str) -> str:
+    """A guest's program's own words, as a manual page takes them."""
+    text: str = importlib.import_module(module).USAGE
+    return literal(text)
 
-    return literal(USAGE)
+
+def guest_configuration() -> str:
+    """vchan-guest's file, with its defaults."""
+    from vchan.guest.allowed import DEFAULT_ALLOW
+
+    return filled((HERE / "guest" / "guest.conf").read_text(), {"ALLOW": DEFAULT_ALLOW})
 
 
 def command_usage() -> str:

@@ -27,8 +27,12 @@ pytestmark = [
     pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
 ]
 
-EXPOSURE_MAX = {"vchan-host.service": 1.5, "vchan-guest.service": 0.5}
+EXPOSURE_MAX = {"vchan-host.service": 1.5, "vchan-guest.service": 0.5, "vchan-http.service": 1.5}
 """systemd-analyze security's, of 10; the guest's with the drop-in relay-only.conf."""
+CHECK_CONFIGURATION = """
+from vchan.guest.daemon import parse_options
+assert parse_options(["--config", "/root/guest.conf"]) == parse_options([])
+"""
 OUR_FILES = "find / -xdev -iname '*vchan*' -not -path '/proc/*' -not -path '/root/*'"
 
 
@@ -95,7 +99,7 @@ def test_lintian_has_nothing_against_the_packages(artefacts: Artefacts) -> None:
 
 def test_the_manual_is_well_formed(unpacked: Path, directory: Path) -> None:
     pages = sorted((unpacked / "usr/share/man").rglob("*.gz"))
-    assert len(pages) == 4
+    assert len(pages) == 5
     for page in pages:
         plain = directory / page.stem
         plain.write_bytes(subprocess.run(["zcat", page], capture_output=True, check=True).stdout)
@@ -106,6 +110,7 @@ def test_the_manual_is_well_formed(unpacked: Path, directory: Path) -> None:
 
 def test_the_manual_has_every_option(unpacked: Path) -> None:
     from vchan.cli import build_parser
+    from vchan.guest import http
     from vchan.guest.daemon import USAGE
     from vchan.host.config import list_opts
 
@@ -117,8 +122,9 @@ def test_the_manual_has_every_option(unpacked: Path) -> None:
     for section, group in list_opts():
         assert f"[{section}]" in options
         assert [option.name for option in group if option.name not in options] == []
-    flat = " ".join(page("vchan-guest.8").split())
-    assert " ".join(USAGE.split()) in flat.replace("\N{HYPHEN}", "-")
+    for name, usage in (("vchan-guest.8", USAGE), ("vchan-http.8", http.USAGE)):
+        flat = " ".join(page(name).split())
+        assert " ".join(usage.split()) in flat.replace("\N{HYPHEN}", "-")
     commands = re.findall(r"^    (\w+) ", build_parser().format_help(), re.MULTILINE)
     assert len(commands) >= 7
     assert [name for name in commands if f" {name} " not in page("vchan.1")] == []
@@ -270,6 +276,10 @@ def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -
     assert in_chroot(debian, "dpkg", "--verify", "vchan-guest").output == ""
     assert "vchan-guest 0" in in_chroot(debian, "vchan-guest", "--version").output
     in_chroot(debian, "python3", "-c", "import vchan.client")
+    configuration = in_chroot(debian, "cat", "/etc/vchan/guest.conf").output
+    plain = debian / "root" / "guest.conf"
+    plain.write_text(configuration.replace("#allow", "allow").replace("#port", "port"))
+    in_chroot(debian, "python3", "-c", CHECK_CONFIGURATION)
     assert "vchan" in in_chroot(debian, "getent", "group", "vchan").output
     verified = in_chroot(debian, "systemd-analyze", "verify", "--man=no", "vchan-guest.service")
     assert verified.output == ""
