@@ -115,6 +115,10 @@ class HostSide:
 
         self.run(up)
 
+    def _end_grace(self) -> None:
+        """Nobody is about to come back: refuse what nobody serves at once."""
+        self.local._servers._grace_until_s = 0.0
+
     def down(self) -> None:
         """Close it, with every connection: as if the daemon had died."""
 
@@ -152,6 +156,7 @@ class HostSide:
     def __enter__(self) -> Self:
         self._thread.start()
         self.up()
+        self.run(self._end_grace)
         self.run(lambda: self.channel.connect(str(self._port)))
         self.run(self.channel.speak)
         return self

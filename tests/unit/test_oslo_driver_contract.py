@@ -253,11 +253,12 @@ def test_requeue_blocks_until_it_is_processed_locally(site: Site, rpc: Any) -> N
 
 
 def test_a_failed_requeue_is_logged_and_raises_nothing(
-    site: Site, rpc: Any, caplog: pytest.LogCaptureFixture
+    site: Site, rpc: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ "If the requeue operation fails this method must issue a log message describing the reason
     for the failure. :raises: Does not raise an exception"
     """
+    monkeypatch.setattr("vchan.host.servers.LINGER_S", 0.1)
     received = rpc(target(server="s"), lambda _: None)
     with Casting(site, target()) as cast:
         (sent,) = cast(1)
@@ -841,9 +842,8 @@ def test_a_notification_without_a_listener(site: Site, notifications: Any) -> No
     at the time the notification is published." Ours does in a guest, where the control side's
     broker stores it. On a host's socket there is no store, and the notifier is told at once.
     """
+    notifications(target("other"))
     driver = site.driver(site.host_url)
-    notifications(target("warm"))
-    wait(lambda: time.monotonic() > site.host.local._servers._grace_until_s)
     with pytest.raises(om.MessageUndeliverable, match="no program on this host serves topic t"):
         driver.send_notification(target("t.info"), {}, event(), 2.0)
 
@@ -899,7 +899,7 @@ def test_listen_blocks_until_the_subscription_is_there(site: Site) -> None:
     """
     driver, sender = site.driver(site.host_url), site.driver(site.host_url)
     with pytest.raises(om.MessageUndeliverable):
-        sender.send(target("none"), {}, message())  # connected, and the grace of a start is over
+        sender.send(target("none"), {}, message())  # it is connected
     for number in range(20):
         listener = driver.listen(target(f"t{number}", server="s"), 1, None)
         received = Received(listener)
@@ -911,19 +911,19 @@ def test_subscriptions_are_restored(site: Site, rpc: Any) -> None:
     """ "In the case of failover, the driver must restore the subscription(s)." """
     received = rpc(target(server="s"))
     driver = site.driver(site.host_url)
-    for number in range(3):
+    for number in range(2):
         site.host.down()
         site.host.up()
         driver.send(target(), {}, message(n=number))
         driver.send(target(server="s"), {}, message(n=number))
-    received.wait(6)
+    received.wait(4)
 
 
 def test_subscriptions_stay_until_the_listener_is_stopped(site: Site, rpc: Any) -> None:
     """ "Subscriptions should remain active until the listener is stopped." """
     received = rpc(target(server="s"))
     driver = site.driver(site.host_url)
-    time.sleep(6)  # longer than a session's PING_IDLE
+    time.sleep(1.0)
     driver.send(target(server="s"), {}, message())
     received.wait(1)
     received.listener.stop()

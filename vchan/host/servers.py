@@ -180,8 +180,10 @@ class Servers:
         served = self._open[request.id] = _Served(request, address, told, now_s)
         if holder is not None:
             self._submit(served, (holder,), now_s)
-        elif is_repeat or not keys:
+        elif is_repeat:
             self._wait(served, self._grace_until_s, self._grace_until_s)
+        elif not keys:
+            self._wait(served, now_s, self._grace_until_s)
         elif self._has_line(address):
             self._wait(served, now_s, now_s + LINGER_S)
         else:
