@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.fuzz.corpus import INPUT_BYTES_MAX, load, save
+from tests.fuzz.corpus import INPUT_BYTES_MAX, fewest, load, save
 from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import TARGETS
 
@@ -92,16 +92,13 @@ def _last(pattern: str, text: str) -> int:
 
 def keep(target: str, directory: Path) -> int:
     """Into the repository: the fewest small inputs that reach what was reached."""
-    small, fewest = directory / f"{target}-small", directory / f"{target}-fewest"
-    for path in (small, fewest):
-        path.mkdir(exist_ok=True)
-    for path in (directory / target).iterdir():
-        if path.stat().st_size <= KEPT_BYTES_MAX:
-            (small / path.name).write_bytes(path.read_bytes())
-    _worker(target, "-merge=1", str(fewest), str(small))
-    inputs = sorted((path.read_bytes() for path in fewest.iterdir()), key=len)[:KEPT_MAX]
-    save(target, inputs)
-    return len(inputs)
+    found = [path.read_bytes() for path in (directory / target).iterdir()]
+    small = [data for data in found if len(data) <= KEPT_BYTES_MAX]
+    inputs = fewest(TARGETS[target], [*seeds(target), *load(target), *small])
+    known = {*seeds(target)}
+    kept = [data for data in inputs if data not in known][:KEPT_MAX]
+    save(target, kept)
+    return len(kept)
 
 
 def main() -> int:

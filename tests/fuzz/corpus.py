@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import vchan
+
+_OURS = str(Path(vchan.__file__).parent)
 HERE = Path(__file__).parent / "corpus"
 INPUT_BYTES_MAX = 4096
 """Larger ones reach nothing that smaller ones do not."""
@@ -26,3 +32,42 @@ def save(target: str, inputs: Iterable[bytes]) -> None:
     lines = [f"{data.hex()} {name}".rstrip() for data, name in kept.items()]
     HERE.mkdir(exist_ok=True)
     (HERE / f"{target}.txt").write_text("".join(f"{line}\n" for line in sorted(lines)))
+
+
+def fewest(target: Callable[[bytes], None], inputs: Iterable[bytes]) -> list[bytes]:
+    """Of these, the small ones first, each that takes a way through vchan no earlier one took."""
+    seen: set[tuple[str, int, int]] = set()
+    kept = []
+    for data in sorted(inputs, key=lambda data: (len(data), data)):
+        taken = _ways(target, data)
+        if not taken <= seen:
+            seen |= taken
+            kept.append(data)
+    return kept
+
+
+def _ways(target: Callable[[bytes], None], data: bytes) -> set[tuple[str, int, int]]:
+    """From which line to which, in vchan's files."""
+    taken: set[tuple[str, int, int]] = set()
+
+    def enter(frame: FrameType, _event: str, _: Any) -> Callable[..., Any] | None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OURS):
+            return None
+        last = 0
+
+        def step(frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
+            nonlocal last
+            if event == "line":
+                taken.add((name, last, frame.f_lineno))
+                last = frame.f_lineno
+            return step
+
+        return step
+
+    sys.settrace(enter)
+    try:
+        target(data)
+    finally:
+        sys.settrace(None)
+    return taken

@@ -30,7 +30,7 @@ from vchan.frames import (
 )
 from vchan.host import envelope, upward_envelope
 from vchan.host.audit_record import LINE_BYTES_MAX, Record, format_record
-from vchan.host.broker_config import _import_oslo_messaging
+from vchan.host.broker_config import import_oslo_messaging
 from vchan.host.domain_xml import DomainState, DomainXmlError, domain_facts
 from vchan.host.policy import Ask, Facts, Kind, Policy, PolicyError, parse
 from vchan.host.policy_lint import lint
@@ -38,14 +38,14 @@ from vchan.messages import BadMessage, Request, decode, encode
 
 with warnings.catch_warnings():  # of each other, and of what they import
     warnings.simplefilter("ignore")
-    _import_oslo_messaging()
+    import_oslo_messaging()
     oslo: Any = import_module("oslo_messaging._drivers.common")
 
 VM = "b1b1f4b2-0000-4000-8000-000000000001"
 ID = bytes(range(16))
 _GREETINGS = (KIND_HELLO, KIND_WELCOME, KIND_REFUSE)
-STREAM_BYTES_MAX = 100_000
-_CHUNKS = (1, 7, 44, 100, 1000, 4096, 20_000)
+STREAM_BYTES_MAX = 40_000
+_CHUNKS = (3, 44, 100, 1000, 4096, 20_000)
 KEY, CANDIDATE = Key(0x5A5A5A5A, 0x12345678), Key(7, 9)
 
 
