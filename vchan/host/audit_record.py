@@ -37,6 +37,7 @@ class Record(NamedTuple):
         verdict: An Effect, or REFUSED.
         rule: The policy's FILE:LINE, or "default", or the limit's name.
         reason: Why it was refused, in words.
+        via: The host that it came from, where that is not the one that writes this.
     """
 
     facts: Facts
@@ -45,6 +46,7 @@ class Record(NamedTuple):
     rule: str
     request_id: bytes = b""
     reason: str = ""
+    via: str = ""
 
 
 def decision(facts: Facts, ask: Ask, verdict: Verdict, request_id: bytes = b"") -> Record:
@@ -81,6 +83,7 @@ def format_record(record: Record, *, time: str, host: str, left_out: int = 0) ->
         "rule": record.rule,
         "request": record.request_id.hex(),
         "reason": _cut(record.reason, REASON_CHARS_MAX),
+        "via": record.via,
         "left_out": left_out,
     }
     shown = {

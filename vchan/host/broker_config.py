@@ -138,7 +138,7 @@ class _OsloOptions:
     )
 
     def __init__(self, conf: Any) -> None:
-        oslo_messaging, oslo_messaging_opts = _import_oslo_messaging()
+        oslo_messaging, oslo_messaging_opts = import_oslo_messaging()
         self._types: dict[str, Any] = {}
         for group, options in oslo_messaging_opts.list_opts():
             if group in (None, self._GROUP):
@@ -199,8 +199,9 @@ class _OsloOptions:
         return {argument: limit for argument, limit in limits.items() if limit}
 
 
-def _import_oslo_messaging() -> tuple[Any, Any]:
-    """Late, because it takes a quarter of a second, and without eventlet where that can be.
+def import_oslo_messaging() -> tuple[Any, Any]:
+    """oslo_messaging and its opts. Late, because it takes a quarter of a second, and without
+    eventlet where that can be.
 
     oslo.messaging imports oslo.service, which picks its eventlet backend unless told otherwise. Its
     threading backend needs cotyledon (`oslo.service[threading]`) and leaves eventlet alone; but

@@ -10,7 +10,7 @@ VM to whichever host serves it. That queue also carries notes: what a host that 
 has published, told to the one that serves it now.
 
     note   {"vchan.note": 1, "taken": [ids], "calls": [ids], "gone": [ids], "doubt": [ids],
-            "whole": true}
+            "host": name, "before": name, "whole": true}
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ VM_QUEUE_PREFIX: Final = "vchan_vm_"
 NOTE_KEY: Final = "vchan.note"
 NOTE_IDS_MAX: Final = 20_000
 """Ids in a note: more than a host remembers of a VM."""
-_ID: Final = re.compile("[0-9a-f]{32}")
-_PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
+ID_PATTERN: Final = re.compile("[0-9a-f]{32}")
+PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
 """What oslo.messaging's Notifier knows."""
 
 
@@ -75,7 +75,7 @@ def read(request: Request) -> Invocation:
     if request.target == httpcall.TOPIC:
         return Invocation(_read_http(request, method, args), args, None, {})
     kind = _kind(request)
-    if kind is Kind.NOTIFY and method not in _PRIORITIES:
+    if kind is Kind.NOTIFY and method not in PRIORITIES:
         raise EnvelopeError(f"{method!r} is no priority of a notification")
     ask = Ask(
         kind,
@@ -118,7 +118,7 @@ def publication(
     message: dict[str, Any] = {f"_context_{key}": value for key, value in context.items()}
     message["_unique_id"] = request.id.hex()
     if ask.kind is Kind.NOTIFY:
-        message.update(_notification(vm, asked))
+        message.update(notification(vm, ask.method, asked.args))
         form, key = Form.NOTIFY, f"{ask.topic}.{ask.method}"
     else:
         message.update(_invocation(asked))
@@ -147,8 +147,12 @@ def _invocation(asked: Invocation) -> dict[str, Any]:
     return message
 
 
-def _notification(vm: str, asked: Invocation) -> dict[str, Any]:
-    args = asked.args
+def notification(vm: str, priority: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """What oslo.messaging's Notifier would send.
+
+    Raises:
+        EnvelopeError: The arguments are not a notification's.
+    """
     metadata = args.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise EnvelopeError("a notification's metadata is not an object")
@@ -158,7 +162,7 @@ def _notification(vm: str, asked: Invocation) -> dict[str, Any]:
         "publisher_id": name_of(publisher, "publisher_id"),  # no longer than others may be
         "event_type": name_of(args, "event_type"),
         "payload": args.get("payload"),
-        "priority": asked.ask.method.upper(),
+        "priority": priority.upper(),
         "message_id": name_of(metadata, "message_id"),
         "timestamp": name_of(metadata, "timestamp"),
     }
@@ -178,24 +182,28 @@ class Note(NamedTuple):
 
     taken: casts that were published. calls: calls that were: their answers come, or are here.
     gone: calls that were, and have no answer any more. doubt: requests that may have been.
-    whole: no other request was. (Else that host had no note itself, and the guest hardly time to
-    send again what it had sent before.)
+    host: who left it. before: the host that the guest was with before that.
+    whole: no other request was published, by that host or one before it. Else it knows of its own
+    alone.
     """
 
     taken: tuple[bytes, ...]
     calls: tuple[bytes, ...]
     gone: tuple[bytes, ...]
     doubt: tuple[bytes, ...]
+    host: str
+    before: str
     whole: bool
 
 
-_LISTS: Final = Note._fields[:-1]
+_LISTS: Final = ("taken", "calls", "gone", "doubt")
 
 
 def encode_note(note: Note) -> bytes:
     """For the VM's own queue."""
     lists = {name: [each.hex() for each in getattr(note, name)] for name in _LISTS}
-    return encode_json({NOTE_KEY: 1, **lists, "whole": note.whole})
+    rest = {"host": note.host, "before": note.before, "whole": note.whole}
+    return encode_json({NOTE_KEY: 1, **lists, **rest})
 
 
 def read_mail(body: bytes) -> Answer | Note:
@@ -207,21 +215,22 @@ def read_mail(body: bytes) -> Answer | Note:
     value = open_envelope(body)
     if NOTE_KEY in value:
         taken, calls, gone, doubt = (_ids(value.get(name)) for name in _LISTS)
-        return Note(taken, calls, gone, doubt, value.get("whole") is True)
+        host, before = name_of(value, "host") or "", name_of(value, "before") or ""
+        return Note(taken, calls, gone, doubt, host, before, value.get("whole") is True)
     return _answer(value)
 
 
 def _ids(value: object) -> tuple[bytes, ...]:
     if not isinstance(value, list) or len(value) > NOTE_IDS_MAX:
         raise EnvelopeError("a note's ids are not a list, or too many")
-    if not all(isinstance(each, str) and _ID.fullmatch(each) for each in value):
+    if not all(isinstance(each, str) and ID_PATTERN.fullmatch(each) for each in value):
         raise EnvelopeError("a note's ids are not all 32 hex digits")
     return tuple(bytes.fromhex(each) for each in value)
 
 
 def _answer(value: Mapping[str, Any]) -> Answer:
     msg_id = value.get("_msg_id")
-    if not isinstance(msg_id, str) or not _ID.fullmatch(msg_id):
+    if not isinstance(msg_id, str) or not ID_PATTERN.fullmatch(msg_id):
         raise EnvelopeError("an answer to none of a guest's requests: _msg_id is not 32 hex digits")
     request_id = bytes.fromhex(msg_id)
     failure = value.get("failure")

@@ -1,0 +1,153 @@
+"""The conductor's configuration: oslo.config, as every OpenStack service has it."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+from oslo_config import cfg
+from oslo_log import log
+
+from vchan import __version__
+from vchan.errors import ConfigError
+from vchan.host import identity, policy_files
+from vchan.host.audit import STDERR
+from vchan.host.broker_config import import_oslo_messaging
+from vchan.host.policy import Policy
+
+GROUP: Final = "vchan_conductor"
+PROJECT: Final = "vchan"
+PROGRAM: Final = "vchan-conductor"
+"""Both name the files that are read when none is named: /etc/vchan/vchan-conductor.conf, and
+vchan.conf before it."""
+POLICY_DIR: Final = "/etc/vchan/conductor.d"
+AUDIT_LOG: Final = "/var/log/vchan/conductor-audit.log"
+
+RABBIT: Final = "oslo_messaging_rabbit"
+TAKEN_PER_THREAD: Final = 2
+"""Requests taken from the broker, for each thread: one under way and one that waits for it."""
+
+OPTIONS: Final = [
+    cfg.StrOpt(
+        "host",
+        default=socket.gethostname(),
+        sample_default="<this host's name>",
+        help="Name of this conductor: the server's in its RPC target, and in the audit log.",
+    ),
+    cfg.StrOpt(
+        "services_url",
+        default="",
+        secret=True,
+        help=(
+            "The transport_url of the services' broker, where that is not the one that the hosts "
+            "of VMs are connected to (transport_url)."
+        ),
+    ),
+    cfg.StrOpt(
+        "policy_dir",
+        default=POLICY_DIR,
+        help="Directory of the files NN-name.policy, which say what may pass. None: nothing may.",
+    ),
+    cfg.StrOpt(
+        "audit_log",
+        default=AUDIT_LOG,
+        help="File for one line of JSON a decision; - for standard error, and so journald.",
+    ),
+    cfg.IntOpt(
+        "threads",
+        default=64,
+        min=2,
+        max=1024,
+        help="Requests handled at a time. A call takes one until it is answered.",
+    ),
+    cfg.IntOpt(
+        "project_calls",
+        default=16,
+        min=1,
+        help=(
+            "Calls of one project, from all its VMs on all hosts, that wait for an answer at a "
+            "time. Fewer than threads, or one project could take them all."
+        ),
+    ),
+    cfg.FloatOpt(
+        "project_requests_per_s",
+        default=100.0,
+        min=0.01,
+        help="Requests of one project, from all its VMs on all hosts.",
+    ),
+    cfg.ListOpt(
+        "guest_context_allow",
+        default=list(identity.CONTEXT_ALLOW),
+        help="Keys of a guest's request context that pass. Who the guest is, its host has added.",
+    ),
+]
+
+
+def load(arguments: list[str] | None) -> Any:
+    """Parse the command line and configuration files.
+
+    Raises:
+        ConfigError: A value is wrong, or a file cannot be read.
+    """
+    conf = cfg.ConfigOpts()
+    conf.register_opts(OPTIONS, GROUP)
+    log.register_options(conf)
+    try:
+        conf(arguments, project=PROJECT, prog=PROGRAM, version=f"{PROGRAM} {__version__}")
+    except cfg.ConfigFilesNotFoundError as error:
+        raise ConfigError(", ".join(error.config_files), "no such file, or not readable") from error
+    except (cfg.Error, ValueError) as error:
+        raise ConfigError("configuration", " ".join(str(error).split())) from error
+    check(conf)
+    return conf
+
+
+def check(conf: Any) -> None:
+    """Look at every option of ours now, not when it is first needed.
+
+    Raises:
+        ConfigError: Says which one, and what was expected.
+    """
+    for option in OPTIONS:
+        try:
+            conf[GROUP][option.name]
+        except (cfg.Error, ValueError) as error:
+            raise ConfigError(f"[{GROUP}] {option.name}", str(error)) from error
+    own = conf[GROUP]
+    if own.project_calls >= own.threads:
+        problem = f"{own.project_calls}; expected fewer than threads ({own.threads})"
+        raise ConfigError(f"[{GROUP}] project_calls", problem)
+    for name in ("policy_dir", "audit_log"):
+        if not own[name].startswith("/") and (name, own[name]) != ("audit_log", STDERR):
+            raise ConfigError(f"[{GROUP}] {name}", f"{own[name]!r} is no absolute path")
+    context_allow(conf)
+
+
+def register_messaging(conf: Any) -> None:
+    """oslo.messaging's own options."""
+    for group, options in import_oslo_messaging()[1].list_opts():
+        if group in (None, RABBIT):
+            conf.register_opts(options, group=group)
+    # What waits for a thread waits with the broker, where it can still expire.
+    waiting = conf[GROUP].threads * TAKEN_PER_THREAD
+    conf.set_default("rabbit_qos_prefetch_count", waiting, RABBIT)
+
+
+def policy(conf: Any) -> Policy:
+    """What may pass, as the files say now.
+
+    Raises:
+        ConfigError: Says which file and line, and what was expected.
+    """
+    return policy_files.load(conf[GROUP].policy_dir)
+
+
+def context_allow(conf: Any) -> frozenset[str]:
+    """The context keys that guests may set."""
+    where = f"[{GROUP}] guest_context_allow"
+    return identity.check_allow(conf[GROUP].guest_context_allow, where)
+
+
+def list_opts() -> list[tuple[str, list[Any]]]:
+    """For oslo-config-generator."""
+    return [(GROUP, OPTIONS)]
