@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 SERVER = "http://10.0.2.100"
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 @dataclass

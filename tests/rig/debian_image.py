@@ -68,7 +68,7 @@ FILES = {
 }
 DISK_MIB = 900
 MEMORY_MIB = 512
-BOOT_TIMEOUT_S = 400.0
+BOOT_TIMEOUT_S = 900.0
 COMMAND_LINE = "root=/dev/nvme0n1 rw console=ttyS0 quiet mitigations=off"
 
 
@@ -279,7 +279,7 @@ class GuestAgent:
         self._stream.close()
         self._socket.close()
 
-    def run(self, script: str, *, timeout_s: float = 120.0) -> Finished:
+    def run(self, script: str, *, timeout_s: float = 300.0) -> Finished:
         """Run a shell script and wait for its end."""
         words = {"path": "/bin/sh", "arg": ["-c", f"exec 2>&1; {script}"], "capture-output": True}
         pid = self.command("guest-exec", **words)["pid"]
@@ -298,14 +298,14 @@ class GuestAgent:
         output = base64.b64decode(state.get("out-data", "")).decode(errors="replace")
         return Finished(state.get("exitcode", -state.get("signal", 0)), output)
 
-    def check(self, script: str, *, timeout_s: float = 120.0) -> str:
+    def check(self, script: str, *, timeout_s: float = 300.0) -> str:
         """Run a script that must succeed, and return its output."""
         finished = self.run(script, timeout_s=timeout_s)
         if finished.status != 0:
             raise RigError(f"{script!r} gave {finished.status} in the guest:\n{finished.output}")
         return finished.output
 
-    def wait(self, script: str, *, timeout_s: float = 120.0, why: str = "true") -> None:
+    def wait(self, script: str, *, timeout_s: float = 300.0, why: str = "true") -> None:
         """Run a script until it succeeds; `why` is run when it does not in time."""
         wait_until(
             lambda: self.run(script).status == 0,
