@@ -15,6 +15,7 @@ from vchan.guest.router import (
     AGENTS_MAX,
     HOLDING_MAX,
     LINGER_S,
+    OWN_EXCHANGE,
     OWN_TOPIC,
     RESTART_GRACE_S,
     Method,
@@ -551,6 +552,34 @@ def test_a_cast_of_what_is_answered_later_is_taken_at_once(rig: Rig) -> None:
     assert rig.host() == [Receipt(identity(1))]
     rig.later.answer({}, rig.now_s)
     assert rig.host() == []
+
+
+def announced(rig: Rig) -> list[tuple[Topic, ...]]:
+    return [message.topics for message in rig.host() if isinstance(message, Subscribe)]
+
+
+def test_our_own_topic_is_announced_with_those_of_agents() -> None:
+    rig = Rig(grace=True)
+    ours = Topic(OWN_EXCHANGE, OWN_TOPIC)
+    rig.router.announce_own_topic()
+    assert announced(rig) == []  # an agent may be about to come back: a list without it would lie
+    rig.attach(1)
+    rig.hear(1, Subscribe((A,)))
+    assert announced(rig) == [tuple(sorted((A, ours)))]
+    rig.wait(RESTART_GRACE_S)
+    assert announced(rig) == []
+    rig.router.host_opened(resumed=False, now_s=rig.now_s)
+    assert announced(rig) == [tuple(sorted((A, ours)))]
+
+
+def test_our_own_topic_gives_way_to_those_of_agents() -> None:
+    rig = Rig()
+    rig.router.announce_own_topic()
+    assert announced(rig) == [(Topic(OWN_EXCHANGE, OWN_TOPIC),)]
+    rig.attach(1)
+    topics = tuple(Topic("x", f"t{number:02}") for number in range(TOPICS_MAX))
+    assert rig.hear(1, Subscribe(topics)) == ""
+    assert announced(rig) == [topics]
 
 
 # -------------------------------------------------------------------- limits and nonsense

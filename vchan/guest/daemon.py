@@ -339,6 +339,7 @@ class Daemon:
                 self._log,
                 Systemd.if_there(),
             )
+            self._router.announce_own_topic()
         return self._units
 
     def _ask_units(self, method: str, args: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from vchan.guest.units import Limits, Unit
@@ -105,6 +106,7 @@ class Child:
         on_exit: Told the exit status, a negative signal, or None if nobody knows.
         on_output: Told what it writes to standard output and error; None: both are the daemon's
             standard error.
+        on_error: Told what it writes to standard error, if that is to be told apart.
         keeper: Ends it with the daemon; None: it outlives the daemon.
         before: Called with the process id before it becomes its program.
         stdin: A descriptor; -1: nothing.
@@ -121,27 +123,27 @@ class Child:
         on_exit: Callable[[int | None], object],
         *,
         on_output: Callable[[bytes], object] | None = None,
+        on_error: Callable[[bytes], object] | None = None,
         keeper: Keeper | None = None,
         before: Callable[[int], object] = lambda _: None,
         stdin: int = -1,
     ) -> None:
         self._loop = loop
         self._on_exit = on_exit
-        self._on_output = on_output
         self._keeper = keeper
         self._adopted = ""
-        self._pidfd = self._output = -1
+        self._pidfd = -1
+        self._outputs: dict[int, Callable[[bytes], object]] = {}
         fds = list(os.pipe2(os.O_CLOEXEC))
         go_read, go_write = fds
-        output = 2
         try:
-            if on_output is not None:
-                self._output, output = os.pipe2(os.O_CLOEXEC)
-                fds.append(output)
-            self.pid = _fork(unit, environment, stdin, output, (go_read, go_write))
+            output = error = self._make_output(on_output, fds)
+            if on_error is not None:
+                error = self._make_output(on_error, fds)
+            self.pid = _fork(unit, environment, (stdin, output, error), (go_read, go_write))
             self._pidfd = _watchable(self.pid)
         except OSError:
-            self._close_output()
+            self._close_outputs()
             raise
         else:
             if keeper is not None:
@@ -162,42 +164,57 @@ class Child:
         """
         child = cls.__new__(cls)
         child._loop, child._on_exit, child.pid = loop, on_exit, pid
-        child._on_output = child._keeper = None
-        child._output = -1
+        child._keeper = None
+        child._outputs = {}
         child._adopted = start_time(pid)
         child._pidfd = os.pidfd_open(pid)
         child._watch()
         return child
 
+    def _make_output(self, told: Callable[[bytes], object] | None, fds: list[int]) -> int:
+        """A pipe whose output `told` is told; returns its other end, and adds that to `fds`."""
+        if told is None:
+            return 2
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        self._outputs[ours] = told
+        fds.append(theirs)
+        return theirs
+
     def _watch(self) -> None:
         self._loop.add_reader(self._pidfd, self._exited)
-        if self._output >= 0:
-            os.set_blocking(self._output, False)
-            self._loop.add_reader(self._output, self._read)
+        for fd in self._outputs:
+            os.set_blocking(fd, False)
+            self._loop.add_reader(fd, partial(self._read, fd))
 
-    def _read(self) -> bool:
+    def _read(self, fd: int) -> bool:
         """Pass on what it has said. False if there is no more for now."""
-        assert self._on_output is not None
+        told = self._outputs.get(fd)
+        if told is None:
+            return False
         try:
-            data = os.read(self._output, READ_BYTES)
+            data = os.read(fd, READ_BYTES)
         except BlockingIOError:
             return False
         if not data:
-            self._close_output()
+            self._close_output(fd)
             return False
-        self._on_output(data)
+        told(data)
         return True
 
-    def _close_output(self) -> None:
-        if self._output >= 0:
-            self._loop.remove_reader(self._output)
-            os.close(self._output)
-            self._output = -1
+    def _close_output(self, fd: int) -> None:
+        del self._outputs[fd]
+        self._loop.remove_reader(fd)
+        os.close(fd)
+
+    def _close_outputs(self) -> None:
+        for fd in list(self._outputs):
+            self._close_output(fd)
 
     def _exited(self) -> None:
-        for _ in range(LAST_READS_MAX):
-            if self._output < 0 or not self._read():
-                break
+        for fd in list(self._outputs):
+            for _ in range(LAST_READS_MAX):
+                if not self._read(fd):
+                    break
         status = None
         if not self._adopted:
             # While nobody has waited for it, its number is its own, and its group's.
@@ -223,7 +240,7 @@ class Child:
 
     def release(self) -> None:
         """Watch it no more."""
-        self._close_output()
+        self._close_outputs()
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -242,33 +259,34 @@ def _watchable(pid: int) -> int:
 # ---------------------------------------------------------------- becoming another program
 
 
-def _fork(
-    unit: Unit, environment: Mapping[str, str], stdin: int, output: int, go: tuple[int, int]
-) -> int:
+_Three = tuple[int, int, int]
+_Two = tuple[int, int]
+
+
+def _fork(unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Two) -> int:
     # Signals wait meanwhile: the child must not run our handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
             gc.disable()
-            _become(unit, environment, stdin, output, go)
+            _become(unit, environment, streams, go)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
 
 
-def _become(
-    unit: Unit, environment: Mapping[str, str], stdin: int, output: int, go: tuple[int, int]
-) -> None:
+def _become(unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Two) -> None:
     """In the child: never returns."""
     try:
         os.setsid()
         for number in (signal.SIGPIPE, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        stdin, output, error = streams
         os.dup2(stdin if stdin >= 0 else os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
-        os.dup2(output, 2)
+        os.dup2(error, 2)
         os.close(go[1])
         if os.read(go[0], 1):  # nothing: the daemon has died
             _limit(unit.limits)

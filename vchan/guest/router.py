@@ -70,6 +70,8 @@ AGENTS_MAX: Final = 64
 """Agents attached at a time."""
 OWN_TOPIC: Final = "vchan.guest"
 """The topic this daemon serves itself, in any exchange."""
+OWN_EXCHANGE: Final = "openstack"
+"""The exchange in which it is announced: oslo.messaging's default."""
 
 Method = Callable[[Mapping[str, Any]], Any]
 
@@ -111,6 +113,7 @@ class Router:
         self._holders: dict[bytes, int] = {}
         self._grace_until_s: float | None = started_s + RESTART_GRACE_S
         self._told: frozenset[Topic] | None = None
+        self._own: frozenset[Topic] = frozenset()
         self.bad_messages = 0
 
     # ---------------------------------------------------------------- the host
@@ -237,10 +240,17 @@ class Router:
             body = encode_failure(kind.__name__, str(result), module=kind.__module__)
         self._answer(request_id, failed, body, now_s)
 
+    def announce_own_topic(self) -> None:
+        """Have OWN_TOPIC come from the broker, too, if the host lets it. Programs on the host can
+        ask there in any case."""
+        self._own = frozenset((Topic(OWN_EXCHANGE, OWN_TOPIC),))
+        self._tell_host()
+
     def _tell_host(self) -> None:
         """Say which topics are served, if that is news."""
-        topics = frozenset(self._servers) | frozenset(self._linger_until_s)
-        if topics == self._told or (self._grace_until_s is not None and not topics):
+        of_agents = frozenset(self._servers) | frozenset(self._linger_until_s)
+        topics = of_agents | self._own if len(of_agents) < TOPICS_MAX else of_agents
+        if topics == self._told or (self._grace_until_s is not None and not of_agents):
             return
         self._told = topics
         self._to_host(encode(Subscribe(tuple(sorted(topics)))), CONTROL)
