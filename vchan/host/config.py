@@ -19,6 +19,7 @@ from vchan.host.envelope import CONTEXT_ALLOW
 from vchan.host.http_proxy import Service, parse_services
 from vchan.host.policy import Policy
 from vchan.host.policy_files import POLICY_DIR, topic_rules
+from vchan.host.static_channels import StaticChannels, parse_channels, parse_topics
 
 CONFIG_FILE: Final = "/etc/vchan/vchan.conf"
 GROUP: Final = "vchan"
@@ -32,7 +33,11 @@ OPTIONS: Final = [
         sample_default="<this host's name>",
         help="Name of this host, as guests and other hosts' daemons are told it.",
     ),
-    cfg.StrOpt("libvirt_uri", default="qemu:///system", help="The libvirt daemon to follow."),
+    cfg.StrOpt(
+        "libvirt_uri",
+        default="qemu:///system",
+        help="The libvirt daemon to follow. Empty: none, the channels option's are all there are.",
+    ),
     cfg.ListOpt(
         "select",
         default=[],
@@ -92,6 +97,22 @@ OPTIONS: Final = [
         help=(
             "Keys of a caller's request context that may enter a guest; * for all. Tokens must "
             "not: a guest is its tenant's."
+        ),
+    ),
+    cfg.ListOpt(
+        "channels",
+        default=[],
+        help=(
+            "Channels besides those of VMs, to another vchan-host on this machine: a list of "
+            "NAME=connect:/PATH or NAME=listen:/PATH. NAME stands where a VM's UUID does."
+        ),
+    ),
+    cfg.ListOpt(
+        "channel_topics",
+        default=[],
+        help=(
+            "What is served at this side's broker, told to the other end of the channels option's "
+            "channels: a list of TOPIC or EXCHANGE/TOPIC."
         ),
     ),
     cfg.ListOpt(
@@ -155,6 +176,7 @@ def check(conf: Any) -> None:
     guest_context_allow(conf)
     failure_rule(conf)
     http_services(conf)
+    static_channels(conf)
     for name in ("socket", "policy_dir", "audit_log"):
         value = conf[GROUP][name]
         if not value.startswith("/") and (name, value) != ("audit_log", STDERR):
@@ -177,6 +199,16 @@ def names_a_broker(conf: Any) -> bool:
         default_config_dirs=conf.config_dir,
     )
     return files.transport_url is not None
+
+
+def static_channels(conf: Any) -> StaticChannels:
+    """The channels that no VM stands behind."""
+    options = conf[GROUP]
+    return StaticChannels(
+        parse_channels(options.channels, f"[{GROUP}] channels"),
+        parse_topics(options.channel_topics, f"[{GROUP}] channel_topics"),
+        socket_mode(conf),
+    )
 
 
 def http_services(conf: Any) -> dict[str, Service]:

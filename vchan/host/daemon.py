@@ -95,11 +95,8 @@ class Daemon:
         self._broker = self._make_broker(conf)
         self._broker_problem = "" if self._broker is None else "not connected yet"
         self._attaching: dict[str, list[tuple[str, Answer]]] = {}
-        self._hypervisor = Hypervisor(
-            options.libvirt_uri,
-            self._poster(self._on_hypervisor),
-            target_name=options.target_name,
-        )
+        self._static = config.static_channels(conf)
+        self._hypervisor = self._make_hypervisor(options)
         self._local = LocalService(self.loop, self, LOG.debug)
         self._http = HttpProxy(
             self.loop, config.http_services(conf), options.metadata_proxy_shared_secret
@@ -121,6 +118,16 @@ class Daemon:
             return None
         return Broker(BrokerConfig.from_oslo(conf), self._poster(self._on_broker))
 
+    def _make_hypervisor(self, options: Any) -> Hypervisor | None:
+        """None where there is no libvirt: then the configuration's channels are all there are."""
+        if not options.libvirt_uri:
+            return None
+        return Hypervisor(
+            options.libvirt_uri,
+            self._poster(self._on_hypervisor),
+            target_name=options.target_name,
+        )
+
     def _poster(self, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         return lambda event: self.loop.call_soon_threadsafe(lambda: handle(event))
 
@@ -134,7 +141,10 @@ class Daemon:
         LOG.info("vchan-host %s: %s, %s", __version__, self._server.path, broker)
         if self._broker is not None:
             self._broker.start()
-        self._hypervisor.start()
+        if self._hypervisor is not None:
+            self._hypervisor.start()
+        else:
+            self._on_hypervisor(domains.Resync(()))
         self._manager.ready(f"{self._server.path}, {broker}")
         try:
             self.loop.run()
@@ -148,7 +158,9 @@ class Daemon:
             channel.release("this host's daemon is stopping")
         if self._broker is not None:
             self._broker.stop()
-        self._hypervisor.stop()
+        if self._hypervisor is not None:
+            self._hypervisor.stop()
+        self._static.close()
         self._http.close()
         self._authority.close()
         self.loop.close()
@@ -182,6 +194,8 @@ class Daemon:
             case domains.Changed(facts):
                 self._note_facts(facts)
             case domains.Resync(every):
+                every += self._static.facts()
+                event = domains.Resync(every)
                 for facts in every:
                     self._note_facts(facts)
             case _:
@@ -214,6 +228,7 @@ class Daemon:
                     self._authority.forget(uuid)
                     self._past.update(channel.totals())
                 case domains.Attach(uuid):
+                    assert self._hypervisor is not None  # nobody else has domains without a channel
                     self._hypervisor.attach(uuid)
                 case domains.Warn(uuid, name, problem):
                     LOG.warning("%s (%s): %s", name, uuid, problem)
@@ -238,6 +253,7 @@ class Daemon:
             LOG.info,
             self._authority.guard(facts),
             lambda reason: self._authority.quarantined(gate.facts, reason),
+            self._static.end(uuid),
         )
         channel.connect(path)
 
@@ -415,6 +431,8 @@ class Daemon:
     def _command(self, name: str, answer: Answer, vm: str) -> None:
         """Attach or detach; answered when libvirt has done it."""
         uuid = self._find(vm).facts.uuid
+        if self._hypervisor is None:
+            raise Rejected(f"{vm}: a channel of the configuration's; there is no libvirt here")
         self._attaching.setdefault(uuid, []).append((name, answer))
         if name == "attach":
             self._hypervisor.attach(uuid)

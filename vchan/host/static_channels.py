@@ -1,0 +1,141 @@
+"""Channels that the configuration names: unix sockets that no VM and no libvirt stand behind.
+
+With one, two vchan-hosts relay between two brokers: the control plane's and a tenant network's, on
+the two sides of a network namespace. One connects, the other listens; otherwise they are alike, and
+each treats the other as it would a VM.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from vchan.errors import ConfigError, PortAbsent
+from vchan.host.channels import End
+from vchan.host.domain_xml import DomainFacts, DomainState
+from vchan.messages import TOPICS_MAX, Topic
+from vchan.session import Role
+from vchan.streams import SEND_BUFFER_BYTES, SocketStream, listen_unix
+
+RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.25)
+"""Between looks for the other end. It costs next to nothing: a unix socket says at once."""
+EXCHANGE: Final = "openstack"
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class StaticChannel(NamedTuple):
+    """One of the configuration's. The name stands where a VM's UUID does."""
+
+    name: str
+    listens: bool
+    path: str
+
+    def facts(self) -> DomainFacts:
+        """As a domain that always runs."""
+        return DomainFacts(self.name, self.name, DomainState.RUNNING, channel_path=self.path)
+
+
+def parse_channels(words: Iterable[str], where: str) -> tuple[StaticChannel, ...]:
+    """The configured channels.
+
+    Args:
+        words: NAME=connect:/PATH or NAME=listen:/PATH.
+
+    Raises:
+        ConfigError: One of them is something else.
+    """
+    channels: list[StaticChannel] = []
+    for word in words:
+        name, _, rest = word.partition("=")
+        kind, _, path = rest.partition(":")
+        if not _NAME.fullmatch(name) or kind not in ("connect", "listen") or path[:1] != "/":
+            raise ConfigError(where, f"{word!r}; expected NAME=connect:/PATH or NAME=listen:/PATH")
+        if any(name == other.name or path == other.path for other in channels):
+            raise ConfigError(where, f"{word!r}: this name or path comes twice")
+        channels.append(StaticChannel(name, kind == "listen", path))
+    return tuple(channels)
+
+
+def parse_topics(words: Iterable[str], where: str) -> tuple[Topic, ...]:
+    """The topics that are served at our broker, for those at the other end.
+
+    Args:
+        words: TOPIC or EXCHANGE/TOPIC.
+
+    Raises:
+        ConfigError: One of them is neither, or there are too many.
+    """
+    topics = []
+    for word in words:
+        exchange, slash, name = word.rpartition("/")
+        if not re.fullmatch(r"[^\s/*?\[]+(/[^\s/*?\[]+)?", word):
+            raise ConfigError(where, f"{word!r}; expected TOPIC or EXCHANGE/TOPIC, no pattern")
+        topics.append(Topic(exchange if slash else EXCHANGE, name))
+    if len(topics) > TOPICS_MAX:
+        raise ConfigError(where, f"{len(topics)} topics; expected at most {TOPICS_MAX}")
+    return tuple(topics)
+
+
+class Listener:
+    """The end that the other one connects to: one client at a time, as a VM's channel takes."""
+
+    def __init__(self, mode: int) -> None:
+        self._mode = mode
+        self._server: socket.socket | None = None
+        self._path = ""
+
+    def open(self, path: str) -> SocketStream:
+        """The connection, if there is one.
+
+        Raises:
+            LinkError: There is none yet, or nobody can listen there.
+        """
+        if self._server is None:
+            self._server, self._path = listen_unix(path, self._mode), path
+        try:
+            connected, _ = self._server.accept()
+        except BlockingIOError:
+            raise PortAbsent(path, "the other end has not connected yet") from None
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        return SocketStream(connected, path)
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            self._server.close()
+            Path(self._path).unlink(missing_ok=True)
+            self._server = None
+
+
+class StaticChannels:
+    """All of them, and the ends that they have."""
+
+    def __init__(
+        self, channels: Iterable[StaticChannel], topics: tuple[Topic, ...], mode: int
+    ) -> None:
+        self._channels = {channel.name: channel for channel in channels}
+        self._topics = topics
+        self._listeners = {
+            channel.name: Listener(mode) for channel in self._channels.values() if channel.listens
+        }
+
+    def facts(self) -> tuple[DomainFacts, ...]:
+        """What libvirt would say of them."""
+        return tuple(channel.facts() for channel in self._channels.values())
+
+    def end(self, name: str) -> End:
+        """Our end of a channel: the default's, if it is a VM's."""
+        if name not in self._channels:
+            return End()
+        if name not in self._listeners:
+            return End(reconnect_s=RECONNECT_S, topics=self._topics)
+        return End(self._listeners[name].open, Role.GUEST, RECONNECT_S, self._topics)
+
+    def close(self) -> None:
+        """Listen no more."""
+        for listener in self._listeners.values():
+            listener.close()
