@@ -16,7 +16,9 @@ from vchan.host.outbound import Offer
 from vchan.host.relay import BrokerPort, Relay
 from vchan.link import Link
 from vchan.loop import Loop, Timer
+from vchan.messages import Subscribe, Topic, encode
 from vchan.session import (
+    CONTROL,
     Config,
     Event,
     Heard,
@@ -30,7 +32,7 @@ from vchan.session import (
     State,
     Violation,
 )
-from vchan.streams import connect_unix
+from vchan.streams import Stream, connect_unix
 
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 """Between attempts while libvirt says that the domain is there."""
@@ -58,6 +60,21 @@ class _Metered(NamedTuple):
     bad_messages: int
 
 
+class End(NamedTuple):
+    """What our end of a channel is like; the default is a VM's.
+
+    Attributes:
+        open_stream: Given the path, makes or finds the connection.
+        reconnect_s: Between attempts at that.
+        topics: Served on our side, and told to the other end.
+    """
+
+    open_stream: Callable[[str], Stream] = connect_unix
+    role: Role = Role.HOST
+    reconnect_s: tuple[float, ...] = RECONNECT_S
+    topics: tuple[Topic, ...] = ()
+
+
 class Channel:
     """One VM's channel, from Connect to Release.
 
@@ -69,6 +86,7 @@ class Channel:
         log: Told what an operator may want to know.
         guard: This VM's; by default one with the default limits.
         quarantined: Told why, when it is put into quarantine.
+        end: What our end is like.
     """
 
     def __init__(
@@ -84,16 +102,18 @@ class Channel:
         log: Callable[[str], None],
         guard: Guard | None = None,
         quarantined: Callable[[str], None] = lambda _: None,
+        end: End = End(),  # noqa: B008 - immutable
     ) -> None:
         self.vm = vm
         self.name = name
         self._loop = loop
         self._log_line = log
+        self._end = end
         self.guard = guard or Guard(Limits())
         self._tell_quarantine = quarantined
         self._session = Session(
             Config(
-                Role.HOST,
+                end.role,
                 host[1],
                 host[0],
                 message_bytes_max=self.guard.limits.message_bytes,
@@ -185,7 +205,7 @@ class Channel:
     def _open(self) -> None:
         self._reconnect_timer = None
         try:
-            stream = connect_unix(self._path)
+            stream = self._end.open_stream(self._path)
         except LinkError as error:
             self._tell(str(error))
             self._plan_reconnect()
@@ -201,7 +221,8 @@ class Channel:
         )
 
     def _plan_reconnect(self) -> None:
-        delay_s = RECONNECT_S[min(self._attempts, len(RECONNECT_S) - 1)]
+        delays_s = self._end.reconnect_s
+        delay_s = delays_s[min(self._attempts, len(delays_s) - 1)]
         self._attempts += 1
         self._reconnect_timer = self._loop.call_later(delay_s, self._open)
 
@@ -252,6 +273,8 @@ class Channel:
                 before = f", last with {peer.attached}" if peer.attached else ""
                 kind = "session resumed" if resumed else "new session"
                 self._tell(f"{kind} with guest {peer.name!r}{before}")
+                if self._end.topics and not resumed:
+                    self._send(encode(Subscribe(self._end.topics)), CONTROL)
                 self.relay.opened(resumed=resumed, now_s=now_s)
                 self.set_timer()
             case Silent(for_s):
