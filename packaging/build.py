@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 MAINTAINER = "vchan developers <vchan@example.org>"
 LIBRARY = "usr/lib/python3/dist-packages"
-NOT_IN_GUESTS = re.compile(r"vchan/(host/|cli\.py|protocol\.py)")
-"""protocol.py is the wire's definition: what runs is generated from it."""
+HOST_PART = re.compile(r"vchan/(host/|conductor/|cli\.py)")
+"""What the host's package holds of the library; the guest's holds the rest."""
+UNUSED = re.compile(r"vchan/protocol\.py")
+"""The wire's definition: what runs is generated from it."""
+SERVICES = ("vchan-guest", "vchan-http")
 LAUNCHER = """\
 #!/usr/bin/python3 -I
 from {module} import main
@@ -53,6 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["SOURCE_DATE_EPOCH"] = str(source_date())
+    os.environ["COLUMNS"] = "78"  # of what programs say of themselves
     with tempfile.TemporaryDirectory(prefix="vchan-package-") as directory:
         build(Path(directory), options.output, options.deb_version, options.url)
 
@@ -125,7 +129,9 @@ def guest_files(package: Path) -> dict[str, bytes]:
     root = package.parent
     names = {path.relative_to(root).as_posix(): path for path in package.rglob("*.py")}
     return {
-        name: path.read_bytes() for name, path in names.items() if not NOT_IN_GUESTS.match(name)
+        name: path.read_bytes()
+        for name, path in names.items()
+        if not HOST_PART.match(name) and not UNUSED.match(name)
     }
 
 
@@ -174,10 +180,9 @@ class Debian:
         for name in ("METADATA", "entry_points.txt"):
             tree.copy(metadata / name, f"{LIBRARY}/{metadata.name}/{name}")
         source = HERE / "guest"
-        for name, module in (("vchan-guest", "daemon"), ("vchan-http", "http")):
-            tree.launcher(name, f"vchan.guest.{module}")
+        for name in SERVICES:
             tree.copy(source / f"{name}.service", f"lib/systemd/system/{name}.service")
-            tree.manual(f"{name}.8", USAGE=usage_of(f"vchan.guest.{module}"))
+        self._commands(tree, lambda module: module.startswith("vchan.guest."))
         tree.copy(source / "60-vchan-guest.rules", "lib/udev/rules.d/60-vchan-guest.rules")
         tree.copy(source / "sysusers.conf", "usr/lib/sysusers.d/vchan.conf")
         tree.copy(source / "tmpfiles.conf", "usr/lib/tmpfiles.d/vchan.conf")
@@ -192,10 +197,9 @@ class Debian:
         tree = Tree(self._work / "vchan-host")
         for path in (self._wheel / "vchan").rglob("*.py"):
             name = path.relative_to(self._wheel).as_posix()
-            if re.match(r"vchan/(host/|cli\.py)", name):
+            if HOST_PART.match(name):
                 tree.copy(path, f"{LIBRARY}/{name}")
-        tree.launcher("vchan-host", "vchan.host.daemon")
-        tree.launcher("vchan", "vchan.cli")
+        self._commands(tree, lambda module: not module.startswith("vchan.guest."))
         source = HERE / "host"
         tree.copy(source / "vchan-host.service", "lib/systemd/system/vchan-host.service")
         tree.copy(source / "vchan.conf", "etc/vchan/vchan.conf")
@@ -204,27 +208,34 @@ class Debian:
         tree.copy(ROOT / "etc" / policy, f"etc/vchan/{policy}")
         for example in sorted((ROOT / "libvirt").iterdir()):
             tree.copy_documents("vchan-host", f"libvirt/{example.name}", example)
-        tree.manual("vchan.1", USAGE=command_usage())
-        tree.manual("vchan-host.8")
         tree.manual("vchan.conf.5", OPTIONS=host_options())
         return self._finish(tree, "vchan-host")
+
+    def _commands(self, tree: "Tree", wanted: Callable[[str], bool]) -> None:
+        """The wheel's commands whose module is wanted, and a manual page for each."""
+        found = next(self._wheel.glob("*.dist-info/entry_points.txt")).read_text()
+        scripts = found.partition("[console_scripts]")[2].partition("[")[0]
+        for name, module in re.findall(r"^(\S+) = (\S+):main$", scripts, re.MULTILINE):
+            if wanted(module):
+                tree.launcher(name, module)
+                tree.manual_of(name, module)
 
     def _finish(self, tree: "Tree", name: str) -> Path:
         completion = "usr/share/bash-completion/completions"
         for command in sorted(path.name for path in (tree.root / "usr/bin").iterdir()):
-            source = "vchan" if command == "vchan" else "daemons"
-            tree.copy(HERE / "completion" / source, f"{completion}/{command}")
+            words = "vchan" if command == "vchan" else "daemons"
+            tree.copy(HERE / "completion" / words, f"{completion}/{command}")
         year = str(datetime.fromtimestamp(source_date(), UTC).year)
         copyright_text = filled((HERE / "copyright").read_text(), {"YEAR": year})
         tree.write(f"usr/share/doc/{name}/copyright", copyright_text.encode())
         tree.write_zipped(f"usr/share/doc/{name}/changelog.gz", self._changelog(name))
         size_kib = tree.size_kib()
-        control = (HERE / name.removeprefix("vchan-") / "control").read_text()
+        source = HERE / name.removeprefix("vchan-")
+        control = (source / "control").read_text()
         values = {"VERSION": self._version, "MAINTAINER": MAINTAINER, "SIZE": str(size_kib)}
         tree.write("DEBIAN/control", filled(control, values).encode())
         for script in ("postinst", "prerm", "postrm"):
-            source = HERE / name.removeprefix("vchan-") / script
-            tree.copy(source, f"DEBIAN/{script}", mode=0o755)
+            tree.copy(source / script, f"DEBIAN/{script}", mode=0o755)
         configuration = sorted(path for path in tree.files() if path.startswith("etc/"))
         tree.write("DEBIAN/conffiles", "".join(f"/{path}\n" for path in configuration).encode())
         tree.write_sums()
@@ -275,12 +286,25 @@ class Tree:
         """Add a command."""
         self.write(f"usr/bin/{command}", LAUNCHER.format(module=module).encode(), 0o755)
 
-    def manual(self, page: str, **values: str) -> None:
+    def manual(self, page: str, *, as_page: str = "", **values: str) -> None:
         """Add a manual page."""
         date = datetime.fromtimestamp(source_date(), UTC)
         values["DATE"] = date.strftime("%B %-d, %Y")
         text = filled((HERE / "man" / page).read_text(), values)
-        self.write_zipped(f"usr/share/man/man{page[-1]}/{page}.gz", text)
+        self.write_zipped(f"usr/share/man/man{page[-1]}/{as_page or page}.gz", text)
+
+    def manual_of(self, command: str, module: str) -> None:
+        """Add a command's manual page: its own, or what the program says of itself."""
+        own = [f"{command}.{section}" for section in "18"]
+        page = next((name for name in own if (HERE / "man" / name).exists()), "")
+        usage = literal(run(sys.executable, "-m", module, "--help"))
+        if page:
+            self.manual(page, USAGE=usage)
+            return
+        about = (importlib.import_module(module).__doc__ or "").split("\n")[0]
+        about = literal(about.partition(": ")[2].rstrip("."))
+        values = {"COMMAND": command, "TITLE": command.upper(), "ABOUT": about, "USAGE": usage}
+        self.manual("command.8", as_page=f"{command}.8", **values)
 
     def files(self) -> list[str]:
         """What is in it so far, without DEBIAN/."""
@@ -334,25 +358,11 @@ def cloud_init(work: Path, zipapp: Path, package: Path, url: str) -> list[Path]:
 # ---------------------------------------------------------------- the manual
 
 
-def usage_of(module: str) -> str:
-    """A guest's program's own words, as a manual page takes them."""
-    text: str = importlib.import_module(module).USAGE
-    return literal(text)
-
-
 def guest_configuration() -> str:
     """vchan-guest's file, with its defaults."""
     from vchan.guest.allowed import DEFAULT_ALLOW
 
     return filled((HERE / "guest" / "guest.conf").read_text(), {"ALLOW": DEFAULT_ALLOW})
-
-
-def command_usage() -> str:
-    """vchan's own words."""
-    from vchan.cli import build_parser
-
-    os.environ["COLUMNS"] = "78"
-    return literal(build_parser().format_help())
 
 
 def host_options() -> str:

@@ -282,7 +282,7 @@ def test_sub_agents_end_with_the_daemon_unless_told(network: Machine) -> None:
     assert _pid_of(network, "4002") == pids[1]
     network.shell.check(f"rm {directory}/*.toml; systemctl reload vchan-guest")
     for seconds in ("4001", "4002"):
-        network.shell.wait(f"! pgrep -f 'sleep {seconds}'")
+        network.shell.wait(f"! pgrep -f '^/bin/sleep {seconds}'")
 
 
 def _pid_of(machine: Machine, seconds: str) -> str:
