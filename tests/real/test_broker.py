@@ -1,12 +1,9 @@
 """vchan.host.broker against a real RabbitMQ, with oslo.messaging's own clients beyond it."""
 
 import gc
-import ssl
-import subprocess
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +13,6 @@ from typing import Any
 import amqp
 import pytest
 from amqp import spec
-from oslo_config import cfg
 
 from tests.rig import rig_directory, wait_until
 from tests.rig.broker_peers import (
@@ -29,10 +25,10 @@ from tests.rig.broker_peers import (
     wait_for_queue,
 )
 from tests.rig.rabbit import RabbitServer
-from vchan.errors import ConfigError, LimitExceeded
+from vchan.errors import LimitExceeded
 from vchan.host import broker as broker_module
 from vchan.host import broker_declared, broker_replies, broker_vm
-from vchan.host.broker_config import BrokerConfig, BrokerHost, BrokerTls
+from vchan.host.broker_config import BrokerConfig, BrokerHost
 from vchan.host.broker_events import (
     Connected,
     Consuming,
@@ -711,54 +707,6 @@ def test_a_wrong_password(config: BrokerConfig) -> None:
             assert "wrong" not in disconnected.reason
 
 
-@pytest.fixture(scope="module")
-def certificate() -> Iterator[Path]:
-    """A key and a certificate for localhost, in one file."""
-    with rig_directory() as directory:
-        path = directory / "both.pem"
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        subprocess.run(
-            [*command, *names, "-keyout", str(path), "-out", str(directory / "cert.pem")],
-            check=True,
-            capture_output=True,
-        )
-        path.write_text(path.read_text() + (directory / "cert.pem").read_text())
-        yield path
-
-
-def test_tls(
-    config: BrokerConfig, clients: Clients, certificate: Path, topic: Topic, vm: str
-) -> None:
-    (node,) = config.hosts
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    with Proxy(node.port, context) as proxy:
-        local = BrokerHost("localhost", proxy.port)
-        config = replace(config, hosts=(local,), tls=BrokerTls(ca_file=str(certificate)))
-        with Host(config) as host:
-            host.consume(vm, topic)
-            for size in (10, 100_000, 2_000_000):
-                answer = clients.call(topic, vm, x="x" * size)
-                host.answer(host.events.take(Delivered), "y" * size)
-                assert answer.result(TIMEOUT_S) == "y" * size
-            for x in range(200):
-                clients.cast(topic, vm, x=x)
-            for x in range(200):
-                event = host.events.take(Delivered)
-                assert event.request.args["x"] == x
-                host.broker.ack(event.token)
-
-
-def test_tls_checks_the_name(config: BrokerConfig, certificate: Path) -> None:
-    (node,) = config.hosts
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    config = replace(config, tls=BrokerTls(ca_file=str(certificate)))
-    with Proxy(node.port, context) as proxy, Host(through(proxy, config)) as host:
-        assert "CERTIFICATE_VERIFY_FAILED" in host.events.take(Disconnected).reason
-
-
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -804,69 +752,3 @@ def test_commands_are_bounded(
     with host:
         assert len(host.events.take_all(Published, 10)) == 10
     assert host.broker._replies == host.broker._replies_bytes == 0
-
-
-# -------------------------------------------------------------------- configuration
-
-
-def from_oslo(directory: Path, text: str) -> BrokerConfig:
-    path = directory / "vchan.conf"
-    path.write_text(text)
-    conf = cfg.ConfigOpts()
-    conf(["--config-file", str(path)], project="vchan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return BrokerConfig.from_oslo(conf)
-
-
-def test_oslo_defaults(tmp_path: Path) -> None:
-    config = from_oslo(tmp_path, "[DEFAULT]\ntransport_url = rabbit://\n")
-    assert config == BrokerConfig(hosts=(BrokerHost("localhost", 5672, "guest", "guest"),))
-
-
-def test_oslo_options(tmp_path: Path) -> None:
-    config = from_oslo(
-        tmp_path,
-        """
-        [DEFAULT]
-        transport_url = rabbit://u:p%40@h1:5673,v:q@[::1]/vh?heartbeat_timeout_threshold=7
-        control_exchange = trove
-        [oslo_messaging_rabbit]
-        heartbeat_timeout_threshold = 9
-        ssl = true
-        ssl_ca_file = /ca
-        rabbit_quorum_queue = true
-        rabbit_transient_quorum_queue = true
-        rabbit_quorum_delivery_limit = 5
-        rabbit_qos_prefetch_count = 10
-        kombu_failover_strategy = shuffle
-        """.replace("        ", ""),
-    )
-    assert config == BrokerConfig(
-        hosts=(BrokerHost("h1", 5673, "u", "p@"), BrokerHost("::1", 5672, "v", "q")),
-        virtual_host="vh",
-        tls=BrokerTls(ca_file="/ca"),
-        heartbeat_s=7,
-        durable=True,
-        quorum=True,
-        fanout_quorum=True,
-        quorum_arguments={"x-delivery-limit": 5},
-        shuffle=True,
-        prefetch=10,
-        default_exchange="trove",
-    )
-    assert [host.address for host in config.hosts] == ["h1:5673", "[::1]:5672"]
-    assert "p@" not in repr(config)
-
-
-@pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        ("transport_url = kafka://", "transport_url"),
-        ("transport_url = nonsense", "transport_url"),
-        ("transport_url = rabbit://h/?heartbeat_timeout_threshold=x", "transport_url's heartbeat"),
-    ],
-)
-def test_oslo_mistakes(tmp_path: Path, text: str, where: str) -> None:
-    with pytest.raises(ConfigError, match=where):
-        from_oslo(tmp_path, f"[DEFAULT]\n{text}\n")

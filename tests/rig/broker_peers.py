@@ -4,7 +4,6 @@ clients; and a cable between them that can be pulled."""
 import contextlib
 import json
 import socket
-import ssl
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -65,10 +64,10 @@ class Recorder:
         with self._changed:
             return any(isinstance(event, kind) for event in self._events)
 
-    def assert_quiet(self, kind: type[BrokerEvent]) -> None:
+    def assert_quiet(self, kind: type[BrokerEvent], for_s: float = QUIET_S) -> None:
         """Nothing of this kind comes, for a moment."""
         with self._changed:
-            came = self._changed.wait_for(lambda: self._any(kind), QUIET_S)
+            came = self._changed.wait_for(lambda: self._any(kind), for_s)
         assert not came, f"unexpected: {self._events}"
 
     def _any(self, kind: type[BrokerEvent]) -> bool:
@@ -146,11 +145,10 @@ class Clients:
 
 
 class Proxy:
-    """Between Broker and RabbitMQ: TLS towards the one, or a cable to pull."""
+    """Between Broker and RabbitMQ: a cable to pull."""
 
-    def __init__(self, target_port: int, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, target_port: int) -> None:
         self._target_port = target_port
-        self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._flowing = threading.Event()
@@ -174,8 +172,6 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                if self._context is not None:
-                    near = self._context.wrap_socket(near, server_side=True)
                 far = socket.create_connection(("127.0.0.1", self._target_port))
                 self._sockets += [near, far]
                 self._start(self._pump, near, far)

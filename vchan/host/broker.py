@@ -28,7 +28,7 @@ from functools import partial
 from typing import Final
 
 from vchan.errors import LimitExceeded
-from vchan.host.amqp_link import BROKEN, Link, ResourceError, spec
+from vchan.host.amqp_link import BROKEN, Link, ResourceError, explain, spec
 from vchan.host.broker_config import BrokerConfig
 from vchan.host.broker_declared import Declared
 from vchan.host.broker_events import (
@@ -99,6 +99,7 @@ class Broker:
         if config.shuffle:
             random.shuffle(self._hosts)
         self._host_index = 0
+        self._tried = 0  # hosts in a row that could not be connected to
         self._attempts = 0
         self._connected_at_s = 0.0
         self._stopping = False
@@ -357,7 +358,7 @@ class Broker:
             link = Link(self.config, host, self.loop, self._on_lost, self._on_blocked)
             link.connect()
         except BROKEN as error:
-            self._on_no_connection(f"{host.address}: {error or type(error).__name__}")
+            self._on_no_connection(f"{host.address}: {explain(error, self.config)}")
             return
         LOG.info("connected to the broker at %s", host.address)
         self.link = link
@@ -386,7 +387,9 @@ class Broker:
     def _on_no_connection(self, reason: str) -> None:
         LOG.warning("no connection to the broker: %s", reason)
         self.post(Disconnected(reason))
-        if self._next_host():
+        self._next_host()
+        self._tried += 1
+        if self._tried < len(self._hosts):
             self.loop.call_soon(self._connect)
         else:
             self._connect_later()
@@ -411,13 +414,14 @@ class Broker:
         self._next_host()
         self._connect_later()
 
-    def _next_host(self) -> bool:
-        """Whether there is one that has not been tried in this round."""
+    def _next_host(self) -> None:
         self._host_index = (self._host_index + 1) % len(self._hosts)
-        return self._host_index != 0
 
     def _connect_later(self) -> None:
-        self.loop.call_later(back_off(self._attempts), self._connect)
+        self._tried = 0
+        config = self.config
+        delay_s = back_off(self._attempts, config.retry_min_s, config.retry_max_s)
+        self.loop.call_later(delay_s, self._connect)
         self._attempts += 1
 
     def _stop(self) -> None:

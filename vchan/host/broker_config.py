@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final
 
 from vchan.errors import ConfigError
@@ -69,8 +70,10 @@ class BrokerConfig:
         fanout_quorum: Likewise for fanout: oslo's rabbit_transient_quorum_queue.
         quorum_arguments: Of quorum queues, e.g. {"x-delivery-limit": 5}.
         fanout_expires_s: An unused fanout queue goes after this; 0: never.
+        topic_expires_s: Likewise for topic queues.
         heartbeat_s: Silence after which a peer is asked; twice that and it is gone. 0: never.
         heartbeat_rate: Looks at the clock per half of that.
+        retry_min_s, retry_max_s: Between attempts to connect, once all hosts have been tried.
         shuffle: Take the hosts in random order, not in the order given.
         prefetch: Unacknowledged messages per VM and queue.
         default_exchange: oslo's control_exchange, for targets that name none.
@@ -88,6 +91,9 @@ class BrokerConfig:
     fanout_quorum: bool = False
     quorum_arguments: Mapping[str, int] = field(default_factory=dict)
     fanout_expires_s: int = 1800
+    topic_expires_s: int = 0
+    retry_min_s: float = 1.0
+    retry_max_s: float = 30.0
     shuffle: bool = False
     prefetch: int = PREFETCH
     default_exchange: str = "openstack"
@@ -96,9 +102,7 @@ class BrokerConfig:
     def from_oslo(cls, conf: Any) -> BrokerConfig:
         """Read transport_url, control_exchange and [oslo_messaging_rabbit], as oslo.messaging does.
 
-        Options in the URL's query go before the file's. Not read: ssl_version (the best version
-        both sides know is used), kombu_compression, and whatever concerns oslo's own connection
-        pools and retries.
+        Options in the URL's query go before the file's. docs/host.md says which are not read.
 
         Args:
             conf: An oslo.config ConfigOpts. oslo.messaging's options are registered on it.
@@ -121,7 +125,9 @@ class BrokerConfig:
             fanout_quorum=options.get("rabbit_transient_quorum_queue", False),
             quorum_arguments=options.quorum_arguments(),
             fanout_expires_s=options.get("rabbit_transient_queues_ttl", 1800),
-            shuffle=options.get("kombu_failover_strategy", "round-robin") == "shuffle",
+            retry_min_s=options.get("rabbit_retry_interval", 1),
+            retry_max_s=options.get("rabbit_interval_max", 30),
+            shuffle=len(options.url.hosts) > 1,  # as oslo.messaging does, whatever the strategy
             prefetch=options.get("rabbit_qos_prefetch_count", 0) or PREFETCH,
             default_exchange=conf.control_exchange,
         )
@@ -182,11 +188,22 @@ class _OsloOptions:
         if not self.get("ssl", False):
             return None
         return BrokerTls(
-            ca_file=self.get("ssl_ca_file", ""),
-            cert_file=self.get("ssl_cert_file", ""),
-            key_file=self.get("ssl_key_file", ""),
+            ca_file=self._file("ssl_ca_file"),
+            cert_file=self._file("ssl_cert_file"),
+            key_file=self._file("ssl_key_file"),
             check_hostname=self.get("ssl_enforce_hostname_verification", True),
         )
+
+    def _file(self, name: str) -> str:
+        """Looked at now: later, Python's ssl says only that some file is missing."""
+        path: str = self.get(name, "")
+        if path:
+            try:
+                Path(path).open("rb").close()
+            except OSError as error:
+                where = f"[{self._GROUP}] {name}"
+                raise ConfigError(where, f"{path}: {error.strerror}") from error
+        return path
 
     def login_method(self) -> str:
         method: str = self.get("rabbit_login_method", "AMQPLAIN")

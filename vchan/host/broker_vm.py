@@ -114,7 +114,7 @@ def topic_arguments(config: BrokerConfig, *, fanout: bool) -> dict[str, Any]:
     """Of a VM's queue for a topic."""
     if fanout:
         return _arguments(config, quorum=config.fanout_quorum, expires_s=config.fanout_expires_s)
-    return _arguments(config, quorum=config.quorum, expires_s=0)
+    return _arguments(config, quorum=config.quorum, expires_s=config.topic_expires_s)
 
 
 def own_arguments(config: BrokerConfig) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class Vm(Owner):
         if not problem:
             self._set_up()
         elif self._set_up_timer is None:
-            delay_s = back_off(self._failures)
+            delay_s = back_off(self._failures, RETRY_MIN_S, RETRY_MAX_S)
             self._set_up_timer = self._broker.loop.call_later(delay_s, self._set_up)
             self._failures += 1
 
@@ -518,7 +518,8 @@ class Vm(Owner):
             self._retry_later()
 
     def _retry_later(self) -> None:
-        self._timer = self._broker.loop.call_later(back_off(self._failures), self._retry)
+        delay_s = back_off(self._failures, RETRY_MIN_S, RETRY_MAX_S)
+        self._timer = self._broker.loop.call_later(delay_s, self._retry)
         self._failures += 1
 
     def _retry(self) -> None:
@@ -564,9 +565,9 @@ class Sweep(Owner):
             LOG.warning("%s: deleting queues: %s %s", self._vm, *inbound.args[:2])
 
 
-def back_off(failures: int) -> float:
+def back_off(failures: int, min_s: float, max_s: float) -> float:
     """Seconds; at random between half and all, so that hosts do not come back in step."""
-    longest_s = min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(failures, 10))
+    longest_s = min(max_s, min_s * 2.0 ** min(failures, 10))
     return longest_s * random.uniform(0.5, 1.0)
 
 

@@ -1,0 +1,109 @@
+"""Where the broker is: oslo.messaging's options, as a file and a URL say them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from oslo_config import cfg
+
+from vchan.errors import ConfigError
+from vchan.host.broker_config import BrokerConfig, BrokerHost, BrokerTls
+
+
+def from_oslo(directory: Path, text: str) -> BrokerConfig:
+    path = directory / "vchan.conf"
+    path.write_text(text)
+    conf = cfg.ConfigOpts()
+    conf(["--config-file", str(path)], project="vchan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return BrokerConfig.from_oslo(conf)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = from_oslo(tmp_path, "[DEFAULT]\ntransport_url = rabbit://\n")
+    assert config == BrokerConfig(hosts=(BrokerHost("localhost", 5672, "guest", "guest"),))
+
+
+def test_options(tmp_path: Path) -> None:
+    for name in ("ca", "cert", "key"):
+        (tmp_path / name).touch()
+    config = from_oslo(
+        tmp_path,
+        f"""
+        [DEFAULT]
+        transport_url = rabbit://u:p%40@h1:5673,v:q@[::1]/vh?heartbeat_timeout_threshold=7
+        control_exchange = trove
+        [oslo_messaging_rabbit]
+        heartbeat_timeout_threshold = 9
+        heartbeat_rate = 2
+        ssl = true
+        ssl_ca_file = {tmp_path}/ca
+        ssl_cert_file = {tmp_path}/cert
+        ssl_key_file = {tmp_path}/key
+        rabbit_login_method = PLAIN
+        amqp_auto_delete = true
+        rabbit_quorum_queue = true
+        rabbit_transient_quorum_queue = true
+        rabbit_quorum_delivery_limit = 5
+        rabbit_quorum_max_memory_length = 6
+        rabbit_quorum_max_memory_bytes = 7
+        rabbit_transient_queues_ttl = 60
+        rabbit_qos_prefetch_count = 10
+        rabbit_retry_interval = 3
+        rabbit_interval_max = 40
+        """.replace("        ", ""),
+    )
+    assert config == BrokerConfig(
+        hosts=(BrokerHost("h1", 5673, "u", "p@"), BrokerHost("::1", 5672, "v", "q")),
+        virtual_host="vh",
+        tls=BrokerTls(f"{tmp_path}/ca", f"{tmp_path}/cert", f"{tmp_path}/key"),
+        login_method="PLAIN",
+        heartbeat_s=7,
+        heartbeat_rate=2,
+        durable=True,
+        auto_delete=True,
+        quorum=True,
+        fanout_quorum=True,
+        quorum_arguments={
+            "x-delivery-limit": 5,
+            "x-max-in-memory-length": 6,
+            "x-max-in-memory-bytes": 7,
+        },
+        fanout_expires_s=60,
+        retry_min_s=3,
+        retry_max_s=40,
+        shuffle=True,
+        prefetch=10,
+        default_exchange="trove",
+    )
+    assert [host.address for host in config.hosts] == ["h1:5673", "[::1]:5672"]
+    assert "p@" not in repr(config)
+
+
+def test_durable_without_quorum_queues(tmp_path: Path) -> None:
+    text = "[DEFAULT]\ntransport_url = rabbit://h/?amqp_durable_queues=true\n"
+    assert from_oslo(tmp_path, text) == replace(
+        BrokerConfig(hosts=(BrokerHost("h"),)), durable=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("transport_url = kafka://", "transport_url"),
+        ("transport_url = nonsense", "transport_url"),
+        ("transport_url = rabbit://h/?heartbeat_timeout_threshold=x", "transport_url's heartbeat"),
+        ("transport_url = rabbit://h/?rabbit_login_method=RABBIT-CR-DEMO", "rabbit_login_method"),
+        (
+            "transport_url = rabbit://\n[oslo_messaging_rabbit]\nssl = true\nssl_ca_file = /no/ca",
+            r"\[oslo_messaging_rabbit\] ssl_ca_file: /no/ca: No such file",
+        ),
+    ],
+)
+def test_mistakes(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(ConfigError, match=where):
+        from_oslo(tmp_path, f"[DEFAULT]\n{text}\n")
