@@ -1,15 +1,18 @@
-"""A private RabbitMQ node: its own ports, data, log, cookie and port mapper (epmd)."""
+"""Private RabbitMQ nodes, alone or in a cluster, with their own ports, data, logs, cookie and port
+mapper (epmd)."""
 
 import contextlib
 import json
 import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tests.rig import NOBODY, Account, RigError, end_process, tail, wait_until
+from tests.rig.certificates import Certificate
 
 # Debian's wrappers in /usr/sbin insist on root or the rabbitmq user and on /var/lib: these do not.
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
@@ -42,13 +45,32 @@ class RabbitServer:
 
     Args:
         configuration: Further lines for rabbitmq.conf.
+        certificate: Listen with TLS, too: on `tls_port`.
+        plugins: To be enabled.
+        name: Of the node, among those it forms a cluster with.
+        first: The node whose cookie and port mapper it shares.
     """
 
-    def __init__(self, directory: Path, *, configuration: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        configuration: str = "",
+        certificate: Certificate | None = None,
+        plugins: Sequence[str] = (),
+        name: str = "rig",
+        first: "RabbitServer | None" = None,
+    ) -> None:
         self.directory = directory
         self.log = directory / "rabbit.log"
+        self.node = f"{name}@localhost"
         self._configuration = configuration
-        self.port, self._epmd_port, self._distribution_port = _free_ports(3)
+        self._certificate = certificate
+        self._plugins = plugins
+        self.port, self.tls_port, epmd_port, self._distribution_port = _free_ports(4)
+        self._home: Path = directory / "home" if first is None else first._home
+        self._epmd_port: int = epmd_port if first is None else first._epmd_port
+        self._has_epmd = first is None
         self._account = Account.first_of("rabbitmq", NOBODY)
         self._epmd: subprocess.Popen[bytes] | None = None
         self._server: subprocess.Popen[bytes] | None = None
@@ -61,10 +83,11 @@ class RabbitServer:
     def __enter__(self) -> Self:
         self._write_configuration()
         try:
-            self._start_epmd()
+            if self._has_epmd:
+                self._start_epmd()
             self.start()
         except BaseException:
-            self._end_all()
+            self.end()
             raise
         return self
 
@@ -74,7 +97,7 @@ class RabbitServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end_all()
+        self.end()
 
     def start(self) -> None:
         """Start the node and wait until it takes AMQP connections (2 to 8 s)."""
@@ -142,29 +165,41 @@ class RabbitServer:
         }
 
     def _write_configuration(self) -> None:
-        for name in ("home", "data"):
-            (self.directory / name).mkdir(parents=True, exist_ok=True)
-        (self.directory / "plugins").write_text("[].\n")
+        for path in (self._home, self.directory / "data"):
+            path.mkdir(parents=True, exist_ok=True)
+        (self.directory / "plugins").write_text(f"[{','.join(self._plugins)}].\n")
         (self.directory / "rabbitmq.conf").write_text(
             f"listeners.tcp.default = 127.0.0.1:{self.port}\n"
             # The default, 50 MB, blocks every publisher on a nearly full disk, silently.
             "disk_free_limit.absolute = 1MB\n"
+            f"{self._tls_configuration()}\n"
             f"{self._configuration}\n"
         )
         self._account.own(self.directory)
+
+    def _tls_configuration(self) -> str:
+        if self._certificate is None:
+            return ""
+        mine = self._certificate.copied(self.directory)
+        return (
+            f"listeners.ssl.default = 127.0.0.1:{self.tls_port}\n"
+            f"ssl_options.cacertfile = {mine.ca}\n"
+            f"ssl_options.certfile = {mine.certificate}\n"
+            f"ssl_options.keyfile = {mine.key}\n"
+        )
 
     def _environment(self) -> dict[str, str]:
         here = str(self.directory)
         return {
             "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "LANG": "C.UTF-8",
-            "HOME": f"{here}/home",  # where Erlang makes and looks for its cookie
+            "HOME": str(self._home),  # where Erlang makes and looks for its cookie
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             # Without a shell between us and the broker: it gets our signals, and is gone when our
             # child is.
             "RUNNING_UNDER_SYSTEMD": "yes",
-            "RABBITMQ_NODENAME": "rig@localhost",
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
             "RABBITMQ_MNESIA_BASE": f"{here}/data",
             "RABBITMQ_LOG_BASE": here,
@@ -204,11 +239,75 @@ class RabbitServer:
         except OSError:
             return False
 
-    def _end_all(self) -> None:
+    def end(self) -> None:
+        """End it, for good."""
         self.stop(crash=True)  # nobody will read its data again, and an orderly stop takes seconds
         if self._epmd is not None:
             end_process(self._epmd, grace_s=0.0)
             self._epmd = None
+
+
+class RabbitCluster:
+    """Some nodes that form a cluster; see `RabbitServer`.
+
+    Args:
+        configuration: Further lines for each rabbitmq.conf.
+    """
+
+    def __init__(self, directory: Path, count: int = 3, *, configuration: str = "") -> None:
+        names = [f"rig{number}" for number in range(1, count + 1)]
+        lines = ["cluster_formation.peer_discovery_backend = classic_config"]
+        lines += [
+            f"cluster_formation.classic_config.nodes.{number} = {name}@localhost"
+            for number, name in enumerate(names, 1)
+        ]
+        # One that loses the others shall not stop serving when they are killed one by one.
+        lines += ["cluster_partition_handling = ignore", configuration]
+        first: RabbitServer | None = None
+        self.nodes: list[RabbitServer] = []
+        for name in names:
+            node = RabbitServer(
+                directory / name, configuration="\n".join(lines), name=name, first=first
+            )
+            first = first or node
+            self.nodes.append(node)
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        """For oslo.messaging's transport_url: all nodes."""
+        hosts = ",".join(f"guest:guest@127.0.0.1:{node.port}" for node in self.nodes)
+        return f"rabbit://{hosts}//"
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for node in self.nodes:  # those after the first one find it, and join
+                stack.enter_context(node)
+            self.wait_whole()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def wait_whole(self) -> None:
+        """Wait until the first node sees all the others."""
+
+        def is_whole() -> bool:
+            status = json.loads(self.nodes[0].ctl("cluster_status", "--formatter", "json"))
+            return len(status["running_nodes"]) == len(self.nodes)
+
+        wait_until(
+            is_whole,
+            timeout_s=START_TIMEOUT_S,
+            interval_s=0.5,
+            failure=lambda: f"no whole cluster: {self.nodes[0].ctl('cluster_status')}",
+        )
 
 
 def _free_ports(count: int) -> list[int]:

@@ -30,7 +30,17 @@ from amqp.serialization import loads
 from vchan.host.broker_config import BrokerConfig, BrokerHost
 from vchan.loop import Loop, Timer
 
-__all__ = ["BROKEN", "Channel", "Inbound", "Link", "Message", "Owner", "ResourceError", "spec"]
+__all__ = [
+    "BROKEN",
+    "Channel",
+    "Inbound",
+    "Link",
+    "Message",
+    "Owner",
+    "ResourceError",
+    "explain",
+    "spec",
+]
 
 CONNECT_TIMEOUT_S: Final = 4.0
 """For one address to answer, and then for each step of the handshake."""
@@ -46,6 +56,28 @@ _FRAME_END: Final = 0xCE
 # What py-amqp raises when the broker goes away or sends what it cannot parse. Our own code does
 # not run inside the calls that are guarded by this.
 BROKEN: Final = (AMQPError, OSError, struct.error, LookupError, ValueError, TypeError)
+
+
+def explain(error: BaseException, config: BrokerConfig) -> str:
+    """Why there is no connection, and which option to look at."""
+    tls, said = config.tls, str(error) or type(error).__name__
+    match error:
+        case ssl.SSLCertVerificationError():
+            authorities = (tls and tls.ca_file) or "the system's"
+            said = (
+                f"its certificate is refused: {error.verify_message}; "
+                f"authorities (ssl_ca_file): {authorities}"
+            )
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+            said += ": it does not speak TLS on this port, and ssl is on"
+        case ssl.SSLEOFError() | ConnectionResetError() if tls:
+            said += ": it may want a certificate that it trusts (ssl_cert_file, ssl_key_file)"
+        case ConnectionResetError():
+            said += ": it may speak TLS on this port, and ssl is off"
+        case _:
+            pass
+    return said
+
 
 # What a channel may be told, and how its arguments are laid out.
 _INBOUND: Final[Mapping[tuple[int, int], str]] = {
