@@ -52,29 +52,29 @@ class Unit(NamedTuple):
     systemd: str = ""
 
 
-def parse_unit(name: str, where: str, table: Mapping[str, Any]) -> Unit:
+def parse_unit(name: str, where: str, content: Mapping[str, Any]) -> Unit:
     """The unit that a file describes.
 
     Args:
         name: The file's, without `.toml`.
         where: The file, for errors.
-        table: What TOML makes of its content.
+        content: What TOML makes of it.
 
     Raises:
         ConfigError: Something in it is wrong: says which key, and what was expected.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(where, "a unit's name is letters, digits and _.@- , at most 63")
-    file = _Table(where, table)
+    file = Table(where, content)
     systemd = file.take("systemd", "", _unit_of_systemd)
     command = file.take("command", (), _command)
     if not command and not systemd:
         raise ConfigError(f"{where}: command", 'is missing: expected ["/path/to/program", ...]')
     if not command:
-        topics = file.take("topics", (), _names)
+        topics = file.take("topics", (), names)
         file.finish("systemd's unit says that")
         return Unit(name, systemd=systemd, topics=topics, autostart=False)
-    limits = _Table(f"{where}: limits", file.take("limits", {}, _table))
+    limits = Table(f"{where}: limits", file.take("limits", {}, table))
     unit = Unit(
         name,
         command,
@@ -84,15 +84,15 @@ def parse_unit(name: str, where: str, table: Mapping[str, Any]) -> Unit:
         file.take("environment", {}, _environment),
         Policy(
             file.take("restart", Policy().restart, _restart),
-            file.take("restart_delay_s", Policy().delay_s, _seconds(0.01)),
-            file.take("restart_delay_max_s", Policy().delay_max_s, _seconds(0.01)),
-            file.take("stop_timeout_s", Policy().stop_timeout_s, _seconds(0.0)),
+            file.take("restart_delay_s", Policy().delay_s, seconds(0.01)),
+            file.take("restart_delay_max_s", Policy().delay_max_s, seconds(0.01)),
+            file.take("stop_timeout_s", Policy().stop_timeout_s, seconds(0.0)),
         ),
-        file.take("autostart", True, _boolean),
-        file.take("survive", False, _boolean),
-        file.take("topics", (), _names),
+        file.take("autostart", True, boolean),
+        file.take("survive", False, boolean),
+        file.take("topics", (), names),
         Limits(
-            limits.take("memory", None, _size),
+            limits.take("memory", None, size),
             limits.take("cpu_s", None, _count),
             limits.take("files", None, _count),
             limits.take("processes", None, _count),
@@ -107,7 +107,7 @@ def parse_unit(name: str, where: str, table: Mapping[str, Any]) -> Unit:
     return unit
 
 
-class _Table:
+class Table:
     """A table, key by key."""
 
     def __init__(self, where: str, table: Mapping[str, Any]) -> None:
@@ -149,7 +149,8 @@ def _path(value: Any) -> str:
     return str(value)
 
 
-def _boolean(value: Any) -> bool:
+def boolean(value: Any) -> bool:
+    """true or false."""
     _require(isinstance(value, bool), "true or false")
     return bool(value)
 
@@ -160,7 +161,8 @@ def _count(value: Any) -> int:
     return int(value)
 
 
-def _size(value: Any) -> int:
+def size(value: Any) -> int:
+    """A number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62:
         return value
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
@@ -171,7 +173,9 @@ def _size(value: Any) -> int:
     return size
 
 
-def _seconds(least_s: float) -> Callable[[Any], float]:
+def seconds(least_s: float) -> Callable[[Any], float]:
+    """A number of seconds, at least so many."""
+
     def check(value: Any) -> float:
         good = isinstance(value, int | float) and not isinstance(value, bool)
         in_range = good and least_s <= value <= SECONDS_MAX
@@ -181,10 +185,11 @@ def _seconds(least_s: float) -> Callable[[Any], float]:
     return check
 
 
-def _table(value: Any) -> Mapping[str, Any]:
+def table(value: Any) -> Mapping[str, Any]:
+    """A table of its own."""
     _require(isinstance(value, dict), "a table")
-    table: Mapping[str, Any] = value
-    return table
+    content: Mapping[str, Any] = value
+    return content
 
 
 def _environment(value: Any) -> Mapping[str, str]:
@@ -192,12 +197,15 @@ def _environment(value: Any) -> Mapping[str, str]:
     _require(isinstance(value, dict), expected)
     for name, text in value.items():
         _require(isinstance(text, str) and "\0" not in text + name and "=" not in name, expected)
-    table: Mapping[str, str] = value
-    return table
+    variables: Mapping[str, str] = value
+    return variables
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    _require(isinstance(value, list) and all(isinstance(v, str) and v for v in value), "names")
+def names(value: Any) -> tuple[str, ...]:
+    """A list of texts."""
+    _require(
+        isinstance(value, list) and all(isinstance(v, str) and v for v in value), "a list of texts"
+    )
     return tuple(value)
 
 
