@@ -31,7 +31,8 @@ from vchan.guest.upward import UPWARD_MAX
 from vchan.host.broker_events import Publication
 from vchan.host.envelope import encode_reply, open_envelope
 from vchan.host.gate import REDELIVERED_KEY
-from vchan.host.outbound import DOUBT_S, HELD_MAX, HELD_S, PAST_MAX
+from vchan.host.history import PAST_MAX, SETTLED_S
+from vchan.host.outbound import HELD_MAX, HELD_S
 from vchan.messages import AGENT_GONE, BUSY, CALL, EXPIRED, FANOUT, NO_AGENT, NOTIFICATION, Request
 
 CAST: Final = 0
@@ -190,7 +191,7 @@ class Asking:
         outcome, is_call = ask.outcome, ask.kind == CALL
         expected = {"result", "failed", "lost"} if is_call else {"taken"}
         if ask.series.target == NOBODY:
-            expected = {"nobody"}
+            expected = {"nobody", "lost"} if self._is_excused(ask) else {"nobody"}
         if outcome == "timeout":
             if ask.timeout_s == LONG_S and not self.hours_passed:
                 self._world.fail(f"{ask} timed out, and everything was healed long before")
@@ -236,14 +237,18 @@ class Asking:
 
     def _unclear_until_s(self, vm: Vm) -> float:
         """Until when a host that got no note could not know what was published before."""
-        losses = [(at_s, True) for at_s in (vm.booted_s, *self._broker.losses)]
-        arrivals = [(at_s, False) for at_s, uuid in self._broker.arrivals if uuid == vm.uuid]
+        losses = [(at_s, "lost") for at_s in self._broker.losses]
+        moves = [
+            (at_s, "comes" if comes else "goes")
+            for at_s, uuid, comes in self._broker.moves
+            if uuid == vm.uuid
+        ]
         until_s = 0.0
-        for at_s, is_loss in sorted(losses + arrivals):
-            if is_loss:
+        for at_s, what in sorted(losses + moves):
+            if what == "lost" or (what == "goes" and at_s <= until_s):
                 until_s = math.inf
-            elif at_s <= until_s:
-                until_s = at_s + DOUBT_S + 0.1
+            elif what == "comes" and at_s <= until_s:
+                until_s = at_s + SETTLED_S + 0.1
         return until_s
 
     def _check_order(self, ask: Ask, server: str) -> None:
@@ -281,7 +286,7 @@ class Asking:
                 self._at_most(f"outbound {name}", len(getattr(outbound, name)), known)
             self._at_most("outbound items", known, outbound._gate.requests_max)
             self._at_most("outbound held", len(outbound._held), HELD_MAX)
-            self._at_most("outbound past", len(outbound._past), PAST_MAX)
+            self._at_most("outbound past", len(outbound._history), PAST_MAX)
         for upward in upwards:
             self._at_most("upward items", len(upward._items), UPWARD_MAX)
             self._at_most("upward requester", len(upward._host), len(upward._items))

@@ -15,6 +15,7 @@ from tests.simulate.world import Fifo, World
 from vchan.host.broker_events import Form, Publication
 from vchan.host.broker_vm import OWN_PREFETCH, own_queue
 from vchan.host.envelope import BrokerRequest
+from vchan.host.upward_envelope import Answer, read_mail
 from vchan.messages import Topic
 
 RETRY_S: Final = 0.7
@@ -160,6 +161,17 @@ class Queue:
             self.unacked[number] = self.unacked.get(number, 0) + 1
             consumer.channel.deliver(self, consumer, message)
 
+    @property
+    def holds_something(self) -> bool:
+        """More than what hosts tell each other in a VM's own queue."""
+        held = list(self.ready)
+        for consumer in self.consumers:
+            held += consumer.channel.out(self)
+        return any(
+            isinstance(message, Message) or isinstance(read_mail(message.body), Answer)
+            for message in held
+        )
+
     def returned(self, channel: _ServerChannel, count: int) -> None:
         """So many are out no longer."""
         left = self.unacked.get(channel.number, 0) - count
@@ -212,6 +224,10 @@ class _ServerChannel:
             topic = Topic(message.exchange, consumer.topic.name)
             event = Delivered(self.vm, token, message.request, topic, queue.fanout, message.tried)
         self._connection.down.push(("event", self.generation, event))
+
+    def out(self, queue: Queue) -> list[Message | Letter]:
+        """What it has of this queue."""
+        return [message for origin, _, message in self._out.values() if origin is queue]
 
     def ack(self, tag: int) -> None:
         held = self._out.pop(tag, None)
@@ -296,6 +312,8 @@ class _ServerConnection:
         if rng.random() < broker.refuses:
             broker.world.stats["guests' requests refused by the broker"] += 1
             broker.refused.add(request_id)
+            if publication.form is Form.MAIL:
+                broker.losses.append(broker.world.now_s)
             broker.doubted.add(request_id)
             sent = Sent(vm, request_id, ok=False, unroutable=False, reason="refused", in_doubt=True)
         else:
@@ -338,9 +356,9 @@ class Broker:
         self.doubted: set[bytes] = set()
         """Guests' requests of which a host does not know whether the broker has them."""
         self.losses: list[float] = []
-        """When a host's daemon or its connection was lost: no note may have been left."""
-        self.arrivals: list[tuple[float, str]] = []
-        """When a VM's guest began to talk to a host."""
+        """When a host's daemon, its connection or its note was lost."""
+        self.moves: list[tuple[float, str, bool]] = []
+        """When a VM's guest began to talk to a host (True), or ended (False)."""
         self._services: dict[tuple[str, str], list[Fifo]] = {}  # by exchange and routing key
         self._notifications: dict[tuple[str, str], list[Publication]] = {}  # nobody listens yet
         self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
@@ -423,7 +441,7 @@ class Broker:
 
     def leftovers(self) -> list[str]:
         """Queues that still hold something."""
-        return [name for name, queue in self.queues.items() if queue.ready or queue.unacked]
+        return [name for name, queue in self.queues.items() if queue.holds_something]
 
     def settle(self, request_id: bytes, vm: str) -> None:
         """A host was told that the broker has forgotten this."""

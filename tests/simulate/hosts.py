@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from tests.rig.gates import OpenGate, offer_nothing
 from tests.simulate import broker as sim_broker
+from tests.simulate import network
 from tests.simulate.broker import Broker, HostBroker
 from tests.simulate.virtio import Qemu
 from tests.simulate.world import Fifo, Machine, Process, World
 from vchan.errors import LimitExceeded
 from vchan.host import domains
-from vchan.host.channels import Channel
+from vchan.host.channels import Channel, End
 from vchan.host.domains import (
     Changed,
     DomainEvent,
@@ -111,9 +112,10 @@ class HostDaemon:
                         CONTEXT_ALLOW,
                         offer_nothing,
                         _no_log,
+                        end=End(self._connect),
                     )
                     self._check_settling(channel)
-                    self._watch_arrival(channel)
+                    self._watch_moves(channel)
                     channel.connect(path)
                 case domains.Speak(uuid):
                     self.channels[uuid].speak()
@@ -139,17 +141,30 @@ class HostDaemon:
 
         requester.settle = checked
 
-    def _watch_arrival(self, channel: Channel) -> None:
-        """Note when the guest is there for the first time."""
+    def _connect(self, path: str) -> Any:
+        return network.connect(self._world, path)
+
+    def _watch_moves(self, channel: Channel) -> None:
+        """Note when the guest comes and goes."""
         outbound: Any = channel.relay.outbound
-        opened = outbound.opened
+        opened, suspend, release = outbound.opened, outbound.suspend, outbound.release
 
-        def noted(now_s: float) -> None:
-            if outbound._doubt_until_s is None:
-                self._server.arrivals.append((self._world.now_s, channel.vm))
-            opened(now_s)
+        def noted_opened(**how: Any) -> None:
+            if not outbound._history.stay or outbound._suspended:
+                self._server.moves.append((self._world.now_s, channel.vm, True))
+            opened(**how)
 
-        outbound.opened = noted
+        def noted_suspend() -> None:
+            self._server.moves.append((self._world.now_s, channel.vm, False))
+            suspend()
+
+        def noted_release() -> None:
+            if channel._released:  # by libvirt's word: what the broker still says is not heard
+                self._server.doubted.update(outbound._sending)
+            release()
+
+        outbound.opened, outbound.suspend = noted_opened, noted_suspend
+        outbound.release = noted_release
 
     def _on_broker(self, event: sim_broker.Event) -> None:
         """As Daemon._on_broker."""

@@ -54,7 +54,6 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         (vchan.guest.daemon, "port_opener", port_opener),
         (vchan.guest.daemon, "log", lambda _priority, _text: None),
         (vchan.host.channels, "os", fake_os),
-        (vchan.host.channels, "connect_unix", connect_unix),
         (vchan.link, "hangup_watch", hangup_watch),
         (vchan.server, "os", fake_os),
         (vchan.server, "listen_unix", lambda path, _mode: network.listen(world, path)),

@@ -16,7 +16,7 @@ from tests.simulate.guest import Vm
 from tests.simulate.hosts import Host
 from tests.simulate.patches import installed
 from tests.simulate.world import World
-from vchan.host.outbound import DOUBT_S
+from vchan.host.history import SETTLED_S
 from vchan.messages import CALL as CALL_UP
 from vchan.messages import FANOUT as FANOUT_UP
 from vchan.messages import NOTIFICATION
@@ -122,7 +122,7 @@ class Run:
         if not self._run_until(START_S, self._is_serving, "start serving"):
             return
         if rng.random() < 0.8:  # else their arrival is part of it
-            world.run(world.now_s + DOUBT_S + 2.0)
+            world.run(world.now_s + SETTLED_S + 2.0)
         if scenario is not None:
             scenario(self)
         else:

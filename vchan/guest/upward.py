@@ -16,10 +16,12 @@ from typing import Any, Final
 from vchan.errors import LimitExceeded
 from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Requester, Send, Taken
 from vchan.messages import (
+    AGENT_GONE,
     BUSY,
     EXPIRED,
     FAILURE,
     FINAL,
+    REDELIVERED,
     REFUSED,
     Cancel,
     Receipt,
@@ -90,7 +92,7 @@ class Upward:
             case Cancel(request_id):
                 if self._drop(request_id):
                     self._host.cancel(request_id)
-                    self._host.settle((request_id,))  # the host may have answered by now
+                    self._host.settle((request_id,))  # it may have been answered by now
             case Settled(ids):
                 over = [request_id for request_id in ids if self._is_over(request_id)]
                 for request_id in over:
@@ -109,21 +111,26 @@ class Upward:
                 self._tell(item.outcome, item)
             return
         if len(self._items) >= UPWARD_MAX or self._bytes + len(request.body) > UPWARD_BYTES_MAX:
-            text = f"{len(self._items)} requests of this guest are open (UPWARD_MAX)"
-            self._refuse(key, request.id, BUSY, text)
+            text = (
+                f"{len(self._items)} requests with {self._bytes} bytes of this guest are open "
+                "(UPWARD_MAX, UPWARD_BYTES_MAX)"
+            )
+            self._refuse(key, request, BUSY, text)
             return
         try:
             self._host.submit(request, now_s)
         except LimitExceeded as error:
-            self._refuse(key, request.id, REFUSED, str(error))
+            self._refuse(key, request, REFUSED, str(error))
             return
         self.counters["sent_up"] += 1
         item = self._items[request.id] = _Item(key, request)
         self._bytes += item.bytes
 
-    def _refuse(self, key: int, request_id: bytes, reason: int, text: str) -> None:
+    def _refuse(self, key: int, request: Request, reason: int, text: str) -> None:
         self.counters["refused_up"] += 1
-        self._agents[key](encode(Returned(request_id, reason, text)), CONTROL)
+        if request.flags & REDELIVERED:  # a daemon before this one may have passed it on
+            reason, text = AGENT_GONE, f"{text}; it may have run before"
+        self._agents[key](encode(Returned(request.id, reason, text)), CONTROL)
 
     def _drop(self, request_id: bytes) -> bool:
         item = self._items.pop(request_id, None)
@@ -152,6 +159,19 @@ class Upward:
             item.outcome = outcome
         if item.key is not None:
             self._tell(outcome, item)
+        if self._bytes > UPWARD_BYTES_MAX:
+            self._drop_answers()
+
+    def _drop_answers(self) -> None:
+        """Agents have been told them, unless they are away. The oldest go first."""
+        for request_id, item in self._items.items():
+            if isinstance(item.outcome, Answered):
+                self._bytes -= item.bytes
+                item.bytes = 0
+                text = "answered; the answer is not kept any more (UPWARD_BYTES_MAX)"
+                item.outcome = HandedBack(request_id, EXPIRED, text)
+                if self._bytes <= UPWARD_BYTES_MAX:
+                    return
 
     def _tell(self, outcome: Outcome, item: _Item) -> None:
         assert item.key is not None

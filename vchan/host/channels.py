@@ -123,7 +123,7 @@ class Channel:
             os.urandom,
         )
         self._metered = _Metered(0, 0, 0, 0)
-        self.relay = Relay(vm, self._send, broker, gate, context_allow, offer)
+        self.relay = Relay(vm, self._send, broker, gate, context_allow, offer, host[1].hex())
         self._path = ""
         self._link: Link | None = None
         self._speaks = False
@@ -275,7 +275,7 @@ class Channel:
                 self._tell(f"{kind} with guest {peer.name!r}{before}")
                 if self._end.topics and not resumed:
                     self._send(encode(Subscribe(self._end.topics)), CONTROL)
-                self.relay.opened(resumed=resumed, now_s=now_s)
+                self.relay.opened(resumed=resumed, now_s=now_s, before=peer.attached)
                 self.set_timer()
             case Silent(for_s):
                 self._plan_absence()

@@ -5,14 +5,12 @@ Rules of this file
 2. A guest holds its request until it is told the outcome, and asks again at every new session. Here
    each id is published once: known ids are only told their outcome again.
 3. What was published, the next host learns from a note in the VM's own queue, which this host
-   leaves when the VM goes. While a note may come, what the guest sent before waits for it. Without
-   a note (this daemon or its host died) nobody knows, so it is published again, and says so:
-   its context has `vchan_redelivered`.
-4. A note that lies in the queue must be true: who takes one takes it out, and who has left one
-   publishes nothing before it has that back.
-5. Requests are published in the order they came. What could not be goes before what has not been
+   leaves when the VM goes (`history`). While there may be more to learn, what the guest sent before
+   waits. What nobody knows, because a host or its daemon died, is published again, and says so: its
+   context has `vchan_redelivered`.
+4. Requests are published in the order they came. What could not be goes before what has not been
    published yet.
-6. An answer stays the broker's until the guest has heard it, for HELD_S at most.
+5. An answer stays the broker's until the guest has heard it, for HELD_S at most.
 
     guest --Request--> Outbound --publish_request--> broker
     guest <--Receipt-- Outbound <--sent------------- broker     (casts)
@@ -43,12 +41,15 @@ from vchan.exchange import (
 from vchan.host.broker_events import Form, Publication
 from vchan.host.envelope import EnvelopeError
 from vchan.host.gate import Gate
+from vchan.host.history import History, Past
 from vchan.host.policy import Ask, Effect, Kind
 from vchan.host.upward_envelope import (
     NOTE_IDS_MAX,
     Answer,
+    Arrival,
     Invocation,
     Note,
+    encode_arrival,
     encode_note,
     publication,
     read,
@@ -69,12 +70,6 @@ from vchan.messages import (
 
 RETRY_S: Final = 1.0
 """What the broker did not confirm is published again after this."""
-NOTE_WAIT_S: Final = 5.0
-"""How long after a VM's arrival a note of the host it came from may come. It is written within
-milliseconds; a host that cannot for so long is as good as gone."""
-DOUBT_S: Final = 10.0
-"""How long after its arrival, if no note came, a guest may send again what it has sent to a host
-before this one. Its agents come back to a daemon that was restarted within a second or two."""
 CALL_S_MAX: Final = 3600.0
 """The longest a guest's call may take, and what one without a timeout is given."""
 OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -83,11 +78,13 @@ HELD_MAX: Final = 32
 """Answers left with the broker because the guest has not settled them, or not asked for them again
 yet. Fewer than the broker hands out at a time, or no further one would come."""
 HELD_S: Final = 60.0
-PAST_MAX: Final = NOTE_IDS_MAX
-"""Ids known of earlier hosts, and of calls whose answers are in no queue; the oldest go first."""
 
+ARRIVE_AGAIN_S: Final = 0.1
+"""When the VM's queue was not there yet, the arrival is written again after this."""
+
+ARRIVAL_ID: Final = b"arrival"
 NOTE_ID: Final = b"note"
-"""Stands for a note where the broker is told of requests by their ids."""
+"""Stand for an arrival and a note where the broker is told of requests by their ids."""
 
 
 class Port(Protocol):
@@ -107,15 +104,6 @@ Told = Callable[[Outcome, float], None]
 """(outcome, now)"""
 Offer = Callable[[Request, Told], Callable[[], None] | None]
 """Gives a request to a local program that serves its target: returns what cancels it, or None."""
-
-
-class _Past(Enum):
-    """What is known of a request that is over here, or was with an earlier host. See `Note`."""
-
-    TAKEN = "taken"
-    CALLED = "calls"
-    GONE = "gone"
-    DOUBT = "doubt"
 
 
 class _State(Enum):
@@ -152,13 +140,17 @@ class _Item:
         self.cancel: Callable[[], None] | None = None
 
     @property
-    def past(self) -> _Past | None:
+    def past(self) -> Past | None:
         """What the next host must know of it, if this one does not end it."""
         if self.state is _State.SENT:
-            return _Past.CALLED
+            return Past.CALLED
         if self.state is _State.LOCAL and self.request.is_call:
-            return _Past.GONE
-        return _Past.DOUBT if self.doubtful or self.state is not _State.QUEUED else None
+            return Past.GONE
+        return Past.DOUBT if self.doubtful or self.state is not _State.QUEUED else None
+
+    def was_sent_before(self, number: int) -> bool:
+        """The guest may have sent it to another host, too: it says so, or came after this one."""
+        return self.request.flags & REDELIVERED != 0 or self.number <= number
 
     def remaining(self, now_s: float) -> Request:
         """The request, with the time it has left."""
@@ -185,10 +177,20 @@ class Outbound:
         broker: None where no broker is configured.
         gate: The policy, as it is for this VM.
         offer: The programs on this host.
+        host: A name of this daemon's run, which no other has.
     """
 
-    def __init__(self, vm: str, send: Send, broker: Port | None, gate: Gate, offer: Offer) -> None:
+    def __init__(
+        self,
+        vm: str,
+        send: Send,
+        broker: Port | None,
+        gate: Gate,
+        offer: Offer,
+        host: str = "",
+    ) -> None:
         self.vm = vm
+        self.host = host
         self._broker = broker
         self._gate = gate
         self._offer = offer
@@ -200,13 +202,13 @@ class Outbound:
         self._bytes = 0
         self._calls = 0
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
-        self._past: OrderedDict[bytes, _Past] = OrderedDict()
-        self._is_whole = False  # an id that is not known here was not published by anybody
-        self._doubt_until_s: float | None = None  # after that it is; None: no session yet
-        self._note_until_s = 0.0
+        self._history = History()
+        self._arrival_tokens: list[Hashable] = []  # of our own
+        self._log_tokens: list[Hashable] = []  # of what was before it, until it has come back
+        self._arrive_at_s: float | None = None  # when to write it again
+        self._has_arrived = False  # written
         self._note_is_due = False
-        self._note_is_out = False  # ours lies in the queue
-        self._note_back_s: float | None = None  # how long it is waited for
+        self._queued_before = 0  # the last request before this stay
         self._listening = False
         self._retry_at_s: float | None = None
         self._suspended = False
@@ -229,22 +231,40 @@ class Outbound:
 
     # ---------------------------------------------------------------- the guest
 
-    def opened(self, now_s: float) -> None:
-        """The guest's session is open, or the guest speaks again after `suspend`."""
-        if self._doubt_until_s is None:
-            self._note_until_s = now_s + NOTE_WAIT_S
-            self._doubt_until_s = now_s + DOUBT_S
-        if self._suspended and self._note_is_out:
-            self._note_back_s = now_s + NOTE_WAIT_S
+    def opened(self, *, resumed: bool, now_s: float, before: str = "") -> None:
+        """The guest's session is open, or the guest speaks again after `suspend`.
+
+        Args:
+            before: The host that the guest had its last session with. "": its daemon is new.
+        """
+        history = self._history
+        if self._suspended or not resumed or not history.stay:
+            history.begin(f"{self.host}.{round(now_s * 1e6)}", before, now_s)
+            history.is_read = self._broker is None
+            self._has_arrived = False
+            self._log_tokens += self._arrival_tokens
+            self._arrival_tokens.clear()
+            self._queued_before = self.counters["guest_requests"]
         self._suspended = self._note_is_due = False
-        if self._gate.may_send or self._calls:
-            self._listen()
+        if self._gate.may_send or self._items:
+            self._arrive()
         self._publish_next(now_s)
 
-    def _listen(self) -> None:
-        if self._broker is not None and not self._listening:
+    def _arrive(self) -> None:
+        """Read the VM's own queue, and say there that the VM is here."""
+        if self._broker is None or self._suspended:
+            return
+        if not self._listening:
             self._listening = True
             self._broker.listen_for_answers(self.vm)
+        if not self._has_arrived:
+            self._has_arrived = True
+            self._mail(ARRIVAL_ID, encode_arrival(Arrival(self._history.stay)), mandatory=True)
+
+    def _mail(self, message_id: bytes, body: bytes, *, mandatory: bool) -> None:
+        assert self._broker is not None
+        publication = Publication(Form.MAIL, "", vm_queue(self.vm), body, None, mandatory)
+        self._broker.publish_request(self.vm, message_id, publication)
 
     def receive(self, message: Request | Cancel | Settled, now_s: float) -> None:
         """Take a message of the guest's."""
@@ -268,16 +288,17 @@ class Outbound:
             self.counters["guest_refused"] += 1
             self._responder.give_back(request.id, REFUSED, str(error))
             return
+        was_sent = request.flags & REDELIVERED != 0  # perhaps to a host that let it through
         verdict = self._gate.judge(asked.ask, request.id)
         if verdict.effect is Effect.DENY:
             self.counters["guest_denied"] += 1
             text = f"{describe(asked.ask)} is denied to this VM by the host's policy"
-            self._responder.give_back(request.id, REFUSED, text)
+            self._give_back(request.id, REFUSED, text, maybe_ran=was_sent)
             return
         if problem := self._over_limit(request):
             self.counters["guest_refused"] += 1
             self._gate.refused(asked.ask, request.id, problem)
-            self._responder.give_back(request.id, BUSY, problem)
+            self._give_back(request.id, BUSY, problem, maybe_ran=was_sent)
             return
         number = self.counters["guest_requests"]
         item = _Item(number, request, asked, verdict.effect is Effect.CONDUCTOR, now_s)
@@ -285,7 +306,13 @@ class Outbound:
         self._bytes += item.bytes
         self._calls += request.is_call
         self._queue.append(item)
+        self._arrive()
         self._publish_next(now_s)
+
+    def _give_back(self, request_id: bytes, reason: int, text: str, *, maybe_ran: bool) -> None:
+        if maybe_ran:
+            reason, text = AGENT_GONE, f"{text}; it may have run before"
+        self._responder.give_back(request_id, reason, text)
 
     def _over_limit(self, request: Request) -> str:
         if request.is_call and self._calls >= self._gate.calls_max:
@@ -307,8 +334,7 @@ class Outbound:
         if item is None:
             return
         if item.past is not None:
-            self._past[request_id] = item.past
-            self._bound_past()
+            self._history.remember(request_id, item.past)
         if item.state is _State.QUEUED:
             self._queue = deque(other for other in self._queue if other is not item)
             self._unsent = [other for other in self._unsent if other is not item]
@@ -317,7 +343,7 @@ class Outbound:
 
     def _settled(self, request_id: bytes) -> None:
         """The guest never asks again."""
-        self._past.pop(request_id, None)
+        self._history.forget(request_id)
         held = self._held.pop(request_id, None)
         if held is not None and self._broker is not None:
             self._broker.ack(held.token)
@@ -328,14 +354,14 @@ class Outbound:
         while self._queue and not self._is_held_up:
             item = self._queue[0]
             request_id = item.request.id
-            past = _Past.CALLED if request_id in self._held else self._past.get(request_id)
-            is_unclear = past is _Past.DOUBT
-            if past is None and item.request.flags & REDELIVERED:
-                is_unclear = not self._is_whole
-            if is_unclear and now_s < self._note_until_s:
-                return  # a note may come
+            history = self._history
+            past = Past.CALLED if request_id in self._held else history.past(request_id)
+            is_again = past is None and item.was_sent_before(self._queued_before)
+            if history.may_learn(now_s) and (not history.is_read or is_again or past is Past.DOUBT):
+                return
             self._queue.popleft()
-            if past is None or past is _Past.DOUBT:
+            if past is None or past is Past.DOUBT:
+                is_unclear = past is Past.DOUBT or (is_again and not history.knows_all)
                 item.doubtful = item.doubtful or is_unclear
                 self._publish(item, now_s)
             else:
@@ -343,16 +369,15 @@ class Outbound:
 
     @property
     def _is_held_up(self) -> bool:
-        waits = self._retry_at_s is not None or self._note_back_s is not None
-        return self._suspended or waits or bool(self._unsent)
+        return self._suspended or self._retry_at_s is not None or bool(self._unsent)
 
-    def _repeat(self, item: _Item, past: _Past, now_s: float) -> None:
+    def _repeat(self, item: _Item, past: Past, now_s: float) -> None:
         """It was published before."""
         request_id = item.request.id
-        if past is _Past.TAKEN:
+        if past is Past.TAKEN:
             self._forget(request_id)
             self._responder.take(request_id, now_s)
-        elif past is _Past.GONE:
+        elif past is Past.GONE:
             self._forget(request_id)
             text = "it was called before; its answer is not kept any more"
             self._responder.give_back(request_id, AGENT_GONE, text)
@@ -374,7 +399,7 @@ class Outbound:
         if item.asked.ask.kind is Kind.HTTP or self._broker is None:
             text = f"this host does not serve {describe(item.asked.ask)}"
             self._forget(request.id)
-            self._responder.give_back(request.id, NO_AGENT, text)
+            self._give_back(request.id, NO_AGENT, text, maybe_ran=item.doubtful)
             return
         self.counters["guest_redelivered"] += item.doubtful
         context = self._gate.context(item.asked.context, redelivered=item.doubtful)
@@ -386,8 +411,6 @@ class Outbound:
             self._forget(request.id)
             self._responder.give_back(request.id, REFUSED, str(error))
             return
-        if request.is_call:
-            self._listen()
         item.state = _State.SENDING
         self._sending[request.id] = item
         self._broker.publish_request(self.vm, request.id, made)
@@ -403,8 +426,7 @@ class Outbound:
             return False
         self.counters["guest_local"] += 1
         if request.is_call:  # its answer will be in no queue
-            self._past[request_id] = _Past.GONE
-            self._bound_past()
+            self._history.remember(request_id, Past.GONE)
         return True
 
     def sent(
@@ -417,7 +439,13 @@ class Outbound:
             doubtful: Not `ok`, but the broker may have it all the same.
         """
         if request_id == NOTE_ID:
-            self._note_sent(ok, doubtful, now_s)
+            if not ok and self._suspended:
+                self._note_is_due = True
+                self._retry_at_s = now_s + RETRY_S
+            return
+        if request_id == ARRIVAL_ID:
+            if not ok:
+                self._arrive_at_s = now_s + (ARRIVE_AGAIN_S if unroutable else RETRY_S)
             return
         item = self._sending.pop(request_id, None)
         if item is not None and self._items.get(request_id) is item:
@@ -440,7 +468,7 @@ class Outbound:
             self.counters["guest_unroutable"] += 1
             self._forget(request_id)
             text = f"nobody serves {describe(item.asked.ask)}"
-            self._responder.give_back(request_id, NO_AGENT, text)
+            self._give_back(request_id, NO_AGENT, text, maybe_ran=item.doubtful)
         elif not ok:
             item.state = _State.QUEUED
             item.doubtful = item.doubtful or doubtful
@@ -463,27 +491,28 @@ class Outbound:
         except EnvelopeError as error:
             self._broker.ack(token)
             return str(error)
-        if isinstance(message, Note):
-            self._take_note(token, message, now_s)
-        else:
+        if isinstance(message, Answer):
             self._answer(token, message, now_s)
+        else:
+            self._read_log(token, message, now_s)
         return ""
 
-    def _take_note(self, token: Hashable, note: Note, now_s: float) -> None:
+    def _read_log(self, token: Hashable, message: Arrival | Note, now_s: float) -> None:
         assert self._broker is not None
-        self._broker.ack(token)  # first: what is published from now on is not in it
-        self._note_is_out, self._note_back_s = False, None
-        self._is_whole = self._is_whole or note.whole
-        for past in _Past:
-            self._past.update(dict.fromkeys(getattr(note, past.value), past))
-        self._bound_past()
-        if not note.doubt:  # else a better one may follow
-            self._note_until_s = now_s
+        history = self._history
+        if not history.is_read or history.is_ours(message.stay):
+            self._log_tokens.append(token)
+        if isinstance(message, Note):
+            history.read_note(message)
+        else:
+            history.read_arrival(message)
+            if message.stay == history.stay:
+                self._arrival_tokens.append(self._log_tokens.pop())
+        if history.is_read:
+            for each in self._log_tokens:
+                self._broker.ack(each)
+            self._log_tokens.clear()
         self._publish_next(now_s)
-
-    def _bound_past(self) -> None:
-        while len(self._past) > PAST_MAX:
-            self._past.popitem(last=False)
 
     def _answer(self, token: Hashable, answer: Answer, now_s: float) -> None:
         assert self._broker is not None
@@ -520,8 +549,7 @@ class Outbound:
         """The oldest answer is the broker's no more."""
         assert self._broker is not None
         request_id, held = self._held.popitem(last=False)
-        self._past[request_id] = _Past.GONE
-        self._bound_past()
+        self._history.remember(request_id, Past.GONE)
         self._broker.ack(held.token)
 
     def _reply(self, request_id: bytes, failed: bool, body: bytes, now_s: float) -> None:
@@ -554,53 +582,47 @@ class Outbound:
 
     def relisten(self) -> None:
         """The relay has closed the VM's channel itself. What is in the queue comes again."""
+        self._log_tokens.clear()
+        self._arrival_tokens.clear()
         was_listening, self._listening = self._listening, False
         if was_listening and not self._suspended:
-            self._listen()
+            self._arrive()
 
     def suspend(self) -> None:
         """The guest is going, or away: publish nothing more, and leave a note of what was."""
         if self._suspended:
             return
         self._suspended = True
-        if self._broker is None or self._doubt_until_s is None:
-            return
-        if self._gate.may_send or self._items or self._responder.over():
+        if self._listening:
             self._note_is_due = True
             if not self._sending:  # else when the broker has said what became of them
                 self._leave_note()
 
     def _leave_note(self) -> None:
         assert self._broker is not None
-        past = dict(self._past)
+        past = dict(self._history.all_past())
         for request_id, is_call in self._responder.over():
-            if past.get(request_id) is not _Past.GONE:
-                past[request_id] = _Past.CALLED if is_call else _Past.TAKEN
+            if past.get(request_id) is not Past.GONE:
+                past[request_id] = Past.CALLED if is_call else Past.TAKEN
         for request_id, item in self._items.items():
             if item.past is not None:
                 past[request_id] = item.past
         newest = list(past.items())[-NOTE_IDS_MAX:]
 
-        def ids(what: _Past) -> tuple[bytes, ...]:
+        def ids(what: Past) -> tuple[bytes, ...]:
             return tuple(request_id for request_id, each in newest if each is what)
 
-        lists = (ids(_Past.TAKEN), ids(_Past.CALLED), ids(_Past.GONE), ids(_Past.DOUBT))
-        body = encode_note(Note(*lists, self._is_whole))
-        self._note_is_due = bool(self._sending)  # then a better one follows
-        self._note_is_out = True
-        self._broker.publish_request(
-            self.vm, NOTE_ID, Publication(Form.MAIL, "", vm_queue(self.vm), body, None, False)
+        history = self._history
+        note = Note(
+            history.stay,
+            taken=ids(Past.TAKEN),
+            calls=ids(Past.CALLED),
+            gone=ids(Past.GONE),
+            doubt=ids(Past.DOUBT),
+            unclear=history.unclear(),
         )
-
-    def _note_sent(self, ok: bool, doubtful: bool, now_s: float) -> None:
-        if ok:
-            return
-        if self._suspended:
-            self._note_is_due = True
-            self._retry_at_s = now_s + RETRY_S
-        elif not doubtful:  # it is in no queue, and will not come back
-            self._note_is_out, self._note_back_s = False, None
-            self._publish_next(now_s)
+        self._note_is_due = bool(self._sending)  # then a better one follows
+        self._mail(NOTE_ID, encode_note(note), mandatory=False)
 
     def release(self) -> None:
         """The VM is no longer here. Its guest still holds what is not over."""
@@ -615,11 +637,16 @@ class Outbound:
 
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`."""
-        times = [self._responder.next_timeout(), self._retry_at_s, self._note_back_s]
-        if self._listening and not self._is_whole:
-            times.append(self._doubt_until_s)
+        history = self._history
+        times = [
+            self._responder.next_timeout(),
+            self._retry_at_s,
+            self._arrive_at_s,
+        ]
+        if self._listening and not history.is_settled:
+            times.append(history.settled_s)
         if self._queue and not self._is_held_up:
-            times.append(self._note_until_s)
+            times.append(history.wait_until_s)
         if self._held:
             times.append(next(iter(self._held.values())).until_s)
         known = [at_s for at_s in times if at_s is not None]
@@ -635,10 +662,12 @@ class Outbound:
             self._retry_at_s = None
             if self._note_is_due and not self._sending:
                 self._leave_note()
-        if self._note_back_s is not None and now_s >= self._note_back_s:
-            self._note_back_s = None
-        if self._doubt_until_s is not None and now_s >= self._doubt_until_s:
-            self._is_whole = True
+        self._history.handle_timeout(now_s)
+        if self._arrive_at_s is not None and now_s >= self._arrive_at_s:
+            self._arrive_at_s = None
+            self._has_arrived = self._has_arrived and self._history.is_read
+            if self._listening:
+                self._arrive()
         while self._held and next(iter(self._held.values())).until_s <= now_s:
             self._drop_held()
         self._publish_next(now_s)

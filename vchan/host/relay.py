@@ -131,6 +131,7 @@ class Relay:
         gate: What this VM may do.
         context_allow: The context keys that may enter a guest.
         offer: The programs on this host that guests' requests may be for.
+        host: A name of this daemon's run, which no other has.
     """
 
     def __init__(
@@ -141,13 +142,14 @@ class Relay:
         gate: Gate,
         context_allow: frozenset[str],
         offer: Offer,
+        host: str = "",
     ) -> None:
         self.vm = vm
         self._send = send
         self._broker = broker
         self._gate = gate
         self._context_allow = context_allow
-        self.outbound = Outbound(vm, send, broker, gate, offer)
+        self.outbound = Outbound(vm, send, broker, gate, offer, host)
         self._requester = Requester(send)
         self._entries: dict[bytes, _Entry] = {}
         self._local_open = 0
@@ -196,10 +198,14 @@ class Relay:
         """The topics this VM's agents asked for and may not serve."""
         return self._asked - self._topics
 
-    def opened(self, *, resumed: bool, now_s: float) -> None:
-        """The guest's session is open, or the guest speaks again after `suspend`."""
+    def opened(self, *, resumed: bool, now_s: float, before: str = "") -> None:
+        """The guest's session is open, or the guest speaks again after `suspend`.
+
+        Args:
+            before: The host that the guest had its last session with.
+        """
         was_suspended, self._suspended = self._suspended, False
-        self.outbound.opened(now_s)
+        self.outbound.opened(resumed=resumed, now_s=now_s, before=before)
         self._mute = self._gate.is_mute
         if not resumed:
             self._requester.opened(now_s)

@@ -9,8 +9,11 @@ A call's `_msg_id` is its id, and its `_reply_q` the VM's own queue, so that the
 VM to whichever host serves it. That queue also carries notes: what a host that served the VM before
 has published, told to the one that serves it now.
 
-    note   {"vchan.note": 1, "taken": [ids], "calls": [ids], "gone": [ids], "doubt": [ids],
-            "host": name, "before": name, "whole": true}
+    arrival   {"vchan.arrival": stay}
+    note      {"vchan.note": stay, "taken": [ids], "calls": [ids], "gone": [ids], "doubt": [ids],
+               "unclear": [stays]}
+
+A stay is a host's time with the VM: a name that no other has.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ from vchan.host.envelope import (
     open_envelope,
 )
 from vchan.host.policy import Ask, Kind
-from vchan.messages import FANOUT, NOTIFICATION, Request
+from vchan.messages import FANOUT, NAME_BYTES_MAX, NOTIFICATION, Request
 
 VM_QUEUE_PREFIX: Final = "vchan_vm_"
+ARRIVAL_KEY: Final = "vchan.arrival"
 NOTE_KEY: Final = "vchan.note"
 NOTE_IDS_MAX: Final = 20_000
 """Ids in a note: more than a host remembers of a VM."""
+STAYS_MAX: Final = 64
+"""Stays in a note."""
 ID_PATTERN: Final = re.compile("[0-9a-f]{32}")
 PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
 """What oslo.messaging's Notifier knows."""
@@ -177,47 +183,64 @@ class Answer(NamedTuple):
     body: bytes
 
 
-class Note(NamedTuple):
-    """What an earlier host did with requests that the guest may send again.
+class Arrival(NamedTuple):
+    """A host serves the VM from now on."""
 
-    taken: casts that were published. calls: calls that were: their answers come, or are here.
-    gone: calls that were, and have no answer any more. doubt: requests that may have been.
-    host: who left it. before: the host that the guest was with before that.
-    whole: no other request was published, by that host or one before it. Else it knows of its own
-    alone.
+    stay: str
+
+
+class Note(NamedTuple):
+    """What a host knows to have been published when the VM leaves it.
+
+    taken: casts. calls: calls, whose answers come, or are here. gone: calls that have no answer any
+    more. doubt: requests that may have been. unclear: stays before it of which it knows nothing.
     """
 
-    taken: tuple[bytes, ...]
-    calls: tuple[bytes, ...]
-    gone: tuple[bytes, ...]
-    doubt: tuple[bytes, ...]
-    host: str
-    before: str
-    whole: bool
+    stay: str
+    taken: tuple[bytes, ...] = ()
+    calls: tuple[bytes, ...] = ()
+    gone: tuple[bytes, ...] = ()
+    doubt: tuple[bytes, ...] = ()
+    unclear: tuple[str, ...] = ()
 
 
-_LISTS: Final = ("taken", "calls", "gone", "doubt")
+def encode_arrival(arrival: Arrival) -> bytes:
+    """For the VM's own queue."""
+    return encode_json({ARRIVAL_KEY: arrival.stay})
 
 
 def encode_note(note: Note) -> bytes:
     """For the VM's own queue."""
     lists = {name: [each.hex() for each in getattr(note, name)] for name in _LISTS}
-    rest = {"host": note.host, "before": note.before, "whole": note.whole}
-    return encode_json({NOTE_KEY: 1, **lists, **rest})
+    return encode_json({NOTE_KEY: note.stay, **lists, "unclear": note.unclear[-STAYS_MAX:]})
 
 
-def read_mail(body: bytes) -> Answer | Note:
+_LISTS: Final = ("taken", "calls", "gone", "doubt")
+
+
+def read_mail(body: bytes) -> Answer | Arrival | Note:
     """A message of a VM's own queue. Its sender is trusted as far as the broker's accounts are.
 
     Raises:
-        EnvelopeError: It is neither.
+        EnvelopeError: It is none of them.
     """
     value = open_envelope(body)
+    if ARRIVAL_KEY in value:
+        return Arrival(_stay(value[ARRIVAL_KEY]))
     if NOTE_KEY in value:
+        unclear = value.get("unclear")
+        if not isinstance(unclear, list) or len(unclear) > STAYS_MAX:
+            raise EnvelopeError("a note's stays are not a list, or too many")
         taken, calls, gone, doubt = (_ids(value.get(name)) for name in _LISTS)
-        host, before = name_of(value, "host") or "", name_of(value, "before") or ""
-        return Note(taken, calls, gone, doubt, host, before, value.get("whole") is True)
+        stays = tuple(map(_stay, unclear))
+        return Note(_stay(value[NOTE_KEY]), taken, calls, gone, doubt, stays)
     return _answer(value)
+
+
+def _stay(value: object) -> str:
+    if not isinstance(value, str) or len(value) > NAME_BYTES_MAX:
+        raise EnvelopeError("a stay is not a name")
+    return value
 
 
 def _ids(value: object) -> tuple[bytes, ...]:
