@@ -600,12 +600,16 @@ def test_many_vms_on_an_exchange_that_is_not_there(
     for vm in vms:
         host.events.take(Consuming, vm=vm)
     clients.client(topic, fanout=True).cast({}, "note", x=1)
-    assert {event.vm for event in host.events.take_all(Delivered, 100)} == set(vms)
+    delivered = host.events.take_all(Delivered, 100)
+    assert {event.vm for event in delivered} == set(vms)
+    for event in delivered:
+        host.broker.ack(event.token)
     for vm in vms:
         host.broker.release(vm)
-        host.broker.delete_queues(vm, frozenset({topic}))
     for vm in vms:
         host.events.take(Released, vm=vm)
+    for vm in vms:
+        host.broker.delete_queues(vm, frozenset({topic}))
     wait_until(
         lambda: not any(vm in name for name in rabbit.queues() for vm in vms),
         timeout_s=TIMEOUT_S,
@@ -668,6 +672,71 @@ def test_a_forbidden_exchange_harms_that_topic_alone(
     assert not host.events.has(Disconnected)
     host.broker.release(vm)
     host.events.take(Released, vm=vm)
+
+
+@pytest.mark.parametrize("quorum", [False, True], ids=["classic", "quorum"])
+def test_queues_that_are_used_or_hold_something_stay(
+    config: BrokerConfig, clients: Clients, rabbit: RabbitServer, vm: str, quorum: bool
+) -> None:
+    config = replace(config, quorum=quorum, fanout_quorum=quorum)
+    used, full, empty = (Topic("openstack", f"{name}-{vm[:8]}") for name in ("u", "f", "e"))
+    last = str(uuid.uuid4())  # deleted after all others
+    with Host(config) as host, Host(config) as other:
+        host.consume(vm, used, full, empty)
+        host.consume(last, used)
+        host.broker.release(vm)
+        host.broker.release(last)
+        for each in (vm, last):
+            host.events.take(Released, vm=each)
+        clients.cast(full, vm, x=1)
+        other.consume(vm, used)
+        host.broker.delete_queues(vm, frozenset({used, full, empty}))
+        host.broker.delete_queues(last, frozenset({used}))
+        wait_until(
+            lambda: not any(last in name for name in rabbit.queues()),
+            timeout_s=TIMEOUT_S,
+            interval_s=0.1,
+            failure=lambda: "queues are left",
+        )
+        names = {f"{used.name}.{vm}", f"{used.name}_fanout_{vm}", f"{full.name}.{vm}"}
+        assert {name for name in rabbit.queues() if vm in name} == names
+        other.events.assert_quiet(Released)
+        assert not host.events.has(Disconnected)
+
+
+def test_more_to_delete_while_deleting(
+    host: Host, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    more = Topic(topic.exchange, f"{topic.name}-more")
+    host.consume(vm, topic, more)
+    host.broker.release(vm)
+    host.events.take(Released, vm=vm)
+    host.broker.delete_queues(vm, frozenset({topic}))
+    host.broker.delete_queues(vm, frozenset({more}))
+    wait_until(
+        lambda: not any(vm in name for name in rabbit.queues()),
+        timeout_s=TIMEOUT_S,
+        interval_s=0.1,
+        failure=lambda: "queues are left",
+    )
+    wait_until(
+        lambda: not host.broker._deletions and host.broker._sweep is None,
+        timeout_s=TIMEOUT_S,
+        interval_s=0.05,
+        failure=lambda: "deleting goes on",
+    )
+
+
+def test_deletion_of_a_vm_that_is_consumed_again(
+    host: Host, rabbit: RabbitServer, clients: Clients, topic: Topic, vm: str
+) -> None:
+    host.consume(vm, topic)
+    host.broker.release(vm)
+    host.broker.delete_queues(vm, frozenset({topic}))
+    host.broker.consume(vm, frozenset({topic}))
+    host.events.take(Consuming, vm=vm)
+    clients.cast(topic, vm, x=1)
+    assert host.numbers(1) == [1]
 
 
 def test_deletion_waits_for_the_broker(

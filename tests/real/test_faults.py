@@ -25,6 +25,8 @@ MISSING = missing_for_rabbit() or missing_for_libvirt()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 
 FILLING_CALLS = 200
+DELETED_S = 8.0
+"""Over delete_queues_after, as the rig sets it, and LEFTOVERS_S."""
 CALLERS = 2
 CALL_TIMEOUT_S = 30
 WRITTEN_S = 5.0
@@ -363,6 +365,35 @@ def test_a_stuck_vm_holds_up_no_other(vm: Vm) -> None:
     finally:
         other.discard()
     assert slowest_s < 10
+
+
+# --- VMs that are no more
+
+
+def test_the_queues_of_a_deleted_vm_go(cloud: Cloud) -> None:
+    """Those of one that is shut off stay, and those of one that has moved."""
+    vm = cloud.boot("short")
+    try:
+        vm.migrate()
+        vm.wait_ready()
+        vm.domain.destroy()
+        vm.wait_status(lambda seen: seen["domain"] == "shutoff", "not off")
+        time.sleep(DELETED_S)
+        assert queues_of(vm)
+        vm.domain.undefine()
+        wait_until(
+            lambda: not queues_of(vm),
+            timeout_s=60,
+            interval_s=0.5,
+            failure=lambda: f"{queues_of(vm)}: {cloud.logs()}",
+        )
+    finally:
+        vm.discard()
+
+
+def queues_of(vm: Vm) -> list[str]:
+    """Its queues at the broker."""
+    return [name for name in vm.cloud.rabbit.queues() if vm.uuid in name]
 
 
 # --- plugging channels in and out

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Final
 
 from vchan.errors import LimitExceeded
-from vchan.host.amqp_link import BROKEN, Link, ResourceError, explain, spec
+from vchan.host.amqp_link import BROKEN, Link, explain, spec
 from vchan.host.broker_config import BrokerConfig
 from vchan.host.broker_declared import Declared
 from vchan.host.broker_events import (
@@ -92,6 +92,7 @@ class Broker:
         self._opening: set[Vm] = set()
         self._vms: dict[str, Vm] = {}
         self._deletions: dict[str, frozenset[Topic]] = {}
+        self._sweep: Sweep | None = None  # the one of these under way
         self._publisher = Publisher(self)
         self._requests = Requests(self)
         self._generations = 0
@@ -223,7 +224,7 @@ class Broker:
             raise
 
     def delete_queues(self, vm: str, topics: frozenset[Topic]) -> None:
-        """Delete the VM's queues, with what is in them. For a VM that is gone for good.
+        """Delete those of the VM's queues that are empty and that nobody consumes from.
 
         If the broker is away this waits for it. A later `consume` of the VM calls it off.
         """
@@ -250,7 +251,7 @@ class Broker:
             command()
 
     def _consume(self, vm: str, topics: frozenset[Topic]) -> None:
-        self._deletions.pop(vm, None)
+        self._keep_queues(vm)
         if vm not in self._vms:
             if not topics:
                 return
@@ -258,7 +259,7 @@ class Broker:
         self._vms[vm].want(topics)
 
     def _listen(self, vm: str) -> None:
-        self._deletions.pop(vm, None)
+        self._keep_queues(vm)
         if vm not in self._vms:
             self._vms[vm] = Vm(self, vm)
         self._vms[vm].listen()
@@ -280,23 +281,28 @@ class Broker:
         if vm not in self._deletions and len(self._deletions) >= DELETIONS_MAX:
             LOG.error("%s: its queues stay: too many are to be deleted (DELETIONS_MAX)", vm)
             return
-        self._deletions[vm] = self._deletions.get(vm, frozenset()) | topics
-        self._sweep(vm)
+        usable = frozenset(topic for topic in topics if is_usable(vm, topic))
+        self._deletions[vm] = self._deletions.get(vm, frozenset()) | usable
+        self._sweep_next()
 
-    def _sweep(self, vm: str) -> None:
-        if self.link is None:
+    def _keep_queues(self, vm: str) -> None:
+        self._deletions.pop(vm, None)
+        if self._sweep is not None and self._sweep.vm == vm:
+            self._sweep.call_off()
+
+    def _sweep_next(self) -> None:
+        """One VM after the other: there is no hurry."""
+        if self.link is None or self._sweep is not None or not self._deletions:
             return
-        topics = frozenset(topic for topic in self._deletions[vm] if is_usable(vm, topic))
-        try:
-            Sweep(vm, topics, partial(self._swept, vm, topics)).start(self.link)
-        except ResourceError as error:
-            LOG.warning("%s: its queues stay: %s", vm, error)
-            del self._deletions[vm]
+        vm, topics = next(iter(self._deletions.items()))
+        self._sweep = Sweep(self, vm, topics, self._swept)
+        self._sweep.start()
 
-    def _swept(self, vm: str, topics: frozenset[Topic]) -> None:
-        left = self._deletions.pop(vm, frozenset()) - topics
-        if left and any(is_usable(vm, topic) for topic in left):
-            self._deletions[vm] = left
+    def _swept(self, sweep: Sweep) -> None:
+        if self._deletions.get(sweep.vm) == sweep.topics:  # else more was asked for meanwhile
+            del self._deletions[sweep.vm]
+        self._sweep = None
+        self.loop.call_soon(self._sweep_next)
 
     # ---------------------------------------------------------------- for the channels
 
@@ -365,8 +371,7 @@ class Broker:
         self._connected_at_s = self.loop.time()
         self.post(Connected())
         self._publisher.open()
-        for name in list(self._deletions):
-            self._sweep(name)
+        self._sweep_next()
         for vm in self._vms.values():
             vm.open_in_turn()
 
@@ -374,6 +379,8 @@ class Broker:
         self.loop.call_later(WATCH_S, self._watch)
         now_s = self.loop.time()
         self._requests.watch(now_s)
+        if self._sweep is not None:
+            self._sweep.watch(now_s)
         watched: list[Declared | Vm] = [self.declared, *self._vms.values()]
         for each in watched:
             if self.link is None or self._stopping:
@@ -397,6 +404,7 @@ class Broker:
     def _on_lost(self, reason: str) -> None:
         """The connection is gone. First what that means, then that it is so."""
         self.link = None
+        self._sweep = None
         self.declared.clear()
         self._openings.clear()
         self._opening.clear()

@@ -49,6 +49,8 @@ RETRY_MAX_S: Final = 30.0
 OWN_PREFETCH: Final = 64
 """Of a VM's own queue: answers that the guest has not settled stay there, and a note behind them
 must come all the same. More than `vchan.host.outbound.HELD_MAX`."""
+EXPIRES_MS_MAX: Final = 2**32 - 1
+"""RabbitMQ's: 49 days."""
 REPAIRS_MAX: Final = 8
 """Openings in a row that failed over what is declared how, each tried again at once."""
 
@@ -130,7 +132,7 @@ def _arguments(config: BrokerConfig, *, quorum: bool, expires_s: int) -> dict[st
         arguments["x-queue-type"] = "quorum"
         arguments.update(config.quorum_arguments)
     if expires_s:
-        arguments["x-expires"] = expires_s * 1000
+        arguments["x-expires"] = min(expires_s * 1000, EXPIRES_MS_MAX)
     return arguments
 
 
@@ -539,30 +541,84 @@ def _body(content: Any) -> bytes:
 
 
 class Sweep(Owner):
-    """Deletes one VM's queues, on a channel of its own."""
+    """Deletes one VM's queues, one after the other: those that are empty and that nobody uses.
 
-    def __init__(self, vm: str, topics: frozenset[Topic], on_done: Callable[[], None]) -> None:
-        self._vm = vm
-        self._topics = topics
+    Not with the broker's own if-unused and if-empty: for a quorum queue that is an error, one that
+    ends the connection.
+    """
+
+    def __init__(self, broker: Hub, vm: str, topics: frozenset[Topic], on_done: _Done) -> None:
+        self._broker = broker
+        self.vm = vm
+        self.topics = topics
         self._on_done = on_done
+        self._left = deque([own_queue(vm), *(queue.name for queue in queues_of(vm, topics))])
+        self._channel: Channel | None = None
+        self._asked_at_s = 0.0
 
-    def start(self, link: Link) -> None:
-        """Open, delete, close, all in one go. A queue that is not there is no error."""
-        channel = link.channel(self)
-        names = [queue.name for queue in queues_of(self._vm, self._topics)]
-        for name in [*names, own_queue(self._vm)]:
-            channel.ask(spec.Queue.Delete, "Bsbbb", 0, name, False, False, False)
-        channel.close_softly()
+    def start(self) -> None:
+        """Look at the first."""
+        self._next()
+
+    def call_off(self) -> None:
+        """Leave what is not deleted yet."""
+        self._end("")
+
+    def watch(self, now_s: float) -> None:
+        """Give up if the broker does not answer. What is left expires."""
+        if now_s - self._asked_at_s >= ANSWER_TIMEOUT_S:
+            self._end(f"the broker did not answer for {ANSWER_TIMEOUT_S} s")
 
     def on_method(self, inbound: Inbound) -> None:
-        """The end, good or bad."""
-        if inbound.method == spec.Channel.CloseOk:
+        """What a queue is, that it is deleted, or that there is none."""
+        method, args = inbound.method, inbound.args
+        if method == spec.Channel.CloseOk:
             inbound.channel.collect()
-            self._on_done()
-        elif inbound.method == spec.Channel.Close:
-            # Our own close is under way: its CloseOk follows.
-            inbound.channel.send_method(spec.Channel.CloseOk)
-            LOG.warning("%s: deleting queues: %s %s", self._vm, *inbound.args[:2])
+        elif method == spec.Channel.Close:
+            inbound.channel.closed_by_broker()
+            if inbound.channel is self._channel:
+                if args[0] != NOT_FOUND:
+                    LOG.warning("%s: deleting queues: %s %s", self.vm, *args[:2])
+                self._channel = None
+                self._next()
+        elif inbound.channel is not self._channel:
+            pass  # given up
+        elif method == spec.Queue.DeclareOk:
+            name, messages, consumers = args
+            if messages or consumers:
+                text = "%s: queue %s stays: it has %s messages, %s consumers"
+                LOG.info(text, self.vm, name, messages, consumers)
+                self._next()
+            else:
+                self._channel.ask(spec.Queue.Delete, "Bsbbb", 0, name, False, False, False)
+        elif method == spec.Queue.DeleteOk:
+            self._next()
+
+    def _next(self) -> None:
+        self._asked_at_s = self._broker.loop.time()
+        if not self._left:
+            self._end("")
+            return
+        try:
+            channel = self._channel or self._open()
+        except ResourceError as error:
+            self._end(str(error))
+            return
+        flags = (True, False, False, False, False)
+        channel.ask(spec.Queue.Declare, "BsbbbbbF", 0, self._left.popleft(), *flags, {})
+
+    def _open(self) -> Channel:
+        assert self._broker.link is not None
+        self._channel = self._broker.link.channel(self)
+        return self._channel
+
+    def _end(self, problem: str) -> None:
+        if problem:
+            LOG.warning("%s: its queues stay: %s", self.vm, problem)
+        if self._channel is not None:
+            self._channel.close_softly()
+            self._channel = None
+        self._on_done(self)
 
 
 def back_off(failures: int, min_s: float, max_s: float) -> float:
@@ -573,3 +629,6 @@ def back_off(failures: int, min_s: float, max_s: float) -> float:
 
 def _nothing() -> None:
     pass
+
+
+_Done = Callable[[Sweep], None]

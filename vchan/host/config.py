@@ -65,6 +65,25 @@ OPTIONS: Final = [
             "broker, serving a topic means to receive its fanouts."
         ),
     ),
+    cfg.IntOpt(
+        "queues_expire_after",
+        default=7 * 24 * 3600,
+        min=0,
+        max=49 * 24 * 3600,
+        help=(
+            "Seconds after which the broker deletes a VM's topic queue that no host has consumed "
+            "from, and what is in it; 0 for never. All hosts must have the same."
+        ),
+    ),
+    cfg.IntOpt(
+        "delete_queues_after",
+        default=600,
+        min=0,
+        help=(
+            "Seconds after a domain was undefined (and not migrated away) until those of its "
+            "queues are deleted that are empty and that no host consumes from; 0 for never."
+        ),
+    ),
     cfg.StrOpt(
         "policy_dir",
         default=POLICY_DIR,

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from vchan.host.domains import Domains, Effect, HypervisorEvent
 from vchan.host.gate import VmGate
 from vchan.host.http_proxy import HttpProxy
 from vchan.host.hypervisor import Hypervisor
+from vchan.host.leftovers import Leftovers
 from vchan.host.local import Answer, LocalService, failure, result
 from vchan.host.policy import Facts
 from vchan.loop import Loop, Timer
@@ -48,6 +50,9 @@ VmEvent = (
     | broker_events.Sent
     | broker_events.Mail
 )
+
+LEFTOVERS_S: Final = 5.0
+"""How often it is looked whether queues are to be deleted."""
 
 EXIT_OK: Final = 0
 EXIT_CONFIG: Final = 2
@@ -93,6 +98,7 @@ class Daemon:
         self._past: Counter[str] = Counter()  # counters of channels that are over
         self._timer: Timer | None = None
         self._broker = self._make_broker(conf)
+        self._leftovers = Leftovers(options.delete_queues_after)
         self._broker_problem = "" if self._broker is None else "not connected yet"
         self._attaching: dict[str, list[tuple[str, Answer]]] = {}
         self._static = config.static_channels(conf)
@@ -116,7 +122,9 @@ class Daemon:
         same."""
         if not config.names_a_broker(conf):
             return None
-        return Broker(BrokerConfig.from_oslo(conf), self._poster(self._on_broker))
+        where = BrokerConfig.from_oslo(conf)
+        where = replace(where, topic_expires_s=conf[config.GROUP].queues_expire_after)
+        return Broker(where, self._poster(self._on_broker))
 
     def _make_hypervisor(self, options: Any) -> Hypervisor | None:
         """None where there is no libvirt: then the configuration's channels are all there are."""
@@ -141,6 +149,7 @@ class Daemon:
         LOG.info("vchan-host %s: %s, %s", __version__, self._server.path, broker)
         if self._broker is not None:
             self._broker.start()
+            self._delete_leftovers(self._broker)
         if self._hypervisor is not None:
             self._hypervisor.start()
         else:
@@ -200,7 +209,28 @@ class Daemon:
                     self._note_facts(facts)
             case _:
                 pass
+        ended = self._ended(event)
         self._carry_out(self._domains.receive(event, self.loop.time()))
+        for uuid in ended:
+            self._leftovers.gone(uuid, self.loop.time())
+
+    def _ended(self, event: HypervisorEvent) -> list[str]:
+        """The domains that libvirt has forgotten."""
+        match event:
+            case domains.Gone(uuid, _):
+                return [uuid]
+            case domains.Resync(every):
+                present = {facts.uuid for facts in every}
+                known = [report.facts.uuid for report in self._domains.reports()]
+                return [uuid for uuid in known if uuid not in present]
+            case _:
+                return []
+
+    def _delete_leftovers(self, broker: Broker) -> None:
+        self.loop.call_later(LEFTOVERS_S, partial(self._delete_leftovers, broker))
+        for uuid, topics in self._leftovers.due(self.loop.time()):
+            LOG.info("%s: the domain is no more: deleting its queues", uuid)
+            broker.delete_queues(uuid, topics)
 
     def _note_facts(self, domain: domains.DomainFacts) -> None:
         channel = self._channels.get(domain.uuid)
@@ -224,6 +254,8 @@ class Daemon:
                     channel = self._channels.pop(uuid)
                     LOG.info("%s (%s): released: %s", channel.name, uuid, why.value)
                     channel.release(why.value)
+                    if why in (domains.Why.MIGRATED, domains.Why.ARRIVAL_FAILED):
+                        self._leftovers.moved(uuid)
                     del self._gates[uuid]
                     self._authority.forget(uuid)
                     self._past.update(channel.totals())
@@ -235,6 +267,7 @@ class Daemon:
         self._set_timer()
 
     def _connect(self, uuid: str, path: str) -> None:
+        self._leftovers.here(uuid)
         report = self._domains.report(uuid)
         facts = facts_of(report.facts) if report else Facts(uuid, uuid)
         gate = self._gates[uuid] = self._authority.gate(facts)
@@ -306,6 +339,7 @@ class Daemon:
                 LOG.info("%s (%s): consumers closed: %s", channel.name, channel.vm, reason)
                 channel.relay.released()
             case broker_events.Consuming():
+                self._leftovers.served(channel.vm, channel.relay.topics)
                 topics = ", ".join(sorted(topic.name for topic in channel.relay.topics))
                 LOG.info("%s (%s): consuming %s", channel.name, channel.vm, topics)
             case broker_events.Settled(_, ids):
