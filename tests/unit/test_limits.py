@@ -56,6 +56,9 @@ def test_a_clock_that_stands_still_or_goes_back_gives_nothing() -> None:
     assert not bucket.try_take(1, 5.0)
     assert not bucket.try_take(1, 10.5)
     assert bucket.try_take(1, 11.0)
+    full = TokenBucket(rate=1, burst=1)
+    assert full.take(0, 10.0) == 0
+    assert full.try_take(1, 5.0)
 
 
 @given(

@@ -51,6 +51,13 @@ def test_files_are_read_by_name_and_others_are_not(directory: Path) -> None:
     assert len(policy.rules) == 2
 
 
+def test_many_files_are_read_in_the_order_of_their_names(directory: Path) -> None:
+    names = [f"{(number * 37) % 100:02}-{number}.policy" for number in range(100)]
+    for name in names:
+        write(directory, name, "")
+    assert [Path(path).name for path, _ in read(str(directory))] == sorted(names)
+
+
 def test_no_directory_and_an_empty_one_allow_nothing(directory: Path) -> None:
     assert read(str(directory)) == read(str(directory / "none")) == []
     assert load(str(directory)).decide(VM, LISTEN).effect is Effect.DENY
