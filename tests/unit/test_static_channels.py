@@ -1,0 +1,106 @@
+"""Channels that the configuration names."""
+
+from __future__ import annotations
+
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from vchan.errors import ConfigError, PortAbsent, PortBusy
+from vchan.host.channels import End
+from vchan.host.domain_xml import DomainState
+from vchan.host.static_channels import (
+    Listener,
+    StaticChannel,
+    StaticChannels,
+    parse_channels,
+    parse_topics,
+)
+from vchan.messages import TOPICS_MAX, Topic
+from vchan.session import Role
+from vchan.streams import connect_unix
+
+WHERE = "[vchan] channels"
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vc", dir="/tmp") as name:
+        yield Path(name) / "relay.sock"
+
+
+def test_channels() -> None:
+    words = ["tenant=connect:/run/a.sock", "control-1.x=listen:/run/b.sock"]
+    assert parse_channels(words, WHERE) == (
+        StaticChannel("tenant", False, "/run/a.sock"),
+        StaticChannel("control-1.x", True, "/run/b.sock"),
+    )
+    facts = parse_channels(words, WHERE)[0].facts()
+    assert (facts.uuid, facts.channel_path, facts.state) == (
+        "tenant",
+        "/run/a.sock",
+        DomainState.RUNNING,
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tenant"],
+        ["tenant=/run/a.sock"],
+        ["tenant=connect:a.sock"],
+        ["tenant=dial:/run/a.sock"],
+        ["=connect:/run/a.sock"],
+        ["a b=connect:/run/a.sock"],
+        ["a=connect:/run/a", "a=connect:/run/b"],
+        ["a=connect:/run/a", "b=listen:/run/a"],
+    ],
+)
+def test_wrong_channels(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="channels"):
+        parse_channels(words, WHERE)
+
+
+def test_topics() -> None:
+    assert parse_topics(["agent", "nova/compute"], WHERE) == (
+        Topic("openstack", "agent"),
+        Topic("nova", "compute"),
+    )
+    for wrong in (["a*"], ["a/b/c"], ["a b"], [""], ["/a"], [f"t{n}" for n in range(65)]):
+        with pytest.raises(ConfigError):
+            parse_topics(wrong, WHERE)
+    assert TOPICS_MAX == 64
+
+
+def test_the_ends(path: Path) -> None:
+    words = ["near=connect:/run/a.sock", f"far=listen:{path}"]
+    channels = StaticChannels(parse_channels(words, WHERE), (Topic("e", "t"),), 0o600)
+    assert channels.end("a VM's") == End()
+    assert channels.end("near").role is Role.HOST
+    assert channels.end("far").role is Role.GUEST
+    assert channels.end("far").topics == channels.end("near").topics == (Topic("e", "t"),)
+    assert [facts.name for facts in channels.facts()] == ["near", "far"]
+    with pytest.raises(PortAbsent):
+        channels.end("far").open_stream(str(path))
+    channels.close()
+    assert not path.exists()
+
+
+def test_the_listening_end(path: Path) -> None:
+    listener = Listener(0o600)
+    with closing(listener):
+        with pytest.raises(PortAbsent, match="has not connected yet"):
+            listener.open(str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with closing(connect_unix(str(path))) as there, closing(listener.open(str(path))) as here:
+            there.write(b"hello")
+            assert here.read() == b"hello"
+        other = Listener(0o600)
+        with pytest.raises(PortBusy):
+            other.open(str(path))
+    assert not path.exists()
+    listener.close()
