@@ -36,6 +36,7 @@ with warnings.catch_warnings():  # their modules warn about their own future
 
         if backend.get_backend_type() is None:
             backend.init_backend(backend.BackendType.THREADING)
+    import futurist._thread
     import oslo_messaging
     from oslo_config import cfg
     from oslo_messaging._drivers import base as base
@@ -43,6 +44,7 @@ with warnings.catch_warnings():  # their modules warn about their own future
     from vchan import oslo_driver as oslo_driver
 
 om = oslo_messaging
+futurist._thread.ThreadWorker.MAX_IDLE_FOR = 0.05  # the end of each server waits for it: 1 s
 ROOT: Final = Path(__file__).parents[2]
 VM: Final = "6f1e2d3c-0000-4000-8000-000000000001"
 WAIT_S: Final = 30.0

@@ -175,6 +175,16 @@ def test_they_have_their_turns(hub: Hub) -> None:
     assert [len(program.given) for program in programs] == [3, 4, 3]
 
 
+def test_who_repeats_itself_is_the_one_that_is_told(hub: Hub) -> None:
+    """It may have a new connection."""
+    program = Program(hub, "t")
+    wanted, told = request(), list[Outcome]()
+    hub.offer(wanted)
+    assert hub.servers.offer(wanted, told.append, hub.now_s, patient=False)
+    program.take()
+    assert (len(program.given), hub.told, told) == (1, [], [Taken(wanted.id)])
+
+
 def test_a_call(hub: Hub) -> None:
     program = Program(hub, "t")
     wanted = request(CALL)
@@ -230,15 +240,27 @@ def test_casts_wait_a_while_for_the_next_program_in_their_order(hub: Hub) -> Non
         hub.offer(wanted)
     first.leave()
     hub.after(LINGER_S - 0.1)
+    assert hub.offer(casts[2])
     second = Program(hub, "u")
-    assert not hub.offer(casts[2])  # nobody serves it now
     second.serve("t", "u")
-    assert second.given == casts[:2]
+    assert second.given == casts
     second.leave()
-    hub.after(LINGER_S + 0.1)
+    hub.after(LINGER_S - 0.1)
+    assert hub.told == []
+    hub.after(0.2)
     text = "no program on this host serves topic t"
-    assert hub.told == [HandedBack(wanted.id, NO_AGENT, text) for wanted in casts[:2]]
+    assert hub.told == [HandedBack(wanted.id, NO_AGENT, text) for wanted in casts]
+    assert not hub.offer(request())
     assert len(hub.servers) == 0
+
+
+def test_who_unsubscribes_is_not_waited_for(hub: Hub) -> None:
+    program = Program(hub, "t", "u")
+    program.serve("u")
+    assert not hub.offer(request())
+    program.leave()
+    assert not hub.offer(request(topic="u"), patient=False)
+    assert hub.offer(request(topic="u"))
 
 
 def test_what_comes_later_waits_behind_what_waits() -> None:
@@ -482,7 +504,8 @@ class Machine(RuleBasedStateMachine):
         ends = {o.id for o in self.hub.told if not isinstance(o, Heartbeat)}
         assert ends | self.dropped == set(self.wanted)
         assert len(self.hub.servers) == 0
-        assert not self.hub.servers._by_address and not self.hub.servers._holders
+        left = (self.hub.servers._by_address, self.hub.servers._holders)
+        assert not any((*left, self.hub.servers._linger_until_s))
 
 
 TestMachine = Machine.TestCase

@@ -91,12 +91,13 @@ class Guests(Protocol):
 
 
 class _Peer:
-    __slots__ = ("cancels", "link", "responder")
+    __slots__ = ("cancels", "link", "responder", "sent")
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self.responder = Responder(link.send)
         self.cancels: dict[bytes, Callable[[], None]] = {}
+        self.sent: set[bytes] = set()  # of these, what goes on without who sent it
 
 
 class LocalService:
@@ -118,9 +119,12 @@ class LocalService:
         link.send(encode(Subscribe((Topic("", HOST_TOPIC),))), CONTROL)
 
     def peer_closed(self, key: int) -> None:
-        """A program went away: nobody waits for its requests, and others serve what it served."""
-        for cancel in self._peers.pop(key).cancels.values():
-            cancel()
+        """A program went away: nobody waits for its calls, and others serve what it served. Its
+        casts to others go on: it may be back in a moment, and ask again what became of them."""
+        peer = self._peers.pop(key)
+        for request_id, cancel in peer.cancels.items():
+            if request_id not in peer.sent:
+                cancel()
         if key in self._servers:
             self._servers.detach(key, self._loop.time())
             self._wake()
@@ -162,6 +166,7 @@ class LocalService:
             case Deliver(request):
                 self._submit(peer, request)
             case Cancelled(request_id):
+                peer.sent.discard(request_id)
                 cancel = peer.cancels.pop(request_id, None)
                 if cancel is not None:
                     cancel()
@@ -171,7 +176,7 @@ class LocalService:
         if not request.timeout_ms:
             request = request._replace(timeout_ms=PATIENCE_MS)
         try:
-            cancel = self._route(request, lambda outcome: self._tell(peer, outcome))
+            cancel, is_here = self._route(request, lambda outcome: self._tell(peer, outcome))
         except NoSuchDomain as error:
             give_back(request.id, NO_DOMAIN, str(error))
         except NoSuchAgent as error:
@@ -183,13 +188,18 @@ class LocalService:
         else:
             if request.id in peer.responder:
                 peer.cancels[request.id] = cancel
+                if is_here and not request.is_call:
+                    peer.sent.add(request.id)
 
-    def _route(self, request: Request, told: Callable[[Outcome], None]) -> Callable[[], None]:
-        """To the VM that it names, or else to a program that serves it."""
+    def _route(
+        self, request: Request, told: Callable[[Outcome], None]
+    ) -> tuple[Callable[[], None], bool]:
+        """To the VM that it names, or else to a program that serves it. What cancels it, and
+        whether a program here has it."""
         problem = ""
         if request.server:
             try:
-                return self._guests.submit(request.server, request, told)
+                return self._guests.submit(request.server, request, told), False
             except NoSuchDomain as error:
                 problem = f"{error}, and no program here serves {request.topic} by that name"
 
@@ -199,7 +209,7 @@ class LocalService:
             told(outcome)
 
         if self._servers.offer(request, explained, self._loop.time(), patient=True):
-            return lambda: self._servers.cancel(request.id)
+            return lambda: self._servers.cancel(request.id), True
         if problem:
             raise NoSuchDomain(problem)
         raise NoSuchAgent(f"no program on this host serves topic {request.topic}")
@@ -236,6 +246,7 @@ class LocalService:
         responder, now_s = peer.responder, self._loop.time()
         if not isinstance(outcome, Heartbeat):
             peer.cancels.pop(outcome.id, None)
+            peer.sent.discard(outcome.id)
         match outcome:
             case Taken(request_id):
                 responder.take(request_id, now_s)

@@ -52,7 +52,8 @@ from vchan.messages import (
 SERVED_MAX: Final = 1024
 """Requests that all servers together have, or that wait for one."""
 LINGER_S: Final = 5.0
-"""Casts of a server that went away wait so long for the next: programs restart."""
+"""What a server that went away had not begun waits so long for the next, and so does what comes
+later: programs restart. Who unsubscribes is not waited for."""
 RESTART_GRACE_S: Final = 2.0
 """After this daemon's start, requests wait so long for servers to come back."""
 RETRY_S: Final = 0.5
@@ -142,6 +143,7 @@ class Servers:
         self._waiting: dict[bytes, _Served] = {}  # those of `_open` that no server has
         self._looked_s = started_s  # when all that wait were last looked at
         self._holders: dict[bytes, int] = {}
+        self._linger_until_s: dict[Topic, float] = {}
         self._grace_until_s = started_s + RESTART_GRACE_S
 
     def __len__(self) -> int:
@@ -155,7 +157,7 @@ class Servers:
         Args:
             told: Told each outcome, perhaps before this returns; exactly one of them is not a
                 Heartbeat, unless the request is cancelled.
-            patient: After a start it may wait for a server that is not there yet.
+            patient: It may wait for a server that has just gone, or after a start is not there yet.
 
         Returns:
             Whether it was taken on. If not, nobody serves it, and `told` hears nothing.
@@ -164,8 +166,9 @@ class Servers:
             LimitExceeded: Too many are open.
             BadBody: It is a notification without a priority.
         """
-        if request.id in self._open:
-            return True  # who asks repeats itself, and is told when there is news
+        if request.id in self._open:  # who asks repeats itself, perhaps on a new connection
+            self._open[request.id].told = told
+            return True
         address = address_of(request)
         keys = self._by_address.get(address)
         is_fanout = request.flags & FANOUT
@@ -173,7 +176,8 @@ class Servers:
         in_grace = now_s < self._grace_until_s
         # Who held it before our start may come back. If nobody does, it has not run.
         is_repeat = in_grace and request.flags & REDELIVERED
-        if not (keys or holder is not None or is_repeat or (in_grace and patient)):
+        until_s = self._patience_until(address) if patient else 0.0
+        if not (keys or holder is not None or is_repeat or now_s < until_s):
             return False
         if len(self._open) >= SERVED_MAX:
             raise LimitExceeded("requests being served", SERVED_MAX + 1, SERVED_MAX, "SERVED_MAX")
@@ -183,12 +187,16 @@ class Servers:
         elif is_repeat:
             self._wait(served, self._grace_until_s, self._grace_until_s)
         elif not keys:
-            self._wait(served, now_s, self._grace_until_s)
+            self._wait(served, now_s, until_s)
         elif self._has_line(address):
             self._wait(served, now_s, now_s + LINGER_S)
         else:
             self._submit(served, self._choose(served), now_s)
         return True
+
+    def _patience_until(self, address: Topic) -> float:
+        """When to give up on an address that nobody serves now."""
+        return max(self._grace_until_s, self._linger_until_s.get(address, 0.0))
 
     def _has_line(self, address: Topic) -> bool:
         return any(each.in_line and each.address == address for each in self._waiting.values())
@@ -247,6 +255,7 @@ class Servers:
         for topic in wanted:
             if topic not in server.topics:
                 self._by_address.setdefault(topic, deque()).append(key)
+                self._linger_until_s.pop(topic, None)
         server.topics = wanted
         self._look(now_s)
 
@@ -305,6 +314,8 @@ class Servers:
                 del self._holders[request_id]
         for topic in server.topics:
             self._withdraw(key, topic)
+            if topic not in self._by_address:
+                self._linger_until_s[topic] = now_s + LINGER_S
         behind, self._waiting = self._waiting, {}
         for request in server.requester.open_requests():
             self._give_up_owner(key, self._open[request.id], now_s)
@@ -359,6 +370,7 @@ class Servers:
         ]
         asked = [server.requester.next_timeout() for server in self._servers.values()]
         times += [at_s for at_s in asked if at_s is not None]
+        times += self._linger_until_s.values()
         return min(times, default=None)
 
     def handle_timeout(self, now_s: float) -> None:
@@ -366,5 +378,8 @@ class Servers:
         for key, server in list(self._servers.items()):
             for outcome in server.requester.handle_timeout(now_s):
                 self._outcome(key, self._open[outcome.id], outcome, now_s)
+        for topic, until_s in list(self._linger_until_s.items()):
+            if now_s >= until_s:
+                del self._linger_until_s[topic]
         if self._waiting:
             self._look(now_s)
