@@ -797,6 +797,7 @@ def test_deletion_takes_the_own_queue(
     host.consume(vm, topic)
     host.broker.release(vm)
     host.events.take(Released, vm=vm)
+    assert send(host, vm, mail(own_queue(vm))).ok  # a note that nobody will read
     host.broker.delete_queues(vm, frozenset({topic}))
     wait_until(
         lambda: not any(vm in name for name in rabbit.queues()),

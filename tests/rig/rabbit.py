@@ -117,6 +117,11 @@ class RabbitServer:
             end_process(self._server, grace_s=0.0 if crash else STOP_GRACE_S)
             self._server = None
 
+    @property
+    def is_running(self) -> bool:
+        """Started, and not stopped since."""
+        return self._server is not None
+
     def restart(self, *, crash: bool = False) -> None:
         """Stop and start: every connection is lost, and every message that is not durable."""
         self.stop(crash=crash)

@@ -224,7 +224,8 @@ class Broker:
             raise
 
     def delete_queues(self, vm: str, topics: frozenset[Topic]) -> None:
-        """Delete those of the VM's queues that are empty and that nobody consumes from.
+        """Delete those of the VM's queues that are empty and that nobody consumes from, and its own
+        queue with what is in it.
 
         If the broker is away this waits for it. A later `consume` of the VM calls it off.
         """

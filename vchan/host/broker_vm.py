@@ -541,7 +541,8 @@ def _body(content: Any) -> bytes:
 
 
 class Sweep(Owner):
-    """Deletes one VM's queues, one after the other: those that are empty and that nobody uses.
+    """Deletes one VM's queues, one after the other: those that are empty and that nobody uses. Notes
+    and answers in its own queue are no use to anybody when the VM is gone.
 
     Not with the broker's own if-unused and if-empty: for a quorum queue that is an error, one that
     ends the connection.
@@ -585,7 +586,7 @@ class Sweep(Owner):
             pass  # given up
         elif method == spec.Queue.DeclareOk:
             name, messages, consumers = args
-            if messages or consumers:
+            if consumers or (messages and name != own_queue(self.vm)):
                 text = "%s: queue %s stays: it has %s messages, %s consumers"
                 LOG.info(text, self.vm, name, messages, consumers)
                 self._next()
