@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Final
 
-from vchan.host.upward_envelope import NOTE_IDS_MAX, Arrival, Note
+from vchan.host.upward_envelope import NOTE_IDS_MAX, STAYS_MAX, Arrival, Note
 
 NOTE_WAIT_S: Final = 5.0
 """How long after a VM's arrival what hosts before have written, or still write, is waited for. It
@@ -55,7 +55,7 @@ class History:
         self.settled_s = 0.0
         self.wait_until_s = 0.0
         self._past: OrderedDict[bytes, Past] = OrderedDict()
-        self._ours: set[str] = set()
+        self._ours: dict[str, None] = {}
         self._before = ""
         self._is_empty = True
         self._open: dict[str, bool] = {}  # stays that may write more; True: no note at all yet
@@ -68,7 +68,9 @@ class History:
             before: The host that the guest had its last session with. "": its daemon is new.
         """
         self.stay = stay
-        self._ours.add(stay)
+        self._ours[stay] = None
+        if len(self._ours) > STAYS_MAX:
+            del self._ours[next(iter(self._ours))]
         self._before = before
         self._is_empty = True
         self.is_read = self.is_settled = False
@@ -88,22 +90,28 @@ class History:
             self._is_empty = False
             self._await(arrival.stay)
 
-    def is_ours(self, stay: str) -> bool:
+    def is_ours(self, message: Arrival | Note) -> bool:
         """It is this host's, now or before."""
-        return stay in self._ours
+        stays = (message.stay,) if isinstance(message, Arrival) else message.stays
+        return any(stay in self._ours for stay in stays)
+
+    def stays(self) -> tuple[str, ...]:
+        """This host's, for its note."""
+        return tuple(self._ours)
 
     def read_note(self, note: Note) -> None:
-        """Likewise."""
+        """Another host's. One of our own says nothing that we do not know."""
+        self._is_empty = False
+        if self.is_ours(note):
+            return
         for past in Past:
             for request_id in getattr(note, past.value):
                 self.remember(request_id, past)
-        self._is_empty = False
-        if note.stay in self._ours:
-            return
-        self._open.pop(note.stay, None)
-        self._closed.add(note.stay)
-        if note.doubt and not self.is_settled:
-            self._open[note.stay] = False  # a better one may follow
+        for stay in note.stays:
+            self._open.pop(stay, None)
+            self._closed.add(stay)
+            if note.doubt and not self.is_settled:
+                self._open[stay] = False  # a better one may follow
         for stay in note.unclear:
             self._await(stay)
 

@@ -383,8 +383,9 @@ class Outbound:
             self._responder.give_back(request_id, AGENT_GONE, text)
         else:
             self._wait_for_answer(item)
-            held = self._held.pop(request_id, None)
+            held = self._held.get(request_id)
             if held is not None and held.answer is not None:
+                del self._held[request_id]
                 self._answer(held.token, held.answer, now_s)
 
     def _wait_for_answer(self, item: _Item) -> None:
@@ -500,7 +501,7 @@ class Outbound:
     def _read_log(self, token: Hashable, message: Arrival | Note, now_s: float) -> None:
         assert self._broker is not None
         history = self._history
-        if not history.is_read or history.is_ours(message.stay):
+        if not history.is_read or history.is_ours(message):
             self._log_tokens.append(token)
         if isinstance(message, Note):
             history.read_note(message)
@@ -614,7 +615,7 @@ class Outbound:
 
         history = self._history
         note = Note(
-            history.stay,
+            history.stays(),
             taken=ids(Past.TAKEN),
             calls=ids(Past.CALLED),
             gone=ids(Past.GONE),

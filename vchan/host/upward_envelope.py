@@ -10,15 +10,14 @@ VM to whichever host serves it. That queue also carries notes: what a host that 
 has published, told to the one that serves it now.
 
     arrival   {"vchan.arrival": stay}
-    note      {"vchan.note": stay, "taken": [ids], "calls": [ids], "gone": [ids], "doubt": [ids],
+    note      {"vchan.note": [stays], "taken": [ids], "calls": [ids], "gone": [ids], "doubt": [ids],
                "unclear": [stays]}
 
-A stay is a host's time with the VM: a name that no other has.
+A stay is a host's time with the VM: a name that no other has. `history` explains.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -35,7 +34,7 @@ from vchan.host.envelope import (
     open_envelope,
 )
 from vchan.host.policy import Ask, Kind
-from vchan.messages import FANOUT, NAME_BYTES_MAX, NOTIFICATION, Request
+from vchan.messages import CALL, FANOUT, NAME_BYTES_MAX, NOTIFICATION, Request
 
 VM_QUEUE_PREFIX: Final = "vchan_vm_"
 ARRIVAL_KEY: Final = "vchan.arrival"
@@ -47,6 +46,7 @@ STAYS_MAX: Final = 64
 ID_PATTERN: Final = re.compile("[0-9a-f]{32}")
 PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
 """What oslo.messaging's Notifier knows."""
+_KINDS: Final = CALL | FANOUT | NOTIFICATION
 
 
 def vm_queue(vm: str) -> str:
@@ -76,6 +76,8 @@ def read(request: Request) -> Invocation:
     args, context = body.get("args") or {}, body.get("context") or {}
     if not method or not isinstance(args, dict) or not isinstance(context, dict):
         raise EnvelopeError('expected "method", and "args" and "context" that are objects')
+    if request.flags & _KINDS not in (0, CALL, FANOUT, NOTIFICATION):
+        raise EnvelopeError("a call, a fanout and a notification exclude each other")
     if not request.exchange or not request.topic:
         raise EnvelopeError("there is no exchange, or no topic")
     if request.target == httpcall.TOPIC:
@@ -192,11 +194,12 @@ class Arrival(NamedTuple):
 class Note(NamedTuple):
     """What a host knows to have been published when the VM leaves it.
 
-    taken: casts. calls: calls, whose answers come, or are here. gone: calls that have no answer any
-    more. doubt: requests that may have been. unclear: stays before it of which it knows nothing.
+    stays: those that it speaks for, all of one host. taken: casts. calls: calls, whose answers
+    come, or are here. gone: calls that have no answer any more. doubt: requests that may have been
+    published. unclear: stays before it of which it knows nothing.
     """
 
-    stay: str
+    stays: tuple[str, ...]
     taken: tuple[bytes, ...] = ()
     calls: tuple[bytes, ...] = ()
     gone: tuple[bytes, ...] = ()
@@ -212,7 +215,8 @@ def encode_arrival(arrival: Arrival) -> bytes:
 def encode_note(note: Note) -> bytes:
     """For the VM's own queue."""
     lists = {name: [each.hex() for each in getattr(note, name)] for name in _LISTS}
-    return encode_json({NOTE_KEY: note.stay, **lists, "unclear": note.unclear[-STAYS_MAX:]})
+    stays, unclear = note.stays[-STAYS_MAX:], note.unclear[-STAYS_MAX:]
+    return encode_json({NOTE_KEY: stays, **lists, "unclear": unclear})
 
 
 _LISTS: Final = ("taken", "calls", "gone", "doubt")
@@ -228,13 +232,16 @@ def read_mail(body: bytes) -> Answer | Arrival | Note:
     if ARRIVAL_KEY in value:
         return Arrival(_stay(value[ARRIVAL_KEY]))
     if NOTE_KEY in value:
-        unclear = value.get("unclear")
-        if not isinstance(unclear, list) or len(unclear) > STAYS_MAX:
-            raise EnvelopeError("a note's stays are not a list, or too many")
         taken, calls, gone, doubt = (_ids(value.get(name)) for name in _LISTS)
-        stays = tuple(map(_stay, unclear))
-        return Note(_stay(value[NOTE_KEY]), taken, calls, gone, doubt, stays)
+        stays, unclear = _stays(value[NOTE_KEY]), _stays(value.get("unclear"))
+        return Note(stays, taken, calls, gone, doubt, unclear)
     return _answer(value)
+
+
+def _stays(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > STAYS_MAX:
+        raise EnvelopeError("a note's stays are not a list, or too many")
+    return tuple(map(_stay, value))
 
 
 def _stay(value: object) -> str:
@@ -265,10 +272,8 @@ def _answer(value: Mapping[str, Any]) -> Answer:
 
 def _failure_for_guest(failure: object) -> bytes:
     """A service's exception, less its traceback: that tells of the control plane's insides."""
-    try:
-        known = json.loads(failure) if isinstance(failure, str) else failure
-    except (ValueError, RecursionError) as error:
-        raise EnvelopeError("an answer's failure is not JSON") from error
-    if not isinstance(known, dict):
+    if isinstance(failure, str):
+        failure = bounded_json(failure.encode("utf-8", "surrogatepass"), "an answer's failure")
+    if not isinstance(failure, dict):
         raise EnvelopeError("an answer's failure is not an object")
-    return encode_json({**known, "tb": []})
+    return encode_json({**failure, "tb": []})
