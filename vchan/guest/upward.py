@@ -110,6 +110,7 @@ class Upward:
             if item.outcome is not None:
                 self._tell(item.outcome, item)
             return
+        self._make_room(len(request.body))
         if len(self._items) >= UPWARD_MAX or self._bytes + len(request.body) > UPWARD_BYTES_MAX:
             text = (
                 f"{len(self._items)} requests with {self._bytes} bytes of this guest are open "
@@ -159,18 +160,19 @@ class Upward:
             item.outcome = outcome
         if item.key is not None:
             self._tell(outcome, item)
-        if self._bytes > UPWARD_BYTES_MAX:
-            self._drop_answers()
+        self._make_room(0)
 
-    def _drop_answers(self) -> None:
-        """Agents have been told them, unless they are away. The oldest go first."""
+    def _make_room(self, size: int) -> None:
+        """Drop answers: agents have been told them, unless they are away. The oldest go first."""
+        if self._bytes + size <= UPWARD_BYTES_MAX:
+            return
         for request_id, item in self._items.items():
             if isinstance(item.outcome, Answered):
                 self._bytes -= item.bytes
                 item.bytes = 0
                 text = "answered; the answer is not kept any more (UPWARD_BYTES_MAX)"
                 item.outcome = HandedBack(request_id, EXPIRED, text)
-                if self._bytes <= UPWARD_BYTES_MAX:
+                if self._bytes + size <= UPWARD_BYTES_MAX:
                     return
 
     def _tell(self, outcome: Outcome, item: _Item) -> None:
