@@ -29,6 +29,8 @@ from vchan.errors import (
 if TYPE_CHECKING:
     from vchan.host.policy import Policy
 
+TIMEOUT_S_MAX: Final = 86400
+
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 """The request was refused, or the method raised."""
@@ -46,6 +48,30 @@ arguments; {EXIT_UNREACHABLE} vchan-host cannot be reached; {EXIT_TIMEOUT} no an
 """
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= TIMEOUT_S_MAX:
+        limit = f"over 0 and at most {TIMEOUT_S_MAX}"
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds {limit}")
+    return seconds
+
+
+def _version(text: str) -> str:
+    major, dot, minor = text.partition(".")
+    if not (major.isdecimal() and (minor.isdecimal() or not dot)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no MAJOR.MINOR")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -56,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--socket", default=HOST_SOCKET, help="vchan-host's socket [%(default)s]")
     parser.add_argument(
-        "--timeout", type=float, default=10.0, metavar="SECONDS", help="[%(default)s]"
+        "--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="[%(default)s]"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--version", action="version", version=f"vchan {__version__}")
@@ -66,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("vm", nargs="?", metavar="VM")
     ping = commands.add_parser("ping", help="round trips to a VM's guest daemon")
     ping.add_argument("vm", metavar="VM")
-    ping.add_argument("--count", type=int, default=3, help="[%(default)s]")
+    ping.add_argument("--count", type=_count, default=3, help="[%(default)s]")
     for name, text in (
         ("call", "call a method of an agent and print its result"),
         ("cast", "send a request; done when an agent has taken it"),
@@ -78,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("args", nargs="*", metavar="KEY=VALUE")
         command.add_argument("--exchange", default=EXCHANGE, help="[%(default)s]")
         command.add_argument("--namespace")
-        command.add_argument("--rpc-version", metavar="MAJOR.MINOR")
+        command.add_argument("--rpc-version", type=_version, metavar="MAJOR.MINOR")
     for name, text in (
         ("attach", "give a VM a channel, now and for its next boots"),
         ("detach", "take a VM's channel away, now and for its next boots"),

@@ -308,10 +308,8 @@ class Daemon:
         match event:
             case broker_events.Connected():
                 self._broker_problem = ""
-                LOG.info("broker: connected")
             case broker_events.Disconnected(reason):
                 self._broker_problem = reason
-                LOG.warning("broker: %s", reason)
             case broker_events.Published(key, ok, reason, gone):
                 vm, _, request_id = key.partition(b" ")
                 if not ok and request_id:  # a heartbeat has none, and is not missed
