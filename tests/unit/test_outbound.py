@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from tests.rig.gates import OpenGate
 from vchan.bodies import encode_failure, encode_invocation
 from vchan.errors import LimitExceeded
-from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
+from vchan.exchange import (
+    RETENTION_S,
+    Answered,
+    HandedBack,
+    Heartbeat,
+    Outcome,
+    Overdue,
+    Taken,
+)
 from vchan.host.broker_events import Form, Publication
 from vchan.host.envelope import encode_reply
 from vchan.host.gate import REDELIVERED_KEY
@@ -1016,6 +1024,22 @@ def test_a_guest_that_comes_back_may_have_been_elsewhere(rig: Rig) -> None:
     assert rig.take_said() == [Receipt(id_of(1))]
     rig.wait(NOTE_WAIT_S)
     assert [sent.is_marked for sent in rig.take_published()] == [True, True]
+
+
+def test_a_guest_that_comes_back_after_hours(rig: Rig) -> None:
+    """The note says what is forgotten by then."""
+    rig.ask(1)
+    rig.confirm(1)
+    rig.out.suspend()
+    note = rig.take_note()
+    rig.wait(RETENTION_S)
+    rig.opened(resumed=False)
+    rig.note(note)
+    rig.arrival_comes_back()
+    rig.take_said()
+    rig.again(1)
+    assert rig.take_said() == [Receipt(id_of(1))]
+    assert rig.numbers() == [1]
 
 
 def test_a_note_that_is_due_is_not_left_when_the_guest_is_back(rig: Rig) -> None:

@@ -100,13 +100,13 @@ class History:
         return tuple(self._ours)
 
     def read_note(self, note: Note) -> None:
-        """Another host's. One of our own says nothing that we do not know."""
+        """Another host's, or our own: after hours away it says more than we remember."""
         self._is_empty = False
-        if self.is_ours(note):
-            return
         for past in Past:
             for request_id in getattr(note, past.value):
                 self.remember(request_id, past)
+        if self.is_ours(note):
+            return
         for stay in note.stays:
             self._open.pop(stay, None)
             self._closed.add(stay)
