@@ -36,6 +36,10 @@ class Ran:
     keys: list[str]
 
 
+class OddError(Exception):
+    """Of this module alone."""
+
+
 class Endpoint:
     """Notes everything."""
 
@@ -70,6 +74,10 @@ class Endpoint:
     def fail(self, context: dict[str, Any], text: str) -> None:
         """For exceptions."""
         raise ValueError(text)
+
+    def fail_oddly(self, context: dict[str, Any], text: str) -> None:
+        """For exceptions that nobody else has."""
+        raise OddError(text)
 
 
 def main() -> None:

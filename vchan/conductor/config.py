@@ -83,13 +83,16 @@ OPTIONS: Final = [
 ]
 
 
-def load(arguments: list[str] | None) -> Any:
+def load(arguments: list[str] | None, conf: Any = None) -> Any:
     """Parse the command line and configuration files.
+
+    Args:
+        conf: oslo.config's; None: new ones.
 
     Raises:
         ConfigError: A value is wrong, or a file cannot be read.
     """
-    conf = cfg.ConfigOpts()
+    conf = conf or cfg.ConfigOpts()
     conf.register_opts(OPTIONS, GROUP)
     log.register_options(conf)
     try:
@@ -124,7 +127,7 @@ def check(conf: Any) -> None:
 
 
 def register_messaging(conf: Any) -> None:
-    """oslo.messaging's own options."""
+    """oslo.messaging's own options, for the default below."""
     for group, options in import_oslo_messaging()[1].list_opts():
         if group in (None, RABBIT):
             conf.register_opts(options, group=group)

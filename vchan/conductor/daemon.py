@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
+from oslo_config import cfg
 from oslo_log import log as oslo_log
 
 from vchan import __version__
@@ -77,9 +78,7 @@ class Conductor:
         target = oslo_messaging.Target(
             exchange=CONDUCTOR.exchange, topic=CONDUCTOR.name, server=options.host
         )
-        return oslo_messaging.get_rpc_server(
-            transport, target, [_Endpoint(self)], executor="threading"
-        )
+        return oslo_messaging.get_rpc_server(transport, target, [_Endpoint(self)])
 
     def reload(self) -> None:
         """Read the policy again, and go on in a new audit log if the old one was moved."""
@@ -215,7 +214,8 @@ class _Endpoint:
 def main() -> None:
     """The command."""
     try:
-        conf = config.load(sys.argv[1:])
+        # oslo.messaging registers some of its options there and nowhere else.
+        conf = config.load(sys.argv[1:], cfg.CONF)
         oslo_log.setup(conf, "vchan")
         conductor = Conductor(conf)
     except ConfigError as error:
