@@ -746,7 +746,7 @@ class Agent(_Caller):
         """(failed, body). What a method raises is the caller's to see, whatever it is."""
         try:
             invocation = decode_invocation(request.body)
-            method = self._find(request.target, invocation)
+            method = self._find(_topic_of(request, invocation), invocation)
             return False, encode_json(method(**invocation.args))
         except Exception as error:  # noqa: BLE001 - relayed to the caller
             return True, _failure_of(error)
@@ -762,6 +762,14 @@ class Agent(_Caller):
         namespace = f" in namespace {wanted.namespace}" if wanted.namespace else ""
         version = f", version {wanted.version or '1.0'}"
         raise NoSuchMethod(f"{topic.name} has no method {wanted.method}{namespace}{version}")
+
+
+def _topic_of(request: Request, invocation: Invocation) -> Topic:
+    """What the agent served it as: notifications of a priority are a topic of their own."""
+    priority = f".{invocation.method}"
+    if request.flags & NOTIFICATION and not request.topic.endswith(priority):
+        return Topic(request.exchange, request.topic + priority)
+    return request.target
 
 
 def _compatible(offered: str, wanted: str) -> bool:

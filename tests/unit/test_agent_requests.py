@@ -1,0 +1,225 @@
+"""Light agents and clients on the guest's socket: requests out of the guest, and on the host's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.unit.oslo_site import VM, Site, made_site, wait
+from vchan.client import Agent, Client
+from vchan.errors import CallTimeout, LinkDown, NoSuchAgent, RemoteError
+
+PATIENT_S = 30.0
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with made_site() as site:
+        yield site
+
+
+class Running:
+    """An agent on a thread of its own."""
+
+    def __init__(self, path: str, make: Callable[[Agent], dict[str, object]], workers: int) -> None:
+        self.log: list[str] = []
+        self.agent = Agent(path, workers=workers, log=self.log.append)
+        for topic, endpoint in make(self.agent).items():
+            self.agent.serve(topic, endpoint)
+        self._thread = threading.Thread(target=self.agent.run, name="agent")
+        self._thread.start()
+        known = threading.Event()
+        connection = self.agent._connection
+        self.agent.loop.call_soon_threadsafe(lambda: connection.when_acknowledged(known.set))
+        assert known.wait(PATIENT_S)
+
+    def stop(self) -> None:
+        self.agent.stop()
+        self._thread.join(PATIENT_S)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def run(site: Site) -> Iterator[Callable[..., Running]]:
+    running: list[Running] = []
+
+    def run(
+        make: Callable[[Agent], dict[str, object]], *, guest: bool = True, workers: int = 0
+    ) -> Running:
+        if guest:
+            site.start_guest()
+        path = site.directory / "agent.sock" if guest else site.host.path
+        running.append(Running(str(path), make, workers))
+        return running[-1]
+
+    yield run
+    for each in running:
+        each.stop()
+
+
+class Conductor:
+    """On the host, what the guest calls."""
+
+    def __init__(self) -> None:
+        self.noted: list[Any] = []
+
+    def double(self, n: int) -> int:
+        return 2 * n
+
+    def note(self, **values: Any) -> None:
+        self.noted.append(values)
+
+    def fail(self) -> None:
+        raise ValueError("no")
+
+    def info(self, **values: Any) -> None:
+        self.noted.append(values)
+
+
+class Worker:
+    """In the guest, with methods that call out themselves."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.order: list[Any] = []
+        self.running = 0
+
+    def relay(self, n: int) -> int:
+        self.running += 1
+        assert self.running == 1 or self.agent._pool is not None  # one at a time
+        self.order.append(n)
+        result: int = self.agent.call("up", "double", {"n": n}, timeout_s=PATIENT_S)
+        self.running -= 1
+        return result
+
+    def report(self, n: int) -> None:
+        self.agent.cast("up", "note", {"n": n}, timeout_s=PATIENT_S)
+        self.agent.notify("news", "reported", {"n": n}, timeout_s=PATIENT_S)
+
+    def fail(self) -> None:
+        self.agent.call("up", "fail", timeout_s=PATIENT_S)
+
+    def late(self) -> None:
+        self.agent.call("up", "slow", timeout_s=0.2)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_an_agents_methods_call_out(site: Site, run: Any, workers: int) -> None:
+    conductor = Conductor()
+    run(lambda _: {"up": conductor, "news.info": conductor}, guest=False)
+    made: list[Worker] = []
+
+    def make(agent: Agent) -> dict[str, object]:
+        made.append(Worker(agent))
+        return {"t": made[0]}
+
+    run(make, workers=workers)
+    site.wait_served("t")
+    with Client(str(site.host.path)) as client, ThreadPoolExecutor(8) as pool:
+        results = pool.map(lambda n: client.call("t", "relay", {"n": n}, server=VM), range(40))
+        assert list(results) == [2 * n for n in range(40)]
+        client.call("t", "report", {"n": 7}, server=VM)
+        with pytest.raises(RemoteError, match="RemoteError: ValueError: no"):
+            client.call("t", "fail", server=VM)
+    assert sorted(made[0].order) == list(range(40))
+    wait(lambda: len(conductor.noted) == 2)
+    note, news = conductor.noted
+    assert note == {"n": 7}
+    assert (news["event_type"], news["payload"]) == ("reported", {"n": 7})
+    assert news["publisher_id"] and set(news["metadata"]) == {"message_id", "timestamp"}
+
+
+def test_an_agent_is_asked_by_its_programs_own_threads(site: Site, run: Any) -> None:
+    conductor = Conductor()
+    run(lambda _: {"up": conductor}, guest=False)
+    running = run(lambda _: {})
+    assert running.agent.call("up", "double", {"n": 3}, timeout_s=PATIENT_S) == 6
+    with pytest.raises(NoSuchAgent):
+        running.agent.cast("nobody", "note", timeout_s=PATIENT_S)
+
+
+def test_an_agent_that_does_not_run() -> None:
+    agent = Agent("/nonexistent")
+    with pytest.raises(LinkDown, match="not running"):
+        agent.call("up", "double", timeout_s=0.1)
+    agent.loop.close()
+
+
+def test_stop_ends_a_method_that_waits(site: Site, run: Any) -> None:
+    def make(agent: Agent) -> dict[str, object]:
+        return {"t": Worker(agent)}
+
+    class Silent:
+        def double(self, n: int) -> int:
+            time.sleep(1.0)
+            return n
+
+    run(lambda _: {"up": Silent()}, guest=False, workers=1)
+    running = run(make)
+    site.wait_served("t")
+    with Client(str(site.host.path)) as client, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.call, "t", "relay", {"n": 1}, server=VM)
+        wait(lambda: running.agent._is_working)
+        began_s = time.monotonic()
+        running.stop()
+        assert time.monotonic() - began_s < 0.9
+        assert waiting.exception(PATIENT_S) is not None
+
+
+def test_a_client_in_the_guest(site: Site, run: Any) -> None:
+    conductor = Conductor()
+    run(lambda _: {"up": conductor, "news.error": conductor, "news.info": conductor}, guest=False)
+    site.start_guest()
+    with Client(str(site.directory / "agent.sock")) as client:
+        assert client.call("up", "double", {"n": 4}, timeout_s=PATIENT_S) == 8
+        client.cast("up", "note", {"n": 1}, timeout_s=PATIENT_S)
+        client.cast("up", "note", {"n": 2}, fanout=True, timeout_s=PATIENT_S)
+        client.notify("news", "e", 3, publisher_id="me", timeout_s=PATIENT_S)
+        with pytest.raises(RemoteError, match="ValueError: no"):
+            client.call("up", "fail", timeout_s=PATIENT_S)
+        with pytest.raises(NoSuchAgent, match="serve"):
+            client.call("up", "double", {"n": 1}, server="other", timeout_s=PATIENT_S)
+    wait(lambda: len(conductor.noted) == 3)
+    assert conductor.noted[:2] == [{"n": 1}, {"n": 2}]
+    assert (conductor.noted[2]["publisher_id"], conductor.noted[2]["payload"]) == ("me", 3)
+
+
+def test_what_has_expired_in_an_agents_inbox_does_not_run(site: Site, run: Any) -> None:
+    """The connection has timers of its own: the daemon's Cancel may be late, or lost with it."""
+    ran: list[str] = []
+
+    class Slow:
+        def sleep(self, seconds: float) -> None:
+            time.sleep(seconds)
+
+        def note(self, text: str) -> None:
+            ran.append(text)
+
+    run(lambda _: {"t": Slow()})
+    site.wait_served("t")
+    with Client(str(site.host.path)) as client, ThreadPoolExecutor() as pool:
+        busy = pool.submit(client.call, "t", "sleep", {"seconds": 0.8}, server=VM)
+        time.sleep(0.1)
+        for send in (client.call, client.cast):
+            with pytest.raises(CallTimeout):
+                send("t", "note", {"text": "late"}, server=VM, timeout_s=0.2)
+        busy.result(PATIENT_S)
+        client.call("t", "note", {"text": "in time"}, server=VM)
+    assert ran == ["in time"]
+
+
+def test_an_agent_on_the_host_is_known_by_its_topic(site: Site, run: Any) -> None:
+    """The light agent has no server name; a fanout and a topic's turn reach it."""
+    agents = [Conductor(), Conductor()]
+    for agent in agents:
+        run(lambda _, agent=agent: {"up": agent}, guest=False)
+    with Client(str(site.host.path)) as client:
+        for _ in range(6):
+            client.cast("up", "note", {}, timeout_s=PATIENT_S)
+        client.cast("up", "note", {}, fanout=True, timeout_s=PATIENT_S)
+    wait(lambda: [len(agent.noted) for agent in agents] == [4, 4])
