@@ -44,7 +44,11 @@ class Cloud:
 
     def __enter__(self) -> Self:
         here = Path(__file__).parent
-        programs = {"app/agent.py": "counting_agent.py", "app/asker.py": "asking_agent.py"}
+        programs = {
+            "app/agent.py": "counting_agent.py",
+            "app/asker.py": "asking_agent.py",
+            "app/http_agent.py": "http_agent.py",
+        }
         image = build({path: here / name for path, name in programs.items()})
         self.image = image.staged(self.directory)
         (self.directory / "r").mkdir()
