@@ -135,6 +135,41 @@ def listen_unix(path: str, mode: int) -> socket.socket:
     return server
 
 
+class Listener:
+    """The end that the other one connects to, where no QEMU stands between two daemons: one client
+    at a time, as a VM's channel takes."""
+
+    def __init__(self, mode: int) -> None:
+        self._mode = mode
+        self._server: socket.socket | None = None
+        self._path = ""
+
+    def open(self, path: str) -> SocketStream:
+        """The connection, if there is one.
+
+        Raises:
+            LinkError: There is none yet, or nobody can listen there.
+        """
+        if self._server is None:
+            self._server, self._path = listen_unix(path, self._mode), path
+        try:
+            connected, _ = self._server.accept()
+        except BlockingIOError:
+            raise PortAbsent(path, "the other end has not connected yet") from None
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        return SocketStream(connected, path)
+
+    def close(self) -> None:
+        """Listen no more. Harmless twice."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            try:
+                os.unlink(self._path)
+            except FileNotFoundError:
+                pass
+
+
 def _remove_dead_socket(path: str) -> None:
     """Remove what a killed daemon left, and nothing else: the path may be a mistake."""
     if os.path.lexists(path):

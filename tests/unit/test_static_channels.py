@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from vchan.errors import ConfigError, PortAbsent, PortBusy
+from vchan.guest.port import port_opener
 from vchan.host.channels import End
 from vchan.host.domain_xml import DomainState
 from vchan.host.static_channels import (
-    Listener,
     StaticChannel,
     StaticChannels,
     parse_channels,
@@ -22,7 +22,7 @@ from vchan.host.static_channels import (
 )
 from vchan.messages import TOPICS_MAX, Topic
 from vchan.session import Role
-from vchan.streams import connect_unix
+from vchan.streams import Listener, connect_unix
 
 WHERE = "[vchan] channels"
 
@@ -104,3 +104,12 @@ def test_the_listening_end(path: Path) -> None:
             other.open(str(path))
     assert not path.exists()
     listener.close()
+
+
+def test_a_guest_s_port_may_be_the_listening_end(path: Path) -> None:
+    open_port = port_opener(f"listen:{path}")
+    with pytest.raises(PortAbsent):
+        open_port()
+    with closing(connect_unix(str(path))) as host, closing(open_port()) as guest:
+        host.write(b"hello")
+        assert guest.read() == b"hello"

@@ -4,6 +4,7 @@ virtio:org.openstack.vchan.0              the virtio-serial port of that name
 virtio:/dev/vport0p1                      ... or that device
 virtio:\\\\.\\Global\\org.openstack.vchan.0  ... in Windows (untested)
 unix:/path                                a unix socket (tests, namespaces)
+listen:/path                              the same, and the host's daemon connects to it
 serial:/dev/ttyS1?baudrate=115200         a serial line: `serial_port` has its options
 pyserial:socket://host:4000               one of pyserial's own URLs
 """
@@ -17,11 +18,13 @@ from vchan.errors import ConfigError, LinkError, PortAbsent, PortBusy
 from vchan.link import Link
 from vchan.loop import Loop, Timer
 from vchan.session import Event, Session
-from vchan.streams import Stream, connect_unix, open_port
+from vchan.streams import Listener, Stream, connect_unix, open_port
 
 DEFAULT_PORT: Final = "virtio:org.openstack.vchan.0"
+LISTENER_MODE: Final = 0o660
 KINDS: Final = (
-    "virtio:NAME, virtio:/dev/..., unix:/path, serial:/dev/...?baudrate=115200, pyserial:URL"
+    "virtio:NAME, virtio:/dev/..., unix:/path, listen:/path, serial:/dev/...?baudrate=115200, "
+    "pyserial:URL"
 )
 PORTS_DIRECTORY: Final = "/dev/virtio-ports"
 REOPEN_S: Final = (0.02, 0.05, 0.1, 0.25)
@@ -46,6 +49,9 @@ def port_opener(url: str) -> Callable[[], Stream]:
         return lambda: open_port(path)
     if kind == "unix" and name.startswith("/"):
         return lambda: connect_unix(name)
+    if kind == "listen" and name.startswith("/"):
+        listener = Listener(LISTENER_MODE)
+        return lambda: listener.open(name)
     if kind in ("serial", "pyserial") and name:
         return _serial_opener(kind, name)
     raise ConfigError(f"port {url!r}", f"expected one of {KINDS}; e.g. {DEFAULT_PORT}")

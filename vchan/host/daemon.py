@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -482,8 +483,16 @@ class Daemon:
                 answer(*failure(Rejected(problem)))
 
 
+def _allow_many_files() -> None:
+    """Every VM takes a descriptor; what shells and service managers allow by default is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> None:
     """The command."""
+    _allow_many_files()
     try:
         conf = config.load(sys.argv[1:])
         oslo_log.setup(conf, "vchan")

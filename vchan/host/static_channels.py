@@ -8,17 +8,15 @@ each treats the other as it would a VM.
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final, NamedTuple
 
-from vchan.errors import ConfigError, PortAbsent
+from vchan.errors import ConfigError
 from vchan.host.channels import End
 from vchan.host.domain_xml import DomainFacts, DomainState
 from vchan.messages import TOPICS_MAX, Topic
 from vchan.session import Role
-from vchan.streams import SEND_BUFFER_BYTES, SocketStream, listen_unix
+from vchan.streams import Listener
 
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.25)
 """Between looks for the other end. It costs next to nothing: a unix socket says at once."""
@@ -78,37 +76,6 @@ def parse_topics(words: Iterable[str], where: str) -> tuple[Topic, ...]:
     if len(topics) > TOPICS_MAX:
         raise ConfigError(where, f"{len(topics)} topics; expected at most {TOPICS_MAX}")
     return tuple(topics)
-
-
-class Listener:
-    """The end that the other one connects to: one client at a time, as a VM's channel takes."""
-
-    def __init__(self, mode: int) -> None:
-        self._mode = mode
-        self._server: socket.socket | None = None
-        self._path = ""
-
-    def open(self, path: str) -> SocketStream:
-        """The connection, if there is one.
-
-        Raises:
-            LinkError: There is none yet, or nobody can listen there.
-        """
-        if self._server is None:
-            self._server, self._path = listen_unix(path, self._mode), path
-        try:
-            connected, _ = self._server.accept()
-        except BlockingIOError:
-            raise PortAbsent(path, "the other end has not connected yet") from None
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        return SocketStream(connected, path)
-
-    def close(self) -> None:
-        """Listen no more."""
-        if self._server is not None:
-            self._server.close()
-            Path(self._path).unlink(missing_ok=True)
-            self._server = None
 
 
 class StaticChannels:
