@@ -12,6 +12,7 @@ pyserial:socket://host:4000               one of pyserial's own URLs
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from vchan.errors import ConfigError, LinkError, PortAbsent, PortBusy
@@ -50,8 +51,7 @@ def port_opener(url: str) -> Callable[[], Stream]:
     if kind == "unix" and name.startswith("/"):
         return lambda: connect_unix(name)
     if kind == "listen" and name.startswith("/"):
-        listener = Listener(LISTENER_MODE)
-        return lambda: listener.open(name)
+        return partial(Listener(LISTENER_MODE).open, name)
     if kind in ("serial", "pyserial") and name:
         return _serial_opener(kind, name)
     raise ConfigError(f"port {url!r}", f"expected one of {KINDS}; e.g. {DEFAULT_PORT}")
