@@ -188,8 +188,9 @@ class Debian:
         tree.copy(source / "tmpfiles.conf", "usr/lib/tmpfiles.d/vchan.conf")
         tree.write("etc/vchan/guest.conf", guest_configuration().encode())
         tree.directory("etc/vchan/agents.d")
-        tree.copy_documents("vchan-guest", "relay-only.conf", source / "relay-only.conf")
-        tree.copy_documents("vchan-guest", "agent.py", ROOT / "examples" / "agent.py")
+        drop_in, unit = source / "relay-only.conf", source / "standard-agent.toml"
+        for example in (drop_in, unit, *sorted((ROOT / "examples").glob("*.*"))):
+            tree.copy_documents("vchan-guest", example.name, example)
         return self._finish(tree, "vchan-guest")
 
     def host(self) -> Path:

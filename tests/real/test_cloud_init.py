@@ -363,3 +363,16 @@ def test_removal_leaves_nothing(network: Machine) -> None:
     ).split()
     assert [path for path in left if not path.startswith("/run/systemd/")] == []
     assert network.shell.run("systemctl cat vchan-guest").status != 0
+
+
+def test_user_data_without_a_network_brings_it_back(network: Machine, artefacts: Artefacts) -> None:
+    """cloud-init's own modules, on a machine that has booted long ago."""
+    network.shell.write("/run/data.yaml", artefacts.one("user-data-inline.yaml").read_bytes())
+    single = "cloud-init --file /run/data.yaml single --frequency always --name"
+    for module in ("write_files", "runcmd", "scripts_user"):
+        network.shell.check(f"{single} {module}")
+    network.shell.check("systemctl start example-agent")
+    network.wait_session()
+    network.wait_topic("openstack/agent")
+    assert json.loads(network.host.call("agent", "echo", x=6)) == {"x": 6}
+    assert "/opt/vchan/vchan-guest.pyz" in network.property("ExecStart")

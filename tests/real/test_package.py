@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,7 @@ import pytest
 
 from tests.rig import debian_image, rig_directory
 from tests.rig.cloud import Cloud
-from tests.rig.debian_image import chroot_command, copy_of_tree, in_chroot
+from tests.rig.debian_image import BOOT_TIMEOUT_S, chroot_command, copy_of_tree, in_chroot
 from tests.rig.hosting import HostEnd
 from tests.rig.packages import ROOT, Artefacts, package
 from tests.unit.cable import Cable
@@ -33,6 +34,13 @@ EXPOSURE_MAX = {"vchan-host.service": 1.5, "vchan-guest.service": 0.5, "vchan-ht
 CHECK_CONFIGURATION = """
 from vchan.guest.daemon import parse_options
 assert parse_options(["--config", "/root/guest.conf"]) == parse_options([])
+"""
+CHECK_UNIT = """
+import tomllib
+from vchan.guest.units import parse_unit
+path = "/usr/share/doc/vchan-guest/examples/standard-agent.toml"
+unit = parse_unit("standard", path, tomllib.load(open(path, "rb")))
+assert unit.command[0] == "/usr/bin/vchan-guest", unit
 """
 OUR_FILES = "find / -xdev -iname '*vchan*' -not -path '/proc/*' -not -path '/root/*'"
 
@@ -287,6 +295,7 @@ def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -
     plain = debian / "root" / "guest.conf"
     plain.write_text(configuration.replace("#allow", "allow").replace("#port", "port"))
     in_chroot(debian, "python3", "-c", CHECK_CONFIGURATION)
+    in_chroot(debian, "python3", "-c", CHECK_UNIT)
     assert "vchan" in in_chroot(debian, "getent", "group", "vchan").output
     verified = in_chroot(debian, "systemd-analyze", "verify", "--man=no", "vchan-guest.service")
     assert verified.output == ""
@@ -299,26 +308,41 @@ def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -
     assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
 
 
-def test_the_hosts_package_works_with_debians_own_libraries(
-    debian: Path, artefacts: Artefacts, cloud: Cloud
-) -> None:
-    """A host with them, a host with the newest, one broker, and a VM that migrates between both."""
+@pytest.fixture(scope="module")
+def debian_host(debian: Path, artefacts: Artefacts) -> Iterator[Path]:
+    """A Debian system with the host's package, which is purged at the end."""
     before = in_chroot(debian, "sh", "-c", OUR_FILES).output
     in_chroot(debian, "apt-get", "update", "--quiet")
     install = ("apt-get", "install", "--quiet", "--yes", "--no-install-recommends")
     in_chroot(debian, *install, *give(debian, artefacts.guest, artefacts.host))
-    assert in_chroot(debian, "dpkg", "--verify", "vchan-host").output == ""
-    verified = in_chroot(debian, "systemd-analyze", "verify", "--man=no", "vchan-host.service")
-    assert verified.output == ""
+    yield debian
+    in_chroot(debian, "dpkg", "--purge", "vchan-host", "vchan-guest")
+    assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
 
+
+def test_the_hosts_package_is_whole(debian_host: Path) -> None:
+    assert in_chroot(debian_host, "dpkg", "--verify", "vchan-host").output == ""
+    verify = ("systemd-analyze", "verify", "--man=no", "vchan-host.service", "vchan-http.service")
+    assert in_chroot(debian_host, *verify).output == ""
+    # A password may come to stand in it.
+    status = (debian_host / "etc/vchan/vchan.conf").stat()
+    assert stat.filemode(status.st_mode) == "-rw-r-----"
+    group = in_chroot(debian_host, "getent", "group", str(status.st_gid)).output
+    assert group.startswith("vchan:")
+    in_chroot(debian_host, "vchan", "policy", "check")
+
+
+def test_the_hosts_package_works_with_debians_own_libraries(
+    debian_host: Path, cloud: Cloud
+) -> None:
+    """A host with them, a host with the newest, one broker, and a VM that migrates between both."""
     vm = cloud.shared_vm()
     daemon, program = cloud.a.daemon, cloud.a.daemon.program
     daemon.stop()
-    daemon.program = [*chroot_command(debian, shared=cloud.directory), "/usr/bin/vchan-host"]
+    daemon.program = [*chroot_command(debian_host, shared=cloud.directory), "/usr/bin/vchan-host"]
     try:
         daemon.start()
         vm.wait_ready()
-        assert "dist-packages" in Path(f"/proc/{daemon.pid}/maps").read_text()
         with vm.traffic(callers=2, casts_per_s=50) as traffic:
             for _ in range(2):
                 vm.migrate()
@@ -331,5 +355,30 @@ def test_the_hosts_package_works_with_debians_own_libraries(
         daemon.program = program
         daemon.start()
 
-    in_chroot(debian, "dpkg", "--purge", "vchan-host", "vchan-guest")
-    assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
+
+def test_the_hosts_service_runs_confined(debian_host: Path, directory: Path) -> None:
+    """Booted, with all that its unit forbids; neither libvirt nor a broker is there."""
+    image = debian_image.build()
+    disk = directory / "host.disk"
+    (debian_host / "etc/cloud/cloud-init.disabled").touch()
+    configuration = debian_host / "etc/vchan/vchan.conf"
+    default = configuration.read_text()
+    configuration.write_text("[DEFAULT]\ntransport_url = rabbit://nobody:x@127.0.0.1:9/\n")
+    debian_image.make_disk(debian_host, disk)
+    configuration.write_text(default)
+    booted = debian_image.DebianImage(image.kernel, disk, debian_host)
+    with debian_image.DebianGuest(directory / "host", booted, {}) as guest:
+        shell = guest.agent()
+        journal = "journalctl -b -u vchan-host --no-pager"
+        shell.wait("systemctl is-active vchan-host", timeout_s=BOOT_TIMEOUT_S, why=journal)
+        pid = shell.check("systemctl show --value -p MainPID vchan-host").strip()
+        assert shell.check(f"ps -o user= -p {pid}") == "vchan\n"
+        # It has tried both, and says how it went.
+        shell.wait("vchan --json status | grep -q ECONNREFUSED", why=f"vchan status; {journal}")
+        status = json.loads(shell.check("vchan --json status"))
+        assert "libvirt-sock" in status["libvirt"]
+        shell.check("systemctl reload vchan-host")
+        assert shell.check("stat -c '%U %a' /var/log/vchan/audit.log").startswith("vchan ")
+        assert shell.check("systemctl show --value -p MainPID vchan-host").strip() == pid
+        shell.check("systemctl stop vchan-host")
+        assert shell.check("systemctl show --value -p Result vchan-host") == "success\n"

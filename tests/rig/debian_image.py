@@ -110,8 +110,7 @@ def _make(part: Path) -> None:
     _bootstrap(part / "tree")
     _add_kernel(part, part / "tree")
     _adapt(part / "tree")
-    options = ("-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(part / "tree"))
-    _run(["mke2fs", *options, str(part / "disk"), f"{DISK_MIB}M"])
+    make_disk(part / "tree", part / "disk")
 
 
 def _bootstrap(tree: Path) -> None:
@@ -145,6 +144,12 @@ def _adapt(tree: Path) -> None:
     in_chroot(tree, "systemctl", "enable", *ENABLED)
     # What is installed in it later may have its documents.
     (tree / "etc/dpkg/dpkg.cfg.d/99mmdebstrap").unlink()
+
+
+def make_disk(tree: Path, disk: Path) -> None:
+    """A disk with a tree's files, to boot from."""
+    options = ("-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(tree))
+    _run(["mke2fs", *options, str(disk), f"{DISK_MIB}M"])
 
 
 def copy_of_tree(image: DebianImage, target: Path) -> None:

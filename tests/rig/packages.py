@@ -1,11 +1,13 @@
 """What scripts/package builds, for tests."""
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.rig import RigError
 
+DATE = "1700000000"
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,13 +39,14 @@ class Artefacts:
 
 
 def package(directory: Path, *options: str) -> Artefacts:
-    """Run scripts/package.
+    """Run scripts/package, dated as ever, so that a commit meanwhile changes nothing.
 
     Raises:
         RigError: It failed; with its output.
     """
     command = [str(ROOT / "scripts" / "package"), "--output", str(directory), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"SOURCE_DATE_EPOCH": DATE}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RigError(f"scripts/package gave {done.returncode}:\n{done.stdout}{done.stderr}")
     return Artefacts(directory)
