@@ -101,6 +101,23 @@ def _envelopes() -> Iterator[bytes]:
     yield json.dumps({"vchan.note": 1, "taken": ids, "calls": [], "gone": ids[:1]}).encode()
 
 
+def _handed() -> Iterator[bytes]:
+    vm = {"uuid": "u", "name": "n", "project": "p", "user": "", "flavor": "", "image": ""}
+    target = {"exchange": "e", "topic": "t", "server": "", "namespace": "", "version": "1.0"}
+    args = {
+        "vm": vm,
+        "request_id": "0" * 32,
+        "target": {**target, "fanout": False},
+        "method": "info",
+        "args": {"x": 1},
+        "timeout_s": 1.5,
+        "monitor_s": 0,
+    }
+    context = {"vchan_instance_uuid": "u", "vchan_project_id": "p", "vchan_host": "h"}
+    yield json.dumps({"context": context, "args": args}).encode()
+    yield json.dumps({"context": context, "args": {**args, "args": {"method": 1}}}).encode()
+
+
 def _policies() -> Iterator[bytes]:
     for path in sorted(POLICY.glob("*.policy")):
         yield path.read_bytes()
@@ -121,6 +138,7 @@ _SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
     "body": lambda: list(_BODIES),
     "caller": _envelopes,
     "audit": lambda: [b"openstack\ntopic\nserver\n\x1b[31m\n\xe2\x80\xae\x00\nname"],
+    "handed": _handed,
     "policy": _policies,
     "domain": lambda: [_DOMAIN],
 }

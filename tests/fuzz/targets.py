@@ -16,6 +16,7 @@ from tests.fuzz import relay, session
 from tests.fuzz.script import Script
 from vchan import bodies
 from vchan._layout import KIND_HELLO, KIND_REFUSE, KIND_WELCOME
+from vchan.conductor import desk
 from vchan.errors import BadBody, ConfigError, LimitExceeded
 from vchan.frames import (
     FLUSH,
@@ -198,6 +199,23 @@ def audit(data: bytes) -> None:
     assert json.loads(line)["vm"] == VM
 
 
+def handed(data: bytes) -> None:
+    """What a host hands the conductor, of which a guest has chosen parts."""
+    try:
+        value = envelope.bounded_json(data, "it")
+        context, args = value["context"], value["args"]
+        assert isinstance(context, dict) and isinstance(args, dict)
+    except (envelope.EnvelopeError, TypeError, KeyError, AssertionError):
+        return
+    for kind in (Kind.CALL, Kind.CAST, Kind.NOTIFY):
+        try:
+            read = desk.read(kind, context, args)
+        except envelope.EnvelopeError:
+            continue
+        assert read.facts.uuid == context["vchan_instance_uuid"]
+        assert read.ask.kind is kind and read.ask.topic and read.ask.method
+
+
 # --- what the host reads of its own -------------------------------------------------------------
 
 
@@ -246,6 +264,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "mail": mail,
     "body": body,
     "caller": caller,
+    "handed": handed,
     "audit": audit,
     "policy": policy,
     "domain": domain,
