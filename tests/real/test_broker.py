@@ -1,5 +1,6 @@
 """vchan.host.broker against a real RabbitMQ, with oslo.messaging's own clients beyond it."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -15,6 +16,14 @@ import pytest
 from amqp import spec
 
 from tests.rig import rig_directory, wait_until
+from tests.rig.broker_load import (
+    Gathered,
+    Guests,
+    Load,
+    Publishing,
+    assert_nothing_lost,
+    consume_all,
+)
 from tests.rig.broker_peers import (
     TIMEOUT_S,
     Clients,
@@ -384,6 +393,77 @@ def test_a_deleted_queue_is_made_again(
     host.events.take(Consuming, vm=vm)
     clients.cast(topic, vm, x=1)
     assert host.numbers(1) == [1]
+
+
+def test_connections_killed_again_and_again(rabbit: RabbitServer) -> None:
+    """Under load, both ways: nothing is lost or reordered."""
+    vms = [str(uuid.uuid4()) for _ in range(3)]
+    config = BrokerConfig(hosts=(BrokerHost("127.0.0.1", rabbit.port),), durable=True)
+    gathered = Gathered(rabbit)
+    with (
+        Guests(config) as guests,
+        Load(f"{rabbit.url}?amqp_durable_queues=true", vms) as load,
+    ):
+        consume_all(guests, vms)
+        with Publishing(guests, vms) as publishing:
+            for _ in range(5):
+                load.wait_for_more(10)
+                publishing.wait_for_more(10)
+                rabbit.kill_connections()
+            load.wait_for_more(10)
+        load.stop()
+        assert_nothing_lost(load, guests)
+        publishing.wait_confirmed()
+        assert guests.count(Disconnected) >= 5
+    taken = gathered.take()
+    for vm, count in publishing.published.items():
+        assert set(taken[vm]) == set(range(count))
+
+
+def test_a_queue_made_otherwise_under_us_touches_one_vm(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    """Deleted, and declared by somebody else with other arguments, again and again."""
+    other = str(uuid.uuid4())
+    host.consume(vm, topic)
+    host.consume(other, topic)
+    clients.cast(topic, other, x=0)
+    held = host.events.take(Delivered, vm=other)
+    name = f"{topic.name}.{vm}"
+    for number in range(1, 6):
+        with raw_channel(rabbit) as channel:
+            channel.queue_delete(name)
+            with contextlib.suppress(amqp.PreconditionFailed):  # we may have been quicker
+                arguments = {"x-max-length": 1000 + number}
+                channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
+        host.events.take(Released, vm=vm)
+        host.events.take(Consuming, vm=vm)
+        clients.cast(topic, vm, x=number)
+        event = host.events.take(Delivered, vm=vm)
+        assert event.request.args["x"] == number
+        host.broker.ack(event.token)
+    assert not host.events.has(Disconnected)
+    assert not host.events.has(Released)
+    host.broker.ack(held.token)
+    host.broker.barrier(other, held.token, (b"alive",))
+    host.events.take(Settled, vm=other)
+
+
+def test_a_queue_that_somebody_locks_touches_one_vm(
+    host: Host, clients: Clients, rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    other = str(uuid.uuid4())
+    name = f"{topic.name}.{vm}"
+    with raw_channel(rabbit) as channel:
+        channel.queue_declare(name, exclusive=True)
+        host.broker.consume(vm, frozenset({topic}))
+        host.consume(other, topic)
+        clients.cast(topic, other, x=1)
+        assert host.numbers(1) == [1]
+        assert not host.events.has(Consuming)
+        channel.queue_delete(name)
+    host.events.take(Consuming, vm=vm)
+    assert not host.events.has(Disconnected)
 
 
 def test_the_barrier(

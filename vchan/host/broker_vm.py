@@ -541,8 +541,8 @@ def _body(content: Any) -> bytes:
 
 
 class Sweep(Owner):
-    """Deletes one VM's queues, one after the other: those that are empty and that nobody uses. Notes
-    and answers in its own queue are no use to anybody when the VM is gone.
+    """Deletes one VM's queues, one after the other: those that are empty and that nobody uses.
+    Notes and answers in its own queue are no use to anybody when the VM is gone.
 
     Not with the broker's own if-unused and if-empty: for a quorum queue that is an error, one that
     ends the connection.
