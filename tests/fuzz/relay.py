@@ -17,10 +17,10 @@ from vchan.exchange import Outcome, Taken
 from vchan.host.broker_events import Form, Publication
 from vchan.host.envelope import BrokerRequest
 from vchan.host.gate import REDELIVERED_KEY, VmGate
-from vchan.host.outbound import NOTE_ID
+from vchan.host.outbound import ARRIVAL_ID, NOTE_ID
 from vchan.host.policy import Ask, Facts, Verdict, parse
 from vchan.host.relay import LOCAL_REQUESTS_MAX, TOPICS_SEEN_MAX, Relay
-from vchan.host.upward_envelope import NOTE_KEY
+from vchan.host.upward_envelope import ARRIVAL_KEY, NOTE_KEY, vm_queue
 from vchan.messages import (
     CALL,
     Cancel,
@@ -76,7 +76,8 @@ class _Broker:
     def __init__(self) -> None:
         self.live: dict[int, Any] = {}  # deliveries not acknowledged, by token
         self.dead: set[int] = set()
-        self.unconfirmed: list[bytes] = []
+        self.unconfirmed: list[tuple[bytes, Publication]] = []
+        self.mailbox: list[bytes] = []  # what is in the VM's own queue, but answers
         self.published: set[bytes] = set()
         self.replies: list[bytes] = []
         self.reply_queues: set[str] = set()
@@ -125,9 +126,10 @@ class _Broker:
 
     def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
         assert vm == VM
-        self.unconfirmed.append(request_id)
+        self.unconfirmed.append((request_id, publication))
         if publication.form is Form.MAIL:
-            assert request_id == NOTE_ID
+            assert request_id in (ARRIVAL_ID, NOTE_ID)
+            assert publication.routing_key == vm_queue(VM)
             return
         topic = publication.routing_key.partition(".")[0]
         assert topic in _ALLOWED or (publication.exchange, topic) == _CONDUCTOR, topic
@@ -297,9 +299,11 @@ def _confirm(script: Script, world: _World) -> None:
         ok, unroutable, doubtful = script.pick(
             ((True, False, False), (False, True, False), (False, False, True))
         )
-        request_id = world.broker.unconfirmed.pop(0)
+        request_id, publication = world.broker.unconfirmed.pop(0)
         if not ok and not doubtful:
             world.broker.published.discard(request_id)
+        elif publication.form is Form.MAIL:
+            world.broker.mailbox.append(publication.body)
         world.relay.outbound.sent(
             request_id, ok=ok, unroutable=unroutable, doubtful=doubtful, now_s=world.now_s
         )
@@ -321,6 +325,10 @@ def _mail(script: Script, world: _World) -> None:
     """An answer to some call of the guest's, or to none, or a note."""
     if not world.broker.listening:
         return
+    if world.broker.mailbox:
+        token = world.broker.deliver(None)
+        world.relay.outbound.mail(token, world.broker.mailbox.pop(0), world.now_s)
+        return
     request_id = _id(script)
     match script.number() % 5:
         case 0:
@@ -332,9 +340,11 @@ def _mail(script: Script, world: _World) -> None:
             body = encode_json({"_msg_id": request_id.hex(), "failure": failure})
         case 3:
             lists = {name: [_id(script).hex()] for name in ("taken", "calls", "gone", "doubt")}
-            body = encode_json({NOTE_KEY: 1, **lists, "whole": bool(script.number() % 2)})
+            stays = script.pick(([], ["a"], ["b", "a"]))
+            unclear = script.pick(([], ["c"]))
+            body = encode_json({NOTE_KEY: stays, **lists, "unclear": unclear})
         case _:
-            body = script.block()
+            body = script.block() or encode_json({ARRIVAL_KEY: script.pick(("a", "b", "c"))})
     world.relay.outbound.mail(world.broker.deliver(None), body, world.now_s)
 
 

@@ -98,7 +98,9 @@ def _envelopes() -> Iterator[bytes]:
         yield text.encode()
         yield json.dumps({"oslo.version": "2.0", "oslo.message": text}).encode()
     ids = ["0" * 32, "f" * 32]
-    yield json.dumps({"vchan.note": 1, "taken": ids, "calls": [], "gone": ids[:1]}).encode()
+    lists = {"taken": ids, "calls": [], "gone": ids[:1], "doubt": []}
+    yield json.dumps({"vchan.note": ["s"], **lists, "unclear": []}).encode()
+    yield json.dumps({"vchan.arrival": "s"}).encode()
 
 
 def _handed() -> Iterator[bytes]:
