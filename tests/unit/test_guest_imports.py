@@ -17,8 +17,14 @@ SLOW = {
     "pathlib",
     "selectors",
     "subprocess",
+    "resource",
+    "serial",
     "tempfile",
+    "tomllib",
     "traceback",
+    "vchan.guest.agents",
+    "vchan.guest.serial_port",
+    "vchan.guest.standard",
     "vchan.protocol",
 }
 """Each costs as much as a tenth of our own code or more. socket imports selectors itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 from vchan.errors import ConfigError, Rejected
 from vchan.guest.agents import UNIT_BYTES_MAX, read_units
 from vchan.guest.allowed import DEFAULT_ALLOW, VERBS, Allowed
+from vchan.guest.rules import Rules
+from vchan.guest.standard import read_rules
 from vchan.guest.supervisor import Policy
 from vchan.guest.units import UNITS_MAX, Limits, Unit, parse_unit
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 WHOLE = """
 command = ["/usr/bin/python3", "/opt/web/agent.py"]
@@ -175,6 +180,20 @@ def test_units_are_bounded(tmp_path: Path) -> None:
     assert len(units) == UNITS_MAX
     assert list(broken) == [f"u{UNITS_MAX:03}"]
     assert "UNITS_MAX" in broken[f"u{UNITS_MAX:03}"]
+
+
+def test_the_examples_and_the_manual_are_right() -> None:
+    files = [*(EXAMPLES / "agents.d").glob("*.toml")]
+    assert len(files) >= 2
+    for file in files:
+        assert parse(file.read_text(), file.stem).topics
+    rules = read_rules(str(EXAMPLES / "standard.toml"), required=True)
+    assert rules == Rules(rules.where)  # what it says by itself is what holds without it
+    manual = (EXAMPLES.parent / "docs" / "guest.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", manual, re.DOTALL)
+    unit = parse(block)
+    assert unit.policy == Policy()  # the values it shows are the defaults that it names
+    assert (unit.autostart, unit.survive) == (True, False)
 
 
 # --- what is allowed
