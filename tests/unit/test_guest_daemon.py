@@ -215,6 +215,22 @@ def test_no_port_yet(directory: Path) -> None:
         daemon.kill()
 
 
+def test_a_device_that_is_no_port(directory: Path) -> None:
+    """It may be a mistake, or become one: said once, and tried again."""
+    daemon = guest_daemon(directory, "virtio:/dev/null")
+    daemon.start()
+    try:
+        daemon.wait_log("/dev/null: cannot be waited for: it is no virtio-serial port")
+        time.sleep(0.3)
+        assert daemon.process.poll() is None
+        daemon.process.terminate()
+        assert daemon.process.wait(WAIT_S) == 0
+        assert daemon.log.read_text().count("/dev/null") == 1
+        assert "Traceback" not in daemon.log.read_text()
+    finally:
+        daemon.kill()
+
+
 def test_another_protocol_version_is_refused_readably(cable: Cable, daemon: Program) -> None:
     with HostEnd(cable.host) as host:
         session = host.channel._session
@@ -263,6 +279,9 @@ def test_the_command_line_goes_before_the_file(directory: Path) -> None:
         (["--socket", "relative"], "command line: socket: 'relative' is no absolute path"),
         (["--socket-mode", "9"], "command line: socket-mode: '9' is no octal mode"),
         (["--exit-without-port", "-1"], "'-1' is no whole number of seconds"),
+        (["--units", "relative"], "command line: units: 'relative' is no absolute path"),
+        (["--allow", "ping, all"], "command line: allow: 'all': expected ping, info, list, and"),
+        (["--port", "serial:ttyS1"], "command line: port 'serial:ttyS1': expected a device's path"),
         (["--config", "/no/such/file"], "/no/such/file: no such file"),
         (["--config", "/proc/self"], "/proc/self: cannot be read"),
         (["--config", "{file}"], "{file}:2: expected OPTION = VALUE"),
