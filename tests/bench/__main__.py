@@ -11,7 +11,7 @@ from tests.bench import counting, suite
 from tests.bench.machine import machine
 from tests.bench.suite import GA, IN_AGENT, IN_DAEMON, RAW_ASYNCIO, RAW_C, RAW_PYTHON, RAW_RELAY
 from tests.rig import RigError, rig_directory
-from tests.rig.requirements import missing_for_peers
+from tests.rig.requirements import missing_for_peers, missing_for_rabbit
 
 EXIT_CANNOT = 3
 
@@ -102,17 +102,29 @@ def main() -> int:
         action="store_true",
         help="count the guest's instructions instead of time: for a machine that is not quiet",
     )
+    parser.add_argument(
+        "--broker",
+        action="store_true",
+        help="through RabbitMQ, beside stock oslo.messaging, natively; and many VMs on one host",
+    )
+    parser.add_argument(
+        "--vms", default="300,1000", help="with --broker: numbers of VMs, or none [%(default)s]"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args()
     if min(options.rounds, options.calls, options.bulk_mib) < 1:
         parser.error("--rounds, --calls and --bulk-mib must be at least 1")
-    missing = missing_for_peers()
+    vms = [int(word) for word in options.vms.split(",") if word.isdecimal()]
+    missing = missing_for_rabbit() if options.broker else missing_for_peers()
     if missing:
         print(f"bench: {missing}", file=sys.stderr)
         return EXIT_CANNOT
     try:
         with rig_directory() as directory:
-            report = count(directory) if options.instructions else measure(directory, options)
+            if options.broker:
+                report = measure_broker(directory, options, vms)
+            else:
+                report = count(directory) if options.instructions else measure(directory, options)
     except RigError as error:
         print(f"bench: {error}", file=sys.stderr)
         return EXIT_CANNOT
@@ -125,6 +137,16 @@ def count(directory: Path) -> tuple[Any, str]:
     """Count instructions."""
     rows = counting.measure(directory)
     return dict(rows), counting.table(rows)
+
+
+def measure_broker(directory: Path, options: argparse.Namespace, vms: list[int]) -> tuple[Any, str]:
+    """Measure what goes through a broker."""
+    from tests.bench import broker  # here: it needs oslo.messaging
+
+    before = suite.load()
+    result = broker.run(directory, rounds=options.rounds, calls=options.calls, vms=vms)
+    result["load"] = (before, suite.load())
+    return result, broker.table(result)
 
 
 def measure(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:

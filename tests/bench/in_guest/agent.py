@@ -11,6 +11,9 @@ from vchan.client import AGENT_SOCKET, Agent
 class Endpoint:
     """What is measured."""
 
+    def __init__(self) -> None:
+        self._noted = 0
+
     def ping(self, **values: str) -> dict[str, str]:
         """Give back what was given: as the daemon's own ping does."""
         return values
@@ -22,6 +25,14 @@ class Endpoint:
     def give(self, size: int) -> str:
         """Give a large answer."""
         return "x" * size
+
+    def note(self, **values: str) -> None:
+        """For casts."""
+        self._noted += 1
+
+    def count(self) -> int:
+        """How many casts came."""
+        return self._noted
 
 
 def main() -> None:

@@ -1,0 +1,155 @@
+"""What the broker's benchmarks call: stock oslo.messaging servers, and guests by the hundred.
+
+    python -m tests.bench.servers oslo URL SERVER...     one stock RPC server for each name
+    python -m tests.bench.servers guests DIRECTORY N     N guests, each on a socket of its own
+
+Prints "ready" when it serves; ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+import warnings
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from vchan.link import Link
+from vchan.loop import Loop
+from vchan.messages import (
+    FINAL,
+    BadMessage,
+    Request,
+    Subscribe,
+    Topic,
+    decode,
+    encode,
+    encode_receipt,
+    encode_reply,
+    reply_stream,
+)
+from vchan.session import CONTROL, Config, Event, Opened, Received, Role, Session
+from vchan.streams import SocketStream, listen_unix
+
+TOPIC = "bench"
+COUNT_FILE = "count"
+
+
+class Endpoint:
+    """As the agent's, for stock servers."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._lock = threading.Lock()
+
+    def ping(self, context: Any, **values: str) -> dict[str, str]:
+        """Give back what was given."""
+        return values
+
+    def note(self, context: Any, **values: str) -> None:
+        """For casts."""
+        with self._lock:
+            self.noted += 1
+
+    def count(self, context: Any) -> int:
+        """How many casts came."""
+        return self.noted
+
+
+def serve_oslo(url: str, names: list[str]) -> None:
+    """Stock servers, all in this process, as a service with many targets has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oslo's own deprecations
+        import oslo_messaging
+        from oslo_config import cfg
+    conf = cfg.CONF
+    conf([], project="vchan-bench", default_config_files=[], default_config_dirs=[])
+    transport = oslo_messaging.get_rpc_transport(conf, url=url)
+    endpoint = Endpoint()
+    for name in names:
+        target = oslo_messaging.Target(topic=TOPIC, server=name)
+        oslo_messaging.get_rpc_server(transport, target, [endpoint], executor="threading").start()
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+class Guest:
+    """The least a guest can be: a session that serves the topic and answers at once."""
+
+    def __init__(self, loop: Loop, path: Path, number: int) -> None:
+        self._loop = loop
+        self._path = str(path)
+        self._session = Session(Config(Role.GUEST, number.to_bytes(16, "big"), "guest"), os.urandom)
+        self._server = listen_unix(self._path, 0o600)
+        self._link: Link | None = None
+        self.requests = 0
+        loop.add_reader(self._server.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        connected, _ = self._server.accept()
+        if self._link is not None:
+            self._link.close()
+        stream = SocketStream(connected, self._path)
+        self._link = Link(self._loop, self._session, stream, self._handle, lambda _: None)
+
+    def _handle(self, event: Event) -> None:
+        assert self._link is not None
+        if isinstance(event, Opened) and not event.resumed:
+            self._link.send(encode(Subscribe((Topic("openstack", TOPIC),))), CONTROL)
+        elif isinstance(event, Received):
+            message = decode(event.message)
+            if isinstance(message, Request):
+                self.requests += 1
+                if message.is_call:
+                    answer = encode_reply(message.id, FINAL, b"%d" % self.requests)
+                    self._link.send(answer, reply_stream(message.id))
+                else:
+                    self._link.send(encode_receipt(message.id), CONTROL)
+            assert not isinstance(message, BadMessage)
+
+
+def serve_guests(directory: Path, count: int) -> None:
+    """Guests, until standard input ends. A file says how many have had a request."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert soft
+    with closing(Loop()) as loop:
+        guests = [Guest(loop, directory / f"{number}", number) for number in range(count)]
+
+        def write_count() -> None:
+            reached = sum(guest.requests for guest in guests), sum(map(has_some, guests))
+            part = directory / f"{COUNT_FILE}.part"
+            part.write_text(f"{reached[0]} {reached[1]}")
+            part.rename(directory / COUNT_FILE)
+            loop.call_later(0.05, write_count)
+
+        write_count()
+        threading.Thread(target=_stop_at_end, args=(loop,), daemon=True).start()
+        print("ready", flush=True)
+        loop.run()
+
+
+def _stop_at_end(loop: Loop) -> None:
+    sys.stdin.read()
+    loop.stop()
+
+
+def has_some(guest: Guest) -> bool:
+    """Whether it was asked at all."""
+    return guest.requests > 0
+
+
+def main() -> None:
+    """The program."""
+    what, *words = sys.argv[1:]
+    if what == "oslo":
+        serve_oslo(words[0], words[1:])
+    else:
+        serve_guests(Path(words[0]), int(words[1]))
+
+
+if __name__ == "__main__":
+    main()
