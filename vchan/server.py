@@ -1,12 +1,11 @@
 """A daemon's local unix socket: every connection is a peer with a session of its own."""
 
 import os
-import socket
-import struct
 from collections.abc import Callable
 from itertools import count
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
+from vchan.access import Access, Credentials, credentials_of
 from vchan.link import Link
 from vchan.loop import Loop
 from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
@@ -15,16 +14,6 @@ from vchan.streams import SocketStream, listen_unix
 ACCEPT_RETRY_S: Final = 1.0
 PEERS_MAX: Final = 128
 """Connections to one local socket at a time; more are closed at once."""
-
-_CREDENTIALS: Final = struct.Struct("3i")
-
-
-class Credentials(NamedTuple):
-    """Who is at the other end, by the kernel's word."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 class Peers(Protocol):
@@ -49,6 +38,7 @@ class LocalServer:
         instance: The daemon's.
         name: The daemon's, told to peers.
         log: Told what an operator may want to know.
+        access: Who may connect; None: whoever may open the socket.
 
     Raises:
         LinkError: The socket cannot be made; see `streams.listen_unix`.
@@ -63,12 +53,14 @@ class LocalServer:
         name: str,
         peers: Peers,
         log: Callable[[str], None],
+        access: Access | None = None,
     ) -> None:
         self.path = path
         self._loop = loop
         self._config = Config(Role.HOST, instance, name)
         self._peers = peers
         self._log = log
+        self._access = access
         self._links: dict[int, Link] = {}
         self._opened: set[int] = set()
         self._keys = count(1)
@@ -89,8 +81,11 @@ class LocalServer:
             self._log(f"{self.path}: refused a connection: {PEERS_MAX} are open (PEERS_MAX)")
             connected.close()
             return
-        raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        who = Credentials(*_CREDENTIALS.unpack(raw))
+        who = credentials_of(connected)
+        if self._access is not None and not self._access.allows(who):
+            self._log(f"{self.path}: refused pid {who.pid}: uid {who.uid} may not connect here")
+            connected.close()
+            return
         key = next(self._keys)
         self._links[key] = Link(
             self._loop,

@@ -17,6 +17,7 @@ import pytest
 
 from tests.unit.local_host import LocalHost
 from vchan import server as server_module
+from vchan.access import Credentials
 from vchan.client import Client
 from vchan.errors import (
     AgentGone,
@@ -33,7 +34,7 @@ from vchan.errors import (
 from vchan.link import Link
 from vchan.loop import Loop
 from vchan.messages import CALL, FAILURE, Reply, Request, Subscribe, Topic, decode, encode
-from vchan.server import Credentials, LocalServer
+from vchan.server import LocalServer
 from vchan.session import Config, Event, Opened, Received, Role, Session
 from vchan.streams import connect_unix
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vchan import __version__
+from vchan.access import Access, Credentials, make_access
 from vchan.errors import ConfigError, LinkError, PortAbsent
 from vchan.guest.allowed import DEFAULT_ALLOW, RUNNING, UNIT_METHODS, Allowed
 from vchan.guest.port import DEFAULT_PORT, Port, port_opener
@@ -20,7 +21,7 @@ from vchan.guest.router import Router
 from vchan.link import Link
 from vchan.loop import Loop, Timer
 from vchan.notify import ServiceManager
-from vchan.server import Credentials, LocalServer
+from vchan.server import LocalServer
 from vchan.session import (
     Config,
     Event,
@@ -60,6 +61,7 @@ _ERROR, _WARNING, _INFO = 3, 4, 6
 USAGE: Final = f"""\
 usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                    [--socket PATH] [--socket-mode MODE]
+                   [--agent-users NAMES] [--agent-groups NAMES]
                    [--units DIRECTORY] [--allow WHAT] [--quiet]
        vchan-guest standard-agent [--config FILE] [--socket PATH]
 
@@ -71,6 +73,9 @@ usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                       when it appears [0: never]
   --socket PATH       where agents attach [{DEFAULT_SOCKET}]
   --socket-mode MODE  the socket's permissions, octal [0660]
+  --agent-users NAMES, --agent-groups NAMES
+                      who may attach, with commas between, besides root and the daemon's
+                      own user [whoever may open the socket]
   --units DIRECTORY   the sub-agents to run, a file NAME.toml each; read again at SIGHUP
                       [{DEFAULT_UNITS}]
   --allow WHAT        what the control side may do, with commas between: ping, info, list,
@@ -94,6 +99,7 @@ class Options(NamedTuple):
     exit_without_port_s: int = 0
     units: str = DEFAULT_UNITS
     allow: str = DEFAULT_ALLOW
+    access: Access | None = None
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -136,7 +142,20 @@ def parse_options(arguments: list[str]) -> Options:
         Allowed(allow)
     except ValueError as error:
         raise ConfigError(f"{where}: allow", str(error)) from error
-    return Options(port, socket, mode, quiet == "yes", int(absence), units, allow)
+    return Options(port, socket, mode, quiet == "yes", int(absence), units, allow, _access(values))
+
+
+def _access(values: Mapping[str, tuple[str, str]]) -> Access | None:
+    users_where, users = values.get("agent-users", ("", ""))
+    groups_where, groups = values.get("agent-groups", ("", ""))
+    if not users and not groups:
+        return None
+    return make_access(
+        filter(None, map(str.strip, users.split(","))),
+        filter(None, map(str.strip, groups.split(","))),
+        f"{users_where}: agent-users",
+        f"{groups_where}: agent-groups",
+    )
 
 
 _NAMES: Final = (
@@ -144,6 +163,8 @@ _NAMES: Final = (
     "exit-without-port",
     "socket",
     "socket-mode",
+    "agent-users",
+    "agent-groups",
     "units",
     "allow",
     "quiet",
@@ -221,7 +242,14 @@ class Daemon:
         self._router = Router(self._port.send, methods, self.loop.time())
         self._timer: Timer | None = None
         self._server = LocalServer(
-            self.loop, options.socket, options.socket_mode, instance, name, self, self._note
+            self.loop,
+            options.socket,
+            options.socket_mode,
+            instance,
+            name,
+            self,
+            self._note,
+            options.access,
         )
 
     def run(self) -> None:

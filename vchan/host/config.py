@@ -11,6 +11,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from vchan import __version__
+from vchan.access import Access, make_access
 from vchan.errors import ConfigError
 from vchan.host import identity, policy_files
 from vchan.host.audit import AUDIT_LOG, STDERR
@@ -56,6 +57,22 @@ OPTIONS: Final = [
         "socket", default="/run/vchan/host.sock", help="Unix socket for programs on this host."
     ),
     cfg.StrOpt("socket_mode", default="0660", help="Permissions of that socket, octal."),
+    cfg.ListOpt(
+        "client_groups",
+        default=[],
+        help=(
+            "The groups whose members may connect to it, besides root and this daemon's user. "
+            "None: whoever may open it."
+        ),
+    ),
+    cfg.ListOpt(
+        "admin_groups",
+        default=[],
+        help=(
+            "The groups whose members may attach, detach and release VMs there, besides root and "
+            "this daemon's user."
+        ),
+    ),
     cfg.ListOpt(
         "listen_topics",
         default=[],
@@ -190,6 +207,8 @@ def check(conf: Any) -> None:
         except (cfg.Error, ValueError) as error:
             raise ConfigError(f"[{GROUP}] {option.name}", str(error)) from error
     socket_mode(conf)
+    client_access(conf)
+    admin_access(conf)
     selection(conf)
     topic_rules(conf[GROUP].listen_topics)
     guest_context_allow(conf)
@@ -241,6 +260,19 @@ def socket_mode(conf: Any) -> int:
     if not re.fullmatch(r"0?[0-7]{3}", text):
         raise ConfigError(f"[{GROUP}] socket_mode", f"{text!r} is no octal mode: try 0660")
     return int(text, 8)
+
+
+def client_access(conf: Any) -> Access | None:
+    """Who may connect to the local socket; None: whoever may open it."""
+    groups = conf[GROUP].client_groups
+    if not groups:
+        return None
+    return make_access((), (*groups, *conf[GROUP].admin_groups), "", f"[{GROUP}] client_groups")
+
+
+def admin_access(conf: Any) -> Access:
+    """Who may administer through it."""
+    return make_access((), conf[GROUP].admin_groups, "", f"[{GROUP}] admin_groups")
 
 
 def selection(conf: Any) -> Selection:

@@ -104,7 +104,7 @@ class Daemon:
         self._attaching: dict[str, list[tuple[str, Answer]]] = {}
         self._static = config.static_channels(conf)
         self._hypervisor = self._make_hypervisor(options)
-        self._local = LocalService(self.loop, self, LOG.debug)
+        self._local = LocalService(self.loop, self, LOG.debug, config.admin_access(conf))
         self._http = HttpProxy(
             self.loop, config.http_services(conf), options.metadata_proxy_shared_secret
         )
@@ -116,6 +116,7 @@ class Daemon:
             options.host,
             self._local,
             LOG.info,
+            config.client_access(conf),
         )
 
     def _make_broker(self, conf: Any) -> Broker | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
+from vchan.access import Access, Credentials
 from vchan.bodies import decode_invocation, encode_failure, encode_json
 from vchan.client import HOST_TOPIC
 from vchan.errors import (
@@ -55,12 +56,13 @@ from vchan.messages import (
     decode,
     encode,
 )
-from vchan.server import Credentials
 from vchan.session import CONTROL
 
 PATIENCE_MS: Final = 60_000
 """The time of a program's request that has none: there is no store here to keep it in. So a cast to
 a VM without an agent is refused at once."""
+ADMIN_METHODS: Final = frozenset({"attach", "detach", "release"})
+"""The daemon's own methods that change something for others."""
 TICK_S: Final = 0.1
 """How late a request's time may run out here."""
 
@@ -91,29 +93,37 @@ class Guests(Protocol):
 
 
 class _Peer:
-    __slots__ = ("cancels", "link", "responder", "sent")
+    __slots__ = ("cancels", "link", "responder", "sent", "who")
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, who: Credentials) -> None:
         self.link = link
+        self.who = who
         self.responder = Responder(link.send)
         self.cancels: dict[bytes, Callable[[], None]] = {}
         self.sent: set[bytes] = set()  # of these, what goes on without who sent it
 
 
 class LocalService:
-    """The peers of the daemon's local socket."""
+    """The peers of the daemon's local socket.
 
-    def __init__(self, loop: Loop, guests: Guests, log: Callable[[str], None]) -> None:
+    Args:
+        admins: Who may use ADMIN_METHODS.
+    """
+
+    def __init__(
+        self, loop: Loop, guests: Guests, log: Callable[[str], None], admins: Access | None = None
+    ) -> None:
         self._loop = loop
         self._guests = guests
         self._log = log
+        self._admins = admins or Access()
         self._peers: dict[int, _Peer] = {}
         self._servers = Servers(loop.time())
         self._timer: Timer | None = None
 
     def peer_opened(self, key: int, link: Link, who: Credentials) -> None:
         """A program connected."""
-        self._peers[key] = _Peer(link)
+        self._peers[key] = _Peer(link, who)
         self._log(f"local program {key}: pid {who.pid}, uid {who.uid}")
         # So it knows that it is on a host: servers are told apart by name here.
         link.send(encode(Subscribe((Topic("", HOST_TOPIC),))), CONTROL)
@@ -276,6 +286,7 @@ class LocalService:
             peer.responder.take(request.id, self._loop.time())
         try:
             invocation = decode_invocation(request.body)
+            self._check(peer.who, invocation.method)
             self._guests.method(invocation.method, invocation.args, answer)
         except RequestError as error:
             answer(True, encode_failure(type(error).__name__, str(error)))
@@ -283,6 +294,14 @@ class LocalService:
             answer(True, encode_failure("NoSuchMethod", f"the daemon has no method {error}"))
         except TypeError as error:
             answer(True, encode_failure("TypeError", str(error), module="builtins"))
+
+    def _check(self, who: Credentials, method: str) -> None:
+        if method in ADMIN_METHODS and not self._admins.allows(who):
+            self._log(f"refused {method} to pid {who.pid}, uid {who.uid}")
+            raise Rejected(
+                f"uid {who.uid} may not {method}: only root, this daemon's own user, and the "
+                "groups in admin_groups may"
+            )
 
     # ---------------------------------------------------------------- time
 
