@@ -92,16 +92,20 @@ class Upward:
             case Cancel(request_id):
                 if self._drop(request_id):
                     self._host.cancel(request_id)
-                    self._host.settle((request_id,))  # it may have been answered by now
             case Settled(ids):
-                over = [request_id for request_id in ids if self._is_over(request_id)]
-                for request_id in over:
-                    self._drop(request_id)
-                self._host.settle(over)
+                self._settled([request_id for request_id in ids if self._is_over(request_id)])
 
     def _is_over(self, request_id: bytes) -> bool:
         item = self._items.get(request_id)
         return item is not None and item.outcome is not None
+
+    def _settled(self, ids: list[bytes]) -> None:
+        """No agent asks for these again. What ended here, the host may not even have got yet:
+        told to forget it now, it would take it for new."""
+        outcomes = {request_id: self._items[request_id].outcome for request_id in ids}
+        for request_id in ids:
+            self._drop(request_id)
+        self._host.settle([each for each in ids if not isinstance(outcomes[each], Overdue)])
 
     def _request(self, key: int, request: Request, now_s: float) -> None:
         item = self._items.get(request.id)
@@ -218,11 +222,10 @@ class Upward:
                 later_s = max(item.orphan_until_s, now_s + 1.0)
                 self._look_s = min(self._look_s or later_s, later_s)
                 continue
-            self._drop(request_id)
-            if item.outcome is None:
+            if item.outcome is not None:
+                self._settled([request_id])
+            elif self._drop(request_id):
                 self._host.cancel(request_id)
-            else:
-                self._host.settle((request_id,))
 
     def summary(self) -> dict[str, Any]:
         """What `info` shows."""
