@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
 def copy_tree(target: Path) -> None:
     """What the checks need, without caches."""
-    ignored = shutil.ignore_patterns("__pycache__", "real", "rig", "bench")
+    ignored = shutil.ignore_patterns("__pycache__", "real", "bench", "fuzz")
     for name in ("vchan", "tests"):
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", target)
@@ -64,6 +64,8 @@ def _check(bug: Bug, tree: Path, seeds: int) -> tuple[bool, str]:
             arguments += ["--scenario", scenario]
         done = _run(tree, "-m", "tests.simulate", *arguments)
         found = re.search(r"^seed (\d+) .*?: (.*)", done.stdout, re.MULTILINE)
+        if " a minute; " not in done.stdout:
+            return False, f"the simulation could not be run: {done.stderr[-200:]}"
         if found is None:
             return False, f"seeds {start} to {start + count - 1} saw nothing"
         return True, f"seed {found[1]}: {found[2]}"

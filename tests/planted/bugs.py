@@ -51,6 +51,12 @@ _CHANNELS: Final = "vchan/host/channels.py"
 _DOMAINS: Final = "vchan/host/domains.py"
 _LINK: Final = "vchan/link.py"
 _CLIENT: Final = "vchan/client.py"
+_UPWARD: Final = "vchan/guest/upward.py"
+_OUTBOUND: Final = "vchan/host/outbound.py"
+_HISTORY: Final = "vchan/host/history.py"
+_BROKER_VM: Final = "vchan/host/broker_vm.py"
+_OUTBOUND_TESTS: Final = "tests/unit/test_outbound.py::"
+_UPWARD_TESTS: Final = "tests/unit/test_upward.py::"
 _BROKER: Final = "tests/simulate/broker.py"
 
 BUGS: Final = (
@@ -329,6 +335,199 @@ BUGS: Final = (
             "            self._drop_tokens()\n",
         ),
         Simulation(0),
+    ),
+    # ---------------------------------------------------------------- requests out of guests
+    Bug(
+        "receipted before the broker has it",
+        Patch(
+            _OUTBOUND,
+            "        self._broker.publish_request(self.vm, request.id, made)\n",
+            "        self._broker.publish_request(self.vm, request.id, made)\n"
+            "        if not request.is_call:\n"
+            "            self._forget(request.id)\n"
+            "            self._responder.take(request.id, now_s)\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "order lost on retry",
+        Patch(
+            _OUTBOUND,
+            "self._queue.extendleft(reversed(self._unsent))",
+            "self._queue.extend(self._unsent)",
+        ),
+        Test(_OUTBOUND_TESTS + "test_what_was_refused_goes_again_before_what_is_new"),
+    ),
+    Bug(
+        "not marked as perhaps published before",
+        Patch(_OUTBOUND, "redelivered=item.doubtful)", "redelivered=False)"),
+        Simulation(0),
+    ),
+    Bug(
+        "no note left",
+        Patch(
+            _OUTBOUND,
+            "        if self._listening:\n            self._note_is_due",
+            "        if False:\n            self._note_is_due",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "what a note says was taken is forgotten",
+        Patch(
+            _HISTORY, "                self.remember(request_id, past)\n", "                pass\n"
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "a note without what is in doubt",
+        Patch(
+            _OUTBOUND,
+            "return Past.DOUBT if self.doubtful or self.state is not _State.QUEUED else None",
+            "return None",
+        ),
+        Test(_OUTBOUND_TESTS + "test_the_note"),
+        was_real=True,
+    ),
+    Bug(
+        "what was given up is noted as taken",
+        Patch(_EXCHANGE, "            if record.state != _GIVEN_UP\n", ""),
+        Test(_OUTBOUND_TESTS + "test_a_host_s_clock_ends_nothing_for_the_guest"),
+        was_real=True,
+    ),
+    Bug(
+        "a note that only says what was published",
+        Patch(
+            _OUTBOUND,
+            "        self._note_is_due = bool(self._sending)",
+            "        self._note_is_due = False",
+        ),
+        Test(_OUTBOUND_TESTS + "test_a_vm_that_is_let_go_before_the_broker_has_spoken"),
+        was_real=True,
+    ),
+    Bug(
+        "published before everything written before is read",
+        Patch(_OUTBOUND, "(not history.is_read or is_again or", "(is_again or"),
+        Test(_OUTBOUND_TESTS + "test_it_publishes_when_its_arrival_has_come_back"),
+        was_real=True,
+    ),
+    Bug(
+        "our own arrival is taken out of the queue",
+        Patch(
+            _OUTBOUND,
+            "                self._arrival_tokens.append(self._log_tokens.pop())\n",
+            "                pass\n",
+        ),
+        Test(_OUTBOUND_TESTS + "test_it_publishes_when_its_arrival_has_come_back"),
+    ),
+    Bug(
+        "what the next host has written is taken out of the queue",
+        Patch(
+            _OUTBOUND,
+            "        if not history.is_read or history.is_ours(message):\n",
+            "        if True:\n",
+        ),
+        Test(_OUTBOUND_TESTS + "test_what_was_written_before_is_taken_out_of_the_queue"),
+        was_real=True,
+    ),
+    Bug(
+        "a note speaks for the last stay only",
+        Patch(_OUTBOUND, "            history.stays(),\n", "            (history.stay,),\n"),
+        Test(_OUTBOUND_TESTS + "test_a_new_session_begins_a_new_stay"),
+        was_real=True,
+    ),
+    Bug(
+        "a host that died is not missed",
+        Patch(_HISTORY, "            self._open[stay] = True\n", "            pass\n"),
+        Simulation(0),
+    ),
+    Bug(
+        "what waited here while the guest was elsewhere is new",
+        Patch(_OUTBOUND, " or self.number <= number\n", "\n"),
+        Test(_OUTBOUND_TESTS + "test_a_guest_that_comes_back_may_have_been_elsewhere"),
+        was_real=True,
+    ),
+    Bug(
+        "an answer acknowledged before the guest has it",
+        Patch(
+            _OUTBOUND,
+            "            self._hold(token, answer.id, None, now_s)\n            self._reply(",
+            "            self._broker.ack(token)\n            self._reply(",
+        ),
+        Test(_OUTBOUND_TESTS + "test_a_call_s_answer_is_the_broker_s_until_the_guest_has_it"),
+    ),
+    Bug(
+        "two answers to one call, and one is never acknowledged",
+        Patch(
+            _OUTBOUND,
+            "self._broker.ack(held.token)  # the same again: it was called, or handed out, twice",
+            "pass",
+        ),
+        Test(_OUTBOUND_TESTS + "test_an_answer_that_comes_twice"),
+        was_real=True,
+    ),
+    Bug(
+        "an answer that nobody waits for is held",
+        Patch(
+            _OUTBOUND,
+            "        elif item is None and self._responder.is_over(answer.id):\n",
+            "        elif False:\n",
+        ),
+        Test(_OUTBOUND_TESTS + "test_an_answer_that_nobody_waits_for"),
+        was_real=True,
+    ),
+    Bug(
+        "a note does not get past answers that nobody asks for",
+        Patch(_BROKER_VM, "OWN_PREFETCH: Final = 64", "OWN_PREFETCH: Final = 2"),
+        Simulation(0),
+        was_real=True,
+    ),
+    Bug(
+        "what may have run is refused as unrun",
+        Patch(_OUTBOUND, "        if maybe_ran:\n", "        if False:\n"),
+        Test(_OUTBOUND_TESTS + "test_what_may_have_run_is_not_said_to_be_unserved"),
+        was_real=True,
+    ),
+    Bug(
+        "outcomes are not settled with the host",
+        Patch(
+            _UPWARD,
+            "self._host.settle([each for each in ids if not isinstance(outcomes[each], Overdue)])",
+            "pass",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "settled by an agent that hears that its time is up",
+        Patch(_UPWARD, " if not isinstance(outcomes[each], Overdue)])", "])"),
+        Test(_UPWARD_TESTS + "test_its_time_is_up"),
+        was_real=True,
+    ),
+    Bug(
+        "an agent that asks again is not heard",
+        Patch(_UPWARD, "            item.key = key\n", ""),
+        Simulation(0),
+    ),
+    Bug(
+        "orphans are kept for ever",
+        Patch(_UPWARD, "            self._look_for_orphans(now_s)\n", "            pass\n"),
+        Simulation(0),
+    ),
+    Bug(
+        "settled before it is over",
+        Patch(
+            _UPWARD,
+            "        return item is not None and item.outcome is not None\n",
+            "        return item is not None\n",
+        ),
+        Test(_UPWARD_TESTS + "test_what_is_settled_before_it_is_over_is_not"),
+        was_real=True,
+    ),
+    Bug(
+        "answers that agents have not settled are kept without a limit",
+        Patch(_UPWARD, "        self._make_room(0)\n", ""),
+        Test(_UPWARD_TESTS + "test_answers_that_are_kept_have_a_limit"),
+        was_real=True,
     ),
     # ---------------------------------------------------------------- the broker's port
     Bug(

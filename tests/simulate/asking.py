@@ -9,7 +9,8 @@ Promises
 2. It has run once; a second time only marked `vchan_redelivered`. It is marked only where nobody
    can know: see `Asking._is_excused`.
 3. Who calls gets the answer to what it asked, or is told that there is none.
-4. What an agent asks of one target runs in its order, unless the broker has refused it.
+4. What an agent asks of one target runs in its order, unless the broker has refused it, or its
+   time was up by a host's clock while the guest's stood still.
 5. In the end nothing is open, and nobody holds anything.
 """
 
@@ -253,8 +254,8 @@ class Asking:
 
     def _check_order(self, ask: Ask, server: str) -> None:
         last = self._last.get((server, ask.series), 0)
-        if ask.id in self._broker.refused:
-            self._world.stats["EXEMPT refused by the broker, and overtaken"] += ask.number < last
+        if ask.id in self._broker.refused or ask.id in self._broker.given_up:
+            self._world.stats["EXEMPT refused or given up, and overtaken"] += ask.number < last
         elif ask.number < last:
             self._world.fail(f"{ask} (number {ask.number}) ran after number {last}")
         self._last[server, ask.series] = max(last, ask.number)

@@ -355,6 +355,8 @@ class Broker:
         """Guests' requests that it refused."""
         self.doubted: set[bytes] = set()
         """Guests' requests of which a host does not know whether the broker has them."""
+        self.given_up: set[bytes] = set()
+        """Guests' requests whose time was up by a host's clock; theirs may have stood still."""
         self.losses: list[float] = []
         """When a host's daemon, its connection or its note was lost."""
         self.moves: list[tuple[float, str, bool]] = []

@@ -163,6 +163,13 @@ class HostDaemon:
                 self._server.doubted.update(outbound._sending)
             release()
 
+        drop = outbound._drop
+
+        def noted_drop(request_id: bytes) -> None:
+            self._server.given_up.add(request_id)
+            drop(request_id)
+
+        outbound._drop = noted_drop
         outbound.opened, outbound.suspend = noted_opened, noted_suspend
         outbound.release = noted_release
 

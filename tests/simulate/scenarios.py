@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.simulate.asking import CAST as CAST_UP
 from tests.simulate.check import CAST, FANOUT, LONG_S
 from tests.simulate.guest import Migration
+from vchan.messages import CALL
+from vchan.messages import FANOUT as FANOUT_UP
 
 if TYPE_CHECKING:
     from tests.simulate.guest import Vm
@@ -30,6 +33,9 @@ def _load(run: Run, vm: Vm) -> None:
             run.callers.cast(vm.uuid, topic, CAST, filling="")
         run.callers.cast(vm.uuid, topic, FANOUT, filling="")
         run.callers.call(vm.uuid, topic, LONG_S, fails=False, filling="x" * 20_000)
+    for agent in list(vm.agents.values()):
+        for kind in (CAST_UP, CALL, FANOUT_UP):
+            run.asking.ask(agent, kind, 2, at_once=run.world.rng.random() < 0.5)
 
 
 def migration_fails_at_the_end(run: Run) -> None:
@@ -107,6 +113,19 @@ def broker_is_cut_again_and_again(run: Run) -> None:
         run.world.run(run.world.now_s + 4.0)
 
 
+def host_daemon_dies_with_requests_under_way(run: Run) -> None:
+    """It leaves no note: what it had published nobody knows."""
+    rng = run.world.rng
+    for _ in range(6):
+        for vm in run.vms:
+            _load(run, vm)
+        run.world.run(run.world.now_s + rng.choice((0.002, 0.01, 0.3)) * rng.random())
+        for host in run.hosts:
+            host.kill_daemon()
+            run.world.after(0.1 + rng.random(), host.start_daemon)
+        run.world.run(run.world.now_s + rng.choice((2.0, 12.0)))
+
+
 def guest_daemon_restarts_under_load(run: Run) -> None:
     """Agents come back with what they hold."""
     for _ in range(6):
@@ -121,7 +140,7 @@ def guest_daemon_restarts_under_load(run: Run) -> None:
 
 def paused_for_hours(run: Run) -> None:
     """A paused guest is not dead; the broker keeps its requests."""
-    run.ledger.hours_passed = True
+    run.ledger.hours_passed = run.asking.hours_passed = True
     for vm in run.vms:
         _load(run, vm)
         vm.pause()
@@ -146,6 +165,7 @@ SCENARIOS = (
     source_dies_as_the_guest_arrives,
     agents_die_with_casts_in_their_hands,
     broker_is_cut_again_and_again,
+    host_daemon_dies_with_requests_under_way,
     guest_daemon_restarts_under_load,
     paused_for_hours,
     wedged_in_company,
