@@ -11,8 +11,8 @@ from vchan.errors import ConfigError
 _CREDENTIALS: Final = struct.Struct("3i")
 _SO_PEERGROUPS: Final = 59
 """Linux 4.13's; Python has no name for it."""
-_GROUPS_BYTES_MAX: Final = 4 * 65536
-"""As many as Linux lets a process have."""
+_GROUPS_BYTES_MAX: Final = 1024
+"""What Python takes. Of a process in more than 256 groups the main one alone is known."""
 
 
 class Credentials(NamedTuple):
@@ -33,7 +33,7 @@ def credentials_of(connected: socket.socket) -> Credentials:
         listed = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
         groups = frozenset(struct.unpack(f"{len(listed) // 4}I", listed))
     except OSError:
-        pass  # an older kernel: the main group must do
+        pass  # an older kernel, or too many: the main group must do
     pid, uid, gid = _CREDENTIALS.unpack(raw)
     return Credentials(pid, uid, gid, groups)
 
