@@ -41,6 +41,14 @@ EVERYTHING = "ping, info, list, state, log, start, stop, restart"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
 
+@pytest.fixture(autouse=True)
+def plain_umask() -> Iterator[None]:
+    """Files that others can change are refused."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vc", dir="/tmp") as name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import select
@@ -19,7 +20,8 @@ from typing import Any
 import pytest
 
 from vchan.errors import ConfigError, LinkError, NotAPort, PortAbsent, PortBusy
-from vchan.guest.port import port_opener
+from vchan.guest import port as port_module
+from vchan.guest.port import FLAPPING_S, Port, port_opener
 from vchan.guest.serial_port import (
     BRIDGE_READ_S,
     BridgeStream,
@@ -28,7 +30,9 @@ from vchan.guest.serial_port import (
     open_line,
     parse_line,
 )
-from vchan.streams import Stream
+from vchan.loop import Loop
+from vchan.session import Config, Role, Session
+from vchan.streams import SocketStream, Stream
 
 serial = pytest.importorskip("serial")
 
@@ -361,3 +365,61 @@ def test_raw_terminals_are_what_pyserial_makes() -> None:
     assert termios.tcgetattr(ours)[tty.LFLAG] & termios.ECHO
     os.close(other)
     os.close(ours)
+
+
+# --- staying open
+
+
+class Flapping:
+    """A port that opens well and is lost at once."""
+
+    def __init__(self, loop: Loop, lives_s: float) -> None:
+        self.opened_s: list[float] = []
+        self._loop = loop
+        self._lives_s = lives_s
+        self._ends: list[socket.socket] = []
+
+    def __call__(self) -> Stream:
+        self.opened_s.append(self._loop.time())
+        ours, theirs = socket.socketpair()
+        self._ends.append(theirs)
+        self._loop.call_later(self._lives_s, theirs.close)
+        return SocketStream(ours, "flapping")
+
+    def close(self) -> None:
+        for end in self._ends:
+            end.close()
+
+
+def test_a_stream_that_is_lost_again_and_again_is_opened_ever_more_slowly() -> None:
+    with Loop() as loop:
+        opener = Flapping(loop, 0.0)
+        said: list[str] = []
+        session = Session(Config(Role.GUEST, bytes(16)), os.urandom)
+        port = Port(loop, opener, session, lambda _: None, said.append)
+        port.open()
+        loop.call_later(1.5, loop.stop)
+        loop.run()
+        port.close()
+        opener.close()
+    # At 0, then after 0.02, 0.1, 0.5 and 2 s; later on a machine that is busy, never sooner.
+    times = opener.opened_s
+    assert 2 <= len(times) <= 4
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert all(gap >= least for gap, least in zip(gaps, FLAPPING_S, strict=False))
+    assert len(said) <= 2 * len(times)
+
+
+def test_a_stream_that_lived_is_opened_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port_module, "STEADY_S", 0.01)
+    with Loop() as loop:
+        opener = Flapping(loop, 0.02)
+        session = Session(Config(Role.GUEST, bytes(16)), os.urandom)
+        port = Port(loop, opener, session, lambda _: None, lambda _: None)
+        port.open()
+        deadline = loop.call_later(WAIT_S, loop.stop)
+        while len(opener.opened_s) < 20:
+            loop.run_once()
+            assert loop.time() < deadline.at_s
+        port.close()
+        opener.close()

@@ -39,6 +39,14 @@ ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 
 
+@pytest.fixture(autouse=True)
+def plain_umask() -> Iterator[None]:
+    """Files that others can change are refused."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vc", dir="/tmp") as name:
@@ -121,6 +129,14 @@ def test_a_wrong_rule_says_which_and_what_was_expected(text: str, expected: str)
         parse_rules("/etc/vchan/standard.toml", tomllib.loads(text))
     assert str(caught.value).startswith("/etc/vchan/standard.toml: ")
     assert expected in str(caught.value)
+
+
+def test_rules_that_others_can_change_are_not_followed(directory: Path) -> None:
+    file = directory / "standard.toml"
+    file.write_text("facts = true")
+    file.chmod(0o666)
+    with pytest.raises(ConfigError, match="others can change it"):
+        read_rules(str(file), required=False)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,14 @@ cpu_s = 60
 files = 64
 processes = 8
 """
+
+
+@pytest.fixture(autouse=True)
+def plain_umask() -> Iterator[None]:
+    """Files that others can change are refused."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 def parse(text: str, name: str = "web") -> Unit:
@@ -163,6 +173,24 @@ def test_a_directory_of_units(tmp_path: Path) -> None:
         "directory": "cannot be read: Is a directory",
     }
     assert all(text.startswith(f"{tmp_path}/{name}.toml") for name, text in broken.items())
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_a_unit_that_others_can_change_is_not_run(tmp_path: Path, mode: int) -> None:
+    file = tmp_path / "one.toml"
+    file.write_text('command = ["/bin/true"]')
+    file.chmod(mode)
+    _, broken = read_units(str(tmp_path))
+    expected = f"others can change it (uid {os.getuid()}, mode {mode:04o}): chown root and chmod"
+    assert expected in broken["one"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_unit_of_somebody_else_is_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "one.toml"
+    file.write_text('command = ["/bin/true"]')
+    os.chown(file, 65534, 0)
+    assert "others can change it (uid 65534" in read_units(str(tmp_path))[1]["one"]
 
 
 def test_no_directory(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 from vchan.errors import ConfigError, Rejected
 from vchan.guest.allowed import RUNNING, Allowed
 from vchan.guest.later import Later
-from vchan.guest.processes import Child, Keeper, default_environment, start_time
+from vchan.guest.processes import Child, Keeper, default_environment, require_safe, start_time
 from vchan.guest.supervisor import Action, State, Supervised
 from vchan.guest.units import UNITS_MAX, Unit, parse_unit
 from vchan.loop import Loop, Timer
@@ -566,6 +566,7 @@ def _read_unit(name: str, path: str) -> Unit:
 
     try:
         with open(path, "rb") as file:
+            require_safe(file.fileno(), path)
             data = file.read(UNIT_BYTES_MAX + 1)
         if len(data) > UNIT_BYTES_MAX:
             raise ConfigError(path, f"is over {UNIT_BYTES_MAX} bytes (UNIT_BYTES_MAX)")

@@ -5,6 +5,7 @@ virtio:/dev/vport0p1                      ... or that device
 virtio:\\\\.\\Global\\org.openstack.vchan.0  ... in Windows (untested)
 unix:/path                                a unix socket (tests, namespaces)
 listen:/path                              the same, and the host's daemon connects to it
+pipe:/path                                a pipe, which goes one way: casts only, unacknowledged
 serial:/dev/ttyS1?baudrate=115200         a serial line: `serial_port` has its options
 pyserial:socket://host:4000               one of pyserial's own URLs
 """
@@ -18,19 +19,24 @@ from typing import Final
 from vchan.errors import ConfigError, LinkError, PortAbsent, PortBusy
 from vchan.link import Link
 from vchan.loop import Loop, Timer
-from vchan.session import Event, Session
+from vchan.session import Config, Event, Session
 from vchan.streams import Listener, Stream, connect_unix, open_port
 
 DEFAULT_PORT: Final = "virtio:org.openstack.vchan.0"
 LISTENER_MODE: Final = 0o660
 KINDS: Final = (
-    "virtio:NAME, virtio:/dev/..., unix:/path, listen:/path, serial:/dev/...?baudrate=115200, "
-    "pyserial:URL"
+    "virtio:NAME, virtio:/dev/..., unix:/path, listen:/path, pipe:/path, "
+    "serial:/dev/...?baudrate=115200, pyserial:URL"
 )
 PORTS_DIRECTORY: Final = "/dev/virtio-ports"
 REOPEN_S: Final = (0.02, 0.05, 0.1, 0.25)
 """Between attempts. A port that just lost its opener is busy for a moment; one that is unplugged
 comes back any time, and its coming wakes nobody who has no udev."""
+FLAPPING_S: Final = (0.02, 0.1, 0.5, 2.0)
+"""Before a stream is opened again that was lost soon after it was opened, time and again: a
+terminal server, say, that hangs up on everybody."""
+STEADY_S: Final = 2.0
+"""A stream that lived so long is no flapping one."""
 
 
 def port_opener(url: str) -> Callable[[], Stream]:
@@ -52,6 +58,10 @@ def port_opener(url: str) -> Callable[[], Stream]:
         return lambda: connect_unix(name)
     if kind == "listen" and name.startswith("/"):
         return partial(Listener(LISTENER_MODE).open, name)
+    if kind == "pipe" and name.startswith("/"):
+        from vchan.pipes import open_pipe_reader
+
+        return partial(open_pipe_reader, name)
     if kind in ("serial", "pyserial") and name:
         return _serial_opener(kind, name)
     raise ConfigError(f"port {url!r}", f"expected one of {KINDS}; e.g. {DEFAULT_PORT}")
@@ -65,6 +75,15 @@ def _serial_opener(kind: str, name: str) -> Callable[[], Stream]:
         return serial_port.UrlOpener(name)
     line = serial_port.parse_line(name)
     return lambda: serial_port.open_line(line)
+
+
+def session_maker(url: str) -> Callable[[Config, Callable[[int], bytes]], Session]:
+    """What makes the session that is spoken on the port that `url` names."""
+    if url.startswith("pipe:"):
+        from vchan.oneway import Reader
+
+        return Reader
+    return Session
 
 
 class Port:
@@ -89,6 +108,8 @@ class Port:
         self._on_event = on_event
         self._log = log
         self._attempts = 0
+        self._flaps = 0
+        self._opened_s = 0.0
         self._told = ""
         self._timer: Timer | None = None
         self.link: Link | None = None
@@ -108,6 +129,7 @@ class Port:
             self._timer = self._loop.call_later(delay_s, self.open)
             return
         self._attempts = 0
+        self._opened_s = self._loop.time()
         self._tell(f"{stream.path}: open")
         self.link = Link(self._loop, self._session, stream, self._on_event, self._lost)
 
@@ -115,7 +137,11 @@ class Port:
         self.link = None
         self.reopened += 1
         self._tell(reason)
-        self._timer = self._loop.call_later(REOPEN_S[0], self.open)
+        if self._loop.time() - self._opened_s >= STEADY_S:
+            self._flaps = 0
+        delay_s = FLAPPING_S[min(self._flaps, len(FLAPPING_S) - 1)]
+        self._flaps += 1
+        self._timer = self._loop.call_later(delay_s, self.open)
 
     def _tell(self, text: str) -> None:
         if text != self._told:

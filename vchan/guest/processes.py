@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
+from vchan.errors import ConfigError
 from vchan.guest.units import Limits, Unit
 from vchan.loop import Loop
 
@@ -366,3 +367,11 @@ def default_environment(unit: Unit, socket: str) -> dict[str, str]:
             home = "/"
         environment |= {"USER": unit.user, "LOGNAME": unit.user, "HOME": home}
     return environment | dict(unit.environment)
+
+
+def require_safe(fd: int, path: str) -> None:
+    """That nobody but root, or who we are, can change a file that says what we run."""
+    found = os.fstat(fd)
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+        problem = f"others can change it (uid {found.st_uid}, mode {found.st_mode & 0o7777:04o})"
+        raise ConfigError(path, f"{problem}: chown root and chmod go-w it")

@@ -32,6 +32,7 @@ from vchan.client import AGENT_SOCKET, Agent
 from vchan.errors import ConfigError, Rejected
 from vchan.guest.facts import facts
 from vchan.guest.files import CHUNK_BYTES_MAX, Uploads, checksum, read_part
+from vchan.guest.processes import require_safe
 from vchan.guest.rules import Rules, parse_rules
 from vchan.guest.runs import Runs
 
@@ -164,6 +165,7 @@ def read_rules(path: str, *, required: bool) -> Rules:
 
     try:
         with open(path, "rb") as file:
+            require_safe(file.fileno(), path)
             content = tomllib.load(file)
     except FileNotFoundError:
         if required:
