@@ -188,9 +188,11 @@ class Debian:
         tree.copy(source / "tmpfiles.conf", "usr/lib/tmpfiles.d/vchan.conf")
         tree.write("etc/vchan/guest.conf", guest_configuration().encode())
         tree.directory("etc/vchan/agents.d")
-        drop_in, unit = source / "relay-only.conf", source / "standard-agent.toml"
-        for example in (drop_in, unit, *sorted((ROOT / "examples").glob("*.*"))):
-            tree.copy_documents("vchan-guest", example.name, example)
+        tree.copy_documents("vchan-guest", "relay-only.conf", source / "relay-only.conf")
+        for example in sorted((ROOT / "examples").rglob("*")):
+            if example.is_file() and "__pycache__" not in example.parts:
+                name = example.relative_to(ROOT / "examples").as_posix()
+                tree.copy_documents("vchan-guest", name, example)
         return self._finish(tree, "vchan-guest")
 
     def host(self) -> Path:

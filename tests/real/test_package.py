@@ -38,7 +38,7 @@ assert parse_options(["--config", "/root/guest.conf"]) == parse_options([])
 CHECK_UNIT = """
 import tomllib
 from vchan.guest.units import parse_unit
-path = "/usr/share/doc/vchan-guest/examples/standard-agent.toml"
+path = "/usr/share/doc/vchan-guest/examples/agents.d/standard.toml"
 unit = parse_unit("standard", path, tomllib.load(open(path, "rb")))
 assert unit.command[0] == "/usr/bin/vchan-guest", unit
 """
