@@ -495,7 +495,7 @@ BUGS: Final = (
             "self._host.settle([each for each in ids if not isinstance(outcomes[each], Overdue)])",
             "pass",
         ),
-        Simulation(0),
+        Test(_UPWARD_TESTS + "test_there_and_back"),
     ),
     Bug(
         "settled by an agent that hears that its time is up",
@@ -506,7 +506,7 @@ BUGS: Final = (
     Bug(
         "an agent that asks again is not heard",
         Patch(_UPWARD, "            item.key = key\n", ""),
-        Simulation(0),
+        Test(_UPWARD_TESTS + "test_an_agent_that_asks_again_too_early_is_told_later"),
     ),
     Bug(
         "orphans are kept for ever",

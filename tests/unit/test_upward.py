@@ -372,6 +372,7 @@ def test_answers_that_are_kept_have_a_limit(rig: Rig) -> None:
     size = UPWARD_BYTES_MAX // 4
     for number in range(6):
         rig.agent(request(number, CALL))
+    for number in range(6):
         rig.host_says(Reply(id_of(number), FINAL, b"x" * size))
         assert rig.up._bytes <= UPWARD_BYTES_MAX
     assert len(rig.to_agent()) == 6
@@ -380,7 +381,10 @@ def test_answers_that_are_kept_have_a_limit(rig: Rig) -> None:
     again = rig.to_agent()
     assert [isinstance(message, Reply) for message in again] == [False] * 2 + [True] * 4
     assert again[0] == Returned(id_of(0), EXPIRED, again[0].text)
-    rig.settle(*range(6))
+    rig.agent(request(6, body=b"x"))  # and they make room for what is new
+    assert rig.to_agent() == []
+    rig.host_says(Receipt(id_of(6)))
+    rig.settle(*range(7))
     assert rig.is_empty
 
 
