@@ -37,8 +37,8 @@ def path() -> Iterator[Path]:
 def test_channels() -> None:
     words = ["tenant=connect:/run/a.sock", "control-1.x=listen:/run/b.sock"]
     assert parse_channels(words, WHERE) == (
-        StaticChannel("tenant", False, "/run/a.sock"),
-        StaticChannel("control-1.x", True, "/run/b.sock"),
+        StaticChannel("tenant", "connect", "/run/a.sock"),
+        StaticChannel("control-1.x", "listen", "/run/b.sock"),
     )
     facts = parse_channels(words, WHERE)[0].facts()
     assert (facts.uuid, facts.channel_path, facts.state) == (

@@ -16,7 +16,7 @@ from vchan import __version__
 from vchan.access import Access, Credentials, make_access
 from vchan.errors import ConfigError, LinkError, PortAbsent
 from vchan.guest.allowed import DEFAULT_ALLOW, RUNNING, UNIT_METHODS, Allowed
-from vchan.guest.port import DEFAULT_PORT, Port, port_opener
+from vchan.guest.port import DEFAULT_PORT, Port, port_opener, session_maker
 from vchan.guest.router import Router
 from vchan.link import Link
 from vchan.loop import Loop, Timer
@@ -31,7 +31,6 @@ from vchan.session import (
     Received,
     Refused,
     Role,
-    Session,
     Silent,
     Violation,
 )
@@ -225,7 +224,8 @@ class Daemon:
         self._manager = ServiceManager(self.loop)
         instance = os.urandom(16)
         name = os.uname().nodename
-        self._session = Session(Config(Role.GUEST, instance, name), os.urandom)
+        make_session = session_maker(options.port)
+        self._session = make_session(Config(Role.GUEST, instance, name), os.urandom)
         self._options = options
         self._allowed = Allowed(options.allow)
         self._units: Agents | None = None

@@ -67,12 +67,16 @@ class End(NamedTuple):
         open_stream: Given the path, makes or finds the connection.
         reconnect_s: Between attempts at that.
         topics: Served on our side, and told to the other end.
+        session: Makes what speaks on it.
+        is_one_way: Nothing comes from the other end, ever.
     """
 
     open_stream: Callable[[str], Stream] = connect_unix
     role: Role = Role.HOST
     reconnect_s: tuple[float, ...] = RECONNECT_S
     topics: tuple[Topic, ...] = ()
+    session: Callable[[Config, Callable[[int], bytes]], Session] = Session
+    is_one_way: bool = False
 
 
 class Channel:
@@ -111,7 +115,7 @@ class Channel:
         self._end = end
         self.guard = guard or Guard(Limits())
         self._tell_quarantine = quarantined
-        self._session = Session(
+        self._session = end.session(
             Config(
                 end.role,
                 host[1],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final
 
 from oslo_config import cfg
@@ -140,7 +142,8 @@ OPTIONS: Final = [
         default=[],
         help=(
             "Channels besides those of VMs, to another vchan-host on this machine: a list of "
-            "NAME=connect:/PATH or NAME=listen:/PATH. NAME stands where a VM's UUID does."
+            "NAME=connect:/PATH or NAME=listen:/PATH; and NAME=pipe:/PATH, to a vchan-guest that "
+            "reads there. NAME stands where a VM's UUID does."
         ),
     ),
     cfg.ListOpt(
@@ -206,6 +209,9 @@ def check(conf: Any) -> None:
             conf[GROUP][option.name]
         except (cfg.Error, ValueError) as error:
             raise ConfigError(f"[{GROUP}] {option.name}", str(error)) from error
+    for name in ("host", "target_name"):
+        if not conf[GROUP][name].strip():
+            raise ConfigError(f"[{GROUP}] {name}", "is empty; expected a name")
     socket_mode(conf)
     client_access(conf)
     admin_access(conf)
@@ -278,6 +284,30 @@ def admin_access(conf: Any) -> Access:
 def selection(conf: Any) -> Selection:
     """The domains that get a channel."""
     return Selection.parse(conf[GROUP].select, where=f"[{GROUP}] select")
+
+
+def unknown_options(conf: Any) -> list[str]:
+    """What stands in our section of the files and is no option: a misspelt one, perhaps.
+
+    oslo.config takes no notice of such.
+    """
+    known = {option.dest for option in OPTIONS}
+    found = []
+    for path in _files(conf):
+        sections: dict[str, dict[str, list[str]]] = {}
+        cfg.ConfigParser(str(path), sections).parse()
+        for name in sections.get(GROUP, {}):
+            if name.replace("-", "_") not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f": perhaps {close[0]} is meant" if close else ""
+                found.append(f"{path}: [{GROUP}] {name} is no option{hint}")
+    return found
+
+
+def _files(conf: Any) -> list[Path]:
+    directories = [Path(each) for each in conf.config_dir or ()]
+    snippets = [path for each in directories for path in sorted(each.glob("*.conf"))]
+    return [*(Path(each) for each in conf.config_file or ()), *snippets]
 
 
 def policy(conf: Any) -> Policy:

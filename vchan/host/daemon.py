@@ -88,6 +88,7 @@ class Daemon:
 
     def __init__(self, conf: Any) -> None:
         options = conf[config.GROUP]
+        self._misspelt = config.unknown_options(conf)
         self.loop = Loop()
         self._manager = ServiceManager(self.loop)
         self._host = (options.host, os.urandom(16))
@@ -147,6 +148,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.loop.stop())
         signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self._reload))
+        for text in self._misspelt:
+            LOG.warning("%s", text)
         broker = "no broker: local programs only" if self._broker is None else "with a broker"
         LOG.info("vchan-host %s: %s, %s", __version__, self._server.path, broker)
         if self._broker is not None:
@@ -273,6 +276,8 @@ class Daemon:
         report = self._domains.report(uuid)
         facts = facts_of(report.facts) if report else Facts(uuid, uuid)
         gate = self._gates[uuid] = self._authority.gate(facts)
+        end = self._static.end(uuid)
+        gate.is_one_way = end.is_one_way
         channel = self._channels[uuid] = Channel(
             self.loop,
             uuid,
@@ -288,7 +293,7 @@ class Daemon:
             LOG.info,
             self._authority.guard(facts),
             lambda reason: self._authority.quarantined(gate.facts, reason),
-            self._static.end(uuid),
+            end,
         )
         channel.connect(path)
 
@@ -444,10 +449,11 @@ class Daemon:
                 **(channel.summary() if channel else {"state": "none"}),
             }
         broker = self._broker_problem or "connected"
+        libvirt = self._domains.hypervisor_problem or "connected"
         return {
             "version": __version__,
             "host": self._host[0],
-            "libvirt": self._domains.hypervisor_problem or "connected",
+            "libvirt": "none configured" if self._hypervisor is None else libvirt,
             "broker": "none configured" if self._broker is None else broker,
             "domains": len(self._domains.reports()),
             "channels": len(self._channels),

@@ -98,6 +98,8 @@ class VmGate:
         self._stamp = stamp
         self._conductor = conductor
         self.may_raise = may_raise
+        self.is_one_way = False
+        """Its channel has no way back, whatever the policy says."""
 
     @property
     def calls_max(self) -> int:
@@ -122,7 +124,7 @@ class VmGate:
     @property
     def is_mute(self) -> bool:
         """See `Gate`."""
-        return not self._policy().may_speak(self.facts)
+        return self.is_one_way or not self._policy().may_speak(self.facts)
 
     @property
     def given_topics(self) -> frozenset[Topic]:

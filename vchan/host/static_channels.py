@@ -2,7 +2,7 @@
 
 With one, two vchan-hosts relay between two brokers: the control plane's and a tenant network's, on
 the two sides of a network namespace. One connects, the other listens; otherwise they are alike, and
-each treats the other as it would a VM.
+each treats the other as it would a VM. A pipe goes one way, to a vchan-guest that reads it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from vchan.errors import ConfigError
 from vchan.host.channels import End
 from vchan.host.domain_xml import DomainFacts, DomainState
 from vchan.messages import TOPICS_MAX, Topic
+from vchan.oneway import Writer
+from vchan.pipes import open_pipe_writer
 from vchan.session import Role
 from vchan.streams import Listener
 
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.25)
 """Between looks for the other end. It costs next to nothing: a unix socket says at once."""
 EXCHANGE: Final = "openstack"
+LISTEN: Final = "listen"
+KINDS: Final = ("connect", LISTEN, "pipe")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -29,7 +33,7 @@ class StaticChannel(NamedTuple):
     """One of the configuration's. The name stands where a VM's UUID does."""
 
     name: str
-    listens: bool
+    kind: str
     path: str
 
     def facts(self) -> DomainFacts:
@@ -41,7 +45,7 @@ def parse_channels(words: Iterable[str], where: str) -> tuple[StaticChannel, ...
     """The configured channels.
 
     Args:
-        words: NAME=connect:/PATH or NAME=listen:/PATH.
+        words: NAME=KIND:/PATH, KIND one of KINDS.
 
     Raises:
         ConfigError: One of them is something else.
@@ -50,11 +54,11 @@ def parse_channels(words: Iterable[str], where: str) -> tuple[StaticChannel, ...
     for word in words:
         name, _, rest = word.partition("=")
         kind, _, path = rest.partition(":")
-        if not _NAME.fullmatch(name) or kind not in ("connect", "listen") or path[:1] != "/":
-            raise ConfigError(where, f"{word!r}; expected NAME=connect:/PATH or NAME=listen:/PATH")
+        if not _NAME.fullmatch(name) or kind not in KINDS or path[:1] != "/":
+            raise ConfigError(where, f"{word!r}; expected NAME={'|'.join(KINDS)}:/PATH")
         if any(name == other.name or path == other.path for other in channels):
             raise ConfigError(where, f"{word!r}: this name or path comes twice")
-        channels.append(StaticChannel(name, kind == "listen", path))
+        channels.append(StaticChannel(name, kind, path))
     return tuple(channels)
 
 
@@ -87,7 +91,9 @@ class StaticChannels:
         self._channels = {channel.name: channel for channel in channels}
         self._topics = topics
         self._listeners = {
-            channel.name: Listener(mode) for channel in self._channels.values() if channel.listens
+            channel.name: Listener(mode)
+            for channel in self._channels.values()
+            if channel.kind == LISTEN
         }
 
     def facts(self) -> tuple[DomainFacts, ...]:
@@ -96,11 +102,19 @@ class StaticChannels:
 
     def end(self, name: str) -> End:
         """Our end of a channel: the default's, if it is a VM's."""
-        if name not in self._channels:
-            return End()
-        if name not in self._listeners:
-            return End(reconnect_s=RECONNECT_S, topics=self._topics)
-        return End(self._listeners[name].open, Role.GUEST, RECONNECT_S, self._topics)
+        channel = self._channels.get(name)
+        match channel.kind if channel is not None else "":
+            case "connect":
+                return End(reconnect_s=RECONNECT_S, topics=self._topics)
+            case "listen":
+                opener = self._listeners[name].open
+                return End(opener, Role.GUEST, RECONNECT_S, self._topics)
+            case "pipe":
+                return End(
+                    open_pipe_writer, reconnect_s=RECONNECT_S, session=Writer, is_one_way=True
+                )
+            case _:
+                return End()
 
     def close(self) -> None:
         """Listen no more."""
