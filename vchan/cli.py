@@ -160,7 +160,7 @@ def _show(value: Any, as_json: bool) -> None:
 def _list(client: Client, options: argparse.Namespace) -> None:
     rows = client.call("vchan.host", "list", timeout_s=options.timeout)
     libvirt = client.call("vchan.host", "status", timeout_s=options.timeout).get("libvirt")
-    if libvirt not in (None, "connected"):
+    if libvirt not in (None, "connected", "none configured"):
         print(f"vchan: libvirt: {_printable(libvirt)}: this may be out of date", file=sys.stderr)
     if options.json:
         _show(rows, as_json=True)
@@ -221,7 +221,11 @@ def _policy(options: argparse.Namespace) -> int:
         from vchan.host import config
 
         files = ["--config-file", options.config_file] if options.config_file else []
-        policy = config.policy(config.load(files))
+        conf = config.load(files)
+        policy = config.policy(conf)
+        directory = conf[config.GROUP].policy_dir
+        if not policy_files.is_there(directory):
+            print(f"vchan: {directory} is not there: it has no rules", file=sys.stderr)
     if options.action == "lint":
         return _lint(policy, options)
     if options.kind is not None:

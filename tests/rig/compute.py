@@ -115,7 +115,7 @@ class HostDaemon:
         if self._process.poll() is not None:
             raise RigError(f"vchan-host ended: {tail(self._config.parent / 'vchan-host.out')}")
         try:
-            return bool(self.call("status")["libvirt"] == "connected")
+            return self.call("status")["libvirt"] in ("connected", "none configured")
         except LinkError:
             return False
 

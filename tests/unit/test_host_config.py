@@ -283,3 +283,22 @@ def test_it_ends_while_it_starts(directory: Path, needs_libvirt: None) -> None:
     host.start()
     wait(host.socket.exists, lambda: host.out.read_text())
     assert host.end() in (0, -15)  # it may not have come to its signal handlers
+
+
+def test_a_misspelt_option_is_found(tmp_path: Path) -> None:
+    (tmp_path / "vchan.conf").write_text("[DEFAULT]\nx = 1\n[vchan]\nselct = *\nhost = h\n")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.conf").write_text("[vchan]\npolicydir = /x\n")
+    arguments = ["--config-file", str(tmp_path / "vchan.conf"), "--config-dir", str(tmp_path / "d")]
+    found = config.unknown_options(config.load(arguments))
+    assert [text.partition(": ")[2] for text in found] == [
+        "[vchan] selct is no option: perhaps select is meant",
+        "[vchan] policydir is no option: perhaps policy_dir is meant",
+    ]
+
+
+@pytest.mark.parametrize("name", ["host", "target_name"])
+def test_an_empty_name_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vchan.conf").write_text(f"[vchan]\n{name} =\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        config.load(["--config-file", str(tmp_path / "vchan.conf")])

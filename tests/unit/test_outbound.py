@@ -1157,3 +1157,20 @@ def test_hosts_in_a_row_publish_everything_and_nothing_twice_unmarked(data: st.D
         queue[:0] = back
     for number, marks in run.items():
         assert all(marks[1:]), (number, marks)
+
+
+def test_a_local_program_is_told_who_asks_by_the_host_and_not_by_the_guest(rig: Rig) -> None:
+    """It once got the guest's own word for it."""
+    rig.serves = True
+    forged = {"vchan_instance_uuid": "forged", "is_admin": True, "auth_token": "t"}
+    body = json.dumps({"method": "m", "args": {"x": 1}, "version": "1.1", "context": forged})
+    request = Request(id_of(1), CALL, 60_000, 0, "openstack", "control", "", body.encode())
+    rig.out.receive(request, rig.now_s)
+    told = json.loads(rig.offered[0].request.body)
+    assert told == {
+        "method": "m",
+        "args": {"x": 1},
+        "namespace": None,
+        "version": "1.1",
+        "context": {},
+    }

@@ -847,3 +847,20 @@ def test_another_policy_changes_what_is_consumed(rig: Rig) -> None:
     rig.wait(SUBSCRIBE_S)
     rig.relay.policy_changed(rig.now_s)
     assert rig.broker.take() == [("consume", A, B)]
+
+
+def test_a_local_programs_context_is_cut_as_a_brokers_is(rig: Rig) -> None:
+    context = {"request_id": "req-1", "auth_token": "secret"}
+    body = json.dumps({"method": "m", "args": {}, "context": context}).encode()
+    request = Request(identity(5), CALL, 1000, 0, "nova", "a", "", body)
+    rig.relay.submit_local(request, lambda _: None, rig.now_s)
+    (said,) = rig.said()
+    assert json.loads(said.body) == {
+        "method": "m",
+        "args": {},
+        "context": {"request_id": "req-1"},
+    }
+    for number, plain in enumerate((b"nonsense", b"[]", b'{"context": 1}', b'{"context": {}}'), 6):
+        request = Request(identity(number), CALL, 1000, 0, "nova", "a", "", plain)
+        rig.relay.submit_local(request, lambda _: None, rig.now_s)
+        assert rig.said()[0].body == plain

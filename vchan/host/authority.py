@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from vchan.errors import ConfigError
-from vchan.host import config, identity
+from vchan.host import config, identity, policy_files
 from vchan.host.audit import AuditLog
 from vchan.host.audit_record import REFUSED, Record
 from vchan.host.domain_xml import DomainFacts
@@ -68,7 +68,12 @@ class Authority:
             LOG.warning("policy: %s: %s", self.problem, kept)
         else:
             self.policy, self.problem = policy, ""
-            LOG.info("policy: %d rules", len(policy.rules))
+            directory = self._conf[config.GROUP].policy_dir
+            LOG.info("policy: %d rules of %s", len(policy.rules), directory)
+            if not policy_files.is_there(directory):
+                LOG.warning(
+                    "policy: %s is not there: listen_topics alone counts", directory
+                )
         self.audit.reopen()
 
     def gate(self, facts: Facts) -> VmGate:

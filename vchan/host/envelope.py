@@ -158,6 +158,22 @@ def request_body(request: BrokerRequest, context_allow: frozenset[str] = CONTEXT
     )
 
 
+def cut_context(body: bytes, context_allow: frozenset[str]) -> bytes:
+    """The body of a local program's request, less what of its context must not enter a guest. What
+    is no request's body is the agent's to refuse."""
+    if "*" in context_allow:
+        return body
+    try:
+        request = bounded_json(body, "the request")
+    except EnvelopeError:
+        return body
+    context = request.get("context") if isinstance(request, dict) else None
+    if not isinstance(context, dict) or context_allow.issuperset(context):
+        return body
+    kept = {key: value for key, value in context.items() if key in context_allow}
+    return encode_json({**request, "context": kept})
+
+
 def encode_reply(
     msg_id: str,
     *,

@@ -20,7 +20,7 @@ Rules of this file
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -54,6 +54,7 @@ from vchan.host.upward_envelope import (
     publication,
     read,
     read_mail,
+    rebuilt_body,
     vm_queue,
 )
 from vchan.messages import (
@@ -395,7 +396,8 @@ class Outbound:
 
     def _publish(self, item: _Item, now_s: float) -> None:
         request = item.remaining(now_s)
-        if not item.conducted and self._give_to_local(item, request):
+        context = self._gate.context(item.asked.context, redelivered=item.doubtful)
+        if not item.conducted and self._give_to_local(item, request, context):
             return
         if item.asked.ask.kind is Kind.HTTP or self._broker is None:
             text = f"this host does not serve {describe(item.asked.ask)}"
@@ -403,7 +405,6 @@ class Outbound:
             self._give_back(request.id, NO_AGENT, text, maybe_ran=item.doubtful)
             return
         self.counters["guest_redelivered"] += item.doubtful
-        context = self._gate.context(item.asked.context, redelivered=item.doubtful)
         asked = self._gate.conduct(item.asked, request) if item.conducted else item.asked
         try:
             made = publication(self.vm, request, asked, context)
@@ -416,11 +417,12 @@ class Outbound:
         self._sending[request.id] = item
         self._broker.publish_request(self.vm, request.id, made)
 
-    def _give_to_local(self, item: _Item, request: Request) -> bool:
+    def _give_to_local(self, item: _Item, request: Request, context: Mapping[str, Any]) -> bool:
         request_id = request.id
         item.state = _State.LOCAL  # before the offer: the answer may come in it
         item.cancel = self._offer(
-            request, lambda outcome, now_s: self._told(request_id, outcome, now_s)
+            request._replace(body=rebuilt_body(item.asked, context)),
+            lambda outcome, now_s: self._told(request_id, outcome, now_s),
         )
         if item.cancel is None:
             item.state = _State.QUEUED

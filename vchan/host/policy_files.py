@@ -32,6 +32,11 @@ def load(directory: str, listen_topics: Sequence[str] = ()) -> Policy:
     return parse([*read(directory), (LISTEN_TOPICS, topic_rules(listen_topics))])
 
 
+def is_there(directory: str) -> bool:
+    """Whether there is such a directory: a misspelt one has no rules, which is worth a word."""
+    return Path(directory).is_dir()
+
+
 def topic_rules(listen_topics: Sequence[str]) -> str:
     """The option as rules: an agent that may serve a topic may answer there.
 

@@ -34,7 +34,7 @@ from vchan.exchange import (
     Send,
     Taken,
 )
-from vchan.host.envelope import BrokerRequest, encode_reply, request_body
+from vchan.host.envelope import BrokerRequest, cut_context, encode_reply, request_body
 from vchan.host.gate import Gate
 from vchan.host.outbound import Offer, Outbound, Port
 from vchan.messages import (
@@ -496,6 +496,7 @@ class Relay:
             raise LimitExceeded("open local requests", limit + 1, limit, "LOCAL_REQUESTS_MAX")
         if request.id in self._entries:
             return  # the client repeats itself; it is told when there is news
+        request = request._replace(body=cut_context(request.body, self._context_allow))
         self._entries[request.id] = _Entry(request.target, None, answer)
         self._local_open += 1
         try:

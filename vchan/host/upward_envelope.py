@@ -146,6 +146,20 @@ def publication(
     )
 
 
+def rebuilt_body(asked: Invocation, context: Mapping[str, Any]) -> bytes:
+    """The body for a program of this host: the guest's, with this context in place of its own."""
+    ask = asked.ask
+    return encode_json(
+        {
+            "method": ask.method,
+            "args": asked.args,
+            "namespace": ask.namespace or None,
+            "version": asked.version,
+            "context": context,
+        }
+    )
+
+
 def _invocation(asked: Invocation) -> dict[str, Any]:
     message: dict[str, Any] = {"method": asked.ask.method, "args": asked.args}
     if asked.ask.namespace:
