@@ -48,7 +48,8 @@ NOBODY: Final = ("nobody", "")
 NOTIFICATIONS: Final = ("notifications", "")
 ANSWER_AGAIN_S: Final = 0.5
 ANSWER_KEPT_S: Final = 60.0
-SETTLE_S: Final = HELD_S + 10.0
+ANSWER_S_MAX: Final = 20.0
+SETTLE_S: Final = ANSWER_S_MAX + HELD_S + 10.0
 """What an agent that died has left is given up by then."""
 
 
@@ -108,6 +109,8 @@ class Asking:
 
     def ask(self, agent: GuestAgent, kind: int, count: int, *, at_once: bool) -> None:
         """Ask one target so often: all at once, or one after the outcome of the other."""
+        if not self._broker.guests_may_ask:
+            return
         rng = self._world.rng
         target = NOBODY if rng.random() < 0.05 else rng.choice(TARGETS)
         if kind == FANOUT:
@@ -123,6 +126,8 @@ class Asking:
 
     def probe(self, agent: GuestAgent) -> None:
         """After healing: one cast, one call, that must succeed."""
+        if not self._broker.guests_may_ask:
+            return
         for kind in (CAST, CALL):
             series = Series(agent, CAST, TARGETS[0])
             self._plan(Ask(len(self.asks), series, kind, self._world.rng.randbytes(16)), True)
@@ -262,7 +267,7 @@ class Asking:
 
     def _answer_later(self, ask: Ask, reply_q: str, msg_id: str) -> None:
         world, rng = self._world, self._world.rng
-        delay_s = rng.random() * rng.choice((0.001, 0.1, 3.0, 20.0))
+        delay_s = rng.random() * rng.choice((0.001, 0.1, 3.0, ANSWER_S_MAX))
         if delay_s > 2.0:
             beat = encode_reply(msg_id, ending=False)
             world.after(delay_s / 2, self._broker.answer, reply_q, beat)

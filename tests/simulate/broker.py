@@ -351,6 +351,8 @@ class Broker:
         """How often it refuses to take something: out of disk, or the queue's leader is away."""
         self.doubts = 0.0
         """How often it takes a guest's request, and its host does not hear of that."""
+        self.guests_may_ask = True
+        """The hosts' policy."""
         self.refused: set[bytes] = set()
         """Guests' requests that it refused."""
         self.doubted: set[bytes] = set()

@@ -74,7 +74,7 @@ class HostDaemon:
         self.channels: dict[str, Channel] = {}
         self.domains = Domains(Selection())
         self._proved: set[tuple[bytes, str]] = set()
-        self._gate = OpenGate(_may_listen)
+        self._gate = OpenGate(_may_listen, may_send=host.broker.guests_may_ask)
         self._posts = Fifo(host.world, lambda event: self.process.enter(self._on_broker, event))
         self.broker = HostBroker(host.world, host.broker, self._posts.push)
 

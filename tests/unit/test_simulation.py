@@ -30,13 +30,6 @@ KEPT = {
     "likewise, found by silence": 2362,
     "a guest daemon that restarted twice": 830,
     "edges and levels of two migrations close together": 734,
-    "two answers to a call, and one was never acknowledged": 56,
-    "a cast whose time was up was noted as taken": 260,
-    "notes of hosts that had the VM for a moment": 1721,
-    "a source that still read the VM's queue took its successor's arrival": 86,
-    "a host that had the VM twice spoke for its last stay only": 115,
-    "a host was back with a VM after hours, and had forgotten": 10466,
-    "a request was settled before it came": 13375,
 }
 
 
