@@ -302,3 +302,8 @@ def test_an_empty_name_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "vchan.conf").write_text(f"[vchan]\n{name} =\n")
     with pytest.raises(ConfigError, match="is empty"):
         config.load(["--config-file", str(tmp_path / "vchan.conf")])
+
+
+def test_every_option_stands_in_the_manual() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "host.md").read_text()
+    assert [option.name for option in config.OPTIONS if f"`{option.name}`" not in manual] == []
