@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -42,10 +43,10 @@ class Kind(NamedTuple):
 
 KINDS = {
     "virtio": Kind(f"virtio:{VCHAN_PORT}", VCHAN_PORT, 4 << 20, 1 << 20),
-    "isa-serial": Kind("serial:/dev/ttyS1?baudrate=115200", LINE, 256 << 10, 100_000),
+    "isa-serial": Kind("serial:/dev/ttyS1?baudrate=115200", LINE, 96 << 10, 40_000),
     "virtio-console": Kind("serial:/dev/hvc0", CONSOLE, 2 << 20, 1 << 20),
     "socket": Kind("pyserial:socket://127.0.0.1:4000", PLAIN, 1 << 20, 500_000),
-    "rfc2217": Kind("pyserial:rfc2217://127.0.0.1:2217", MODEM, 32 << 10, 10_000),
+    "rfc2217": Kind("pyserial:rfc2217://127.0.0.1:2217", MODEM, 8 << 10, 3_000),
 }
 LINES = ("isa-serial", "virtio-console")
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -167,16 +168,18 @@ def test_every_byte_passes(guest: QemuGuest, kind: Kind) -> None:
 
 def _wait_for_echo(channel: int) -> None:
     """Until the guest's end is open: what comes before that may be lost, or echoed by a terminal
-    that is not raw yet."""
+    that is not raw yet. When the last probe has come back, nothing is under way any more."""
     os.set_blocking(channel, False)
-    settled = b""
+    received = b""
     deadline_s = time.monotonic() + WAIT_S
-    while settled != b"\x00\xffsettled\r\n\x03":
-        assert time.monotonic() < deadline_s
-        settled = b""
-        os.write(channel, b"\x00\xffsettled\r\n\x03")
-        while select.select([channel], [], [], 0.5)[0]:
-            settled += os.read(channel, 4096)
+    for number in itertools.count():
+        assert time.monotonic() < deadline_s, received
+        probe = b"\x00\xffprobe %d\r\n\x03" % number
+        os.write(channel, probe)
+        while select.select([channel], [], [], 1.0)[0]:
+            received += os.read(channel, 4096)
+            if received.endswith(probe):
+                return
 
 
 def _exchange(channel: int, sent: bytes) -> bytes:
@@ -238,7 +241,7 @@ def test_hosts_come_and_go(guest: QemuGuest, kind: Kind) -> None:
             assert ran(host) == list(range(61))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", list(KINDS.values())[:4], ids=list(KINDS)[:4])
 def test_the_daemon_is_killed_at_any_time(guest: QemuGuest, kind: Kind) -> None:
     with daemon_on(guest, kind.url) as daemon, HostEnd(guest.port(kind.socket)) as host:
         host.wait_served("demo")
