@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,16 +40,17 @@ class Artefacts:
 
 
 def package(directory: Path, *options: str) -> Artefacts:
-    """Run scripts/package, dated as ever, so that a commit meanwhile changes nothing.
+    """Do what scripts/package does, dated as ever, so that a commit meanwhile changes nothing.
 
     Raises:
         RigError: It failed; with its output.
     """
-    command = [str(ROOT / "scripts" / "package"), "--output", str(directory), *options]
+    builder = ROOT / "packaging" / "build.py"
+    command = [sys.executable, str(builder), "--output", str(directory), *options]
     environment = os.environ | {"SOURCE_DATE_EPOCH": DATE}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RigError(f"scripts/package gave {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise RigError(f"{builder} gave {done.returncode}:\n{done.stdout}{done.stderr}")
     return Artefacts(directory)
 
 
