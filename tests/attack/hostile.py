@@ -1,0 +1,565 @@
+"""A guest that attacks its host, at full speed. Needs vchan alone: it runs inside of VMs, too.
+
+    python -m tests.attack.hostile CHANNEL ATTACK SECONDS [WORD]
+
+CHANNEL is fd:NUMBER, a socket that listens (as QEMU's does), or a port's device. The time counts
+from the first connection. WORD is what some attacks are about: another VM's UUID, or the id of a
+request that is another's. Prints what it did, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from vchan import _layout as layout
+from vchan.frames import (
+    NO_KEY,
+    OVERHEAD_BYTES,
+    PAYLOAD_BYTES_MAX,
+    ZERO_ID,
+    Decoder,
+    Greeting,
+    Key,
+    encode_frame,
+)
+from vchan.messages import (
+    CALL,
+    FAILURE,
+    FINAL,
+    TOPICS_MAX,
+    Message,
+    Receipt,
+    Reply,
+    Request,
+    Settled,
+    Subscribe,
+    Topic,
+    decode,
+    encode,
+)
+from vchan.session import Config, Opened, Received, Role, Session
+
+WHOLE = layout.FLAG_FIRST | layout.FLAG_LAST
+READ_BYTES = 1 << 16
+BLOB_BYTES = 1 << 16
+"""Written at a time."""
+STAND_S = 0.05
+"""How often a guest that waits looks at the clock."""
+
+
+class TimeIsUp(Exception):
+    """The attack is over."""
+
+
+class Gone(Exception):
+    """The host has closed the stream."""
+
+
+class Hostile:
+    """The guest's end of a channel: it can shake hands like a good one, and then knows the keys.
+
+    Args:
+        path: See the top of this file.
+        seconds: For how long.
+    """
+
+    def __init__(self, path: str, seconds: float) -> None:
+        self._path = path
+        self._seconds = seconds
+        self._until_s = float("inf")
+        self._fd = -1
+        self._server: socket.socket | None = None
+        self._is_port = not path.startswith("fd:")
+        if not self._is_port:
+            self._server = socket.socket(fileno=int(path.removeprefix("fd:")))
+        self.counts = {"connections": 0, "sessions": 0, "bytes_sent": 0, "bytes_read": 0}
+        self.key: Key = NO_KEY
+        self.seq = 0
+        self.recv_next = 0
+        self.credit = 0
+        self.cost = 0
+        self.heard: list[Message] = []
+        self._decoder = Decoder()
+
+    # ---------------------------------------------------------------- the stream
+
+    def connect(self) -> None:
+        """A new stream from the host, or the port, which is always there."""
+        if self._is_port:
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
+        else:
+            self._drop()
+            assert self._server is not None
+            while not select.select([self._server], [], [], STAND_S)[0]:
+                self.check_time()
+            connected, _ = self._server.accept()
+            connected.setblocking(False)
+            self._fd = connected.detach()
+        if not self.counts["connections"]:
+            self._until_s = time.monotonic() + self._seconds
+        self.counts["connections"] += 1
+
+    def _drop(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def check_time(self) -> None:
+        """Raise TimeIsUp if it is."""
+        if time.monotonic() >= self._until_s:
+            raise TimeIsUp
+
+    def write(self, data: bytes, *, deaf: bool = False) -> None:
+        """All of it, reading meanwhile what the host says, unless `deaf`."""
+        view = memoryview(data)
+        while view:
+            self.check_time()
+            reads = [] if deaf else [self._fd]
+            readable, writable, _ = select.select(reads, [self._fd], [], STAND_S)
+            if readable:
+                self.read()
+            if writable:
+                try:
+                    taken = os.write(self._fd, view)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    self._lost(error)
+                self.counts["bytes_sent"] += taken
+                view = view[taken:]
+
+    def _lost(self, error: OSError) -> None:
+        if not self._is_port:
+            raise Gone from error
+        time.sleep(STAND_S)  # nobody has the other end open
+
+    def read(self) -> None:
+        """What the host says: frames, its credit, its messages."""
+        try:
+            data = os.read(self._fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lost(error)
+            return
+        if not data and not self._is_port:
+            raise Gone
+        self.counts["bytes_read"] += len(data)
+        frames = self._decoder.receive_data(data)
+        while self._decoder.stopped:
+            frames += self._decoder.receive_data(b"")
+        for frame in frames:
+            self.credit = max(self.credit, frame.credit)
+            if frame.kind == layout.KIND_DATA and frame.seq == self.recv_next:
+                self.recv_next += 1
+                if frame.flags == WHOLE:
+                    message = decode(frame.payload)
+                    if not hasattr(message, "reason") or hasattr(message, "id"):
+                        self.heard.append(message)  # type: ignore[arg-type]
+
+    def stand(self, *, deaf: bool = False) -> None:
+        """Wait a moment."""
+        self.check_time()
+        if deaf:
+            time.sleep(STAND_S)
+        elif select.select([self._fd], [], [], STAND_S)[0]:
+            self.read()
+
+    # ---------------------------------------------------------------- a session
+
+    def shake_hands(self) -> None:
+        """Open a session, as a good guest does."""
+        config = Config(Role.GUEST, os.urandom(16), "hostile")
+        session = Session(config, os.urandom)
+        session.open(time.monotonic())
+        while True:
+            self.check_time()
+            while data := session.data_to_send():
+                self._write_all(data)
+            if not select.select([self._fd], [], [], STAND_S)[0]:
+                session.handle_timeout(time.monotonic())
+                continue
+            try:
+                data = os.read(self._fd, READ_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._lost(error)
+                continue
+            if not data and not self._is_port:
+                raise Gone
+            events = session.receive_data(data, time.monotonic())
+            if any(isinstance(event, Opened) for event in events):
+                self._take_over(session, events)
+                return
+
+    def _write_all(self, data: bytes) -> None:
+        while data:
+            self.check_time()
+            if select.select([], [self._fd], [], STAND_S)[1]:
+                try:
+                    data = data[os.write(self._fd, data) :]
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    self._lost(error)
+
+    def _take_over(self, session: Session, events: Sequence[object]) -> None:
+        self.counts["sessions"] += 1
+        self._write_all(session.data_to_send())  # the proof that we have the key
+        self.key = session._tx_key
+        self.seq = self.cost = 0
+        self.recv_next = session._recv_next
+        self.credit = session._peer_credit
+        self._decoder = session._decoder
+        self.heard = [
+            message
+            for event in events
+            if isinstance(event, Received)
+            for message in [decode(event.message)]
+            if not hasattr(message, "reason")
+        ]
+
+    def frame(
+        self,
+        kind: int,
+        payload: bytes = b"",
+        *,
+        flags: int = 0,
+        stream: int = 0,
+        total: int = 0,
+        ack: int | None = None,
+        credit: int = 1 << 40,
+    ) -> bytes:
+        """A sealed frame that says what it likes."""
+        seq = self.seq
+        if kind == layout.KIND_DATA:
+            self.seq += 1
+            self.cost += len(payload) + OVERHEAD_BYTES
+        acked = self.recv_next if ack is None else ack
+        return encode_frame(self.key, kind, flags, stream, total, seq, acked, credit, payload)
+
+    def message(self, data: bytes, stream: int = 0) -> bytes:
+        """A whole small message."""
+        return self.frame(layout.KIND_DATA, data, flags=WHOLE, stream=stream, total=len(data))
+
+    def send(self, data: bytes, stream: int = 0, *, deaf: bool = False) -> None:
+        """A whole message as soon as the host grants credit for it."""
+        self.flow([data], stream, deaf=deaf)
+
+    def flow(self, messages: list[bytes], stream: int = 0, *, deaf: bool = False) -> None:
+        """Whole small messages, in large writes, within the credit."""
+        blob = bytearray()
+        for data in messages:
+            while self.cost + len(data) + OVERHEAD_BYTES > self.credit:
+                if blob:
+                    self.write(bytes(blob), deaf=deaf)
+                    blob.clear()
+                self.stand(deaf=deaf)
+            blob += self.message(data, stream)
+        self.write(bytes(blob), deaf=deaf)
+
+    def close(self) -> None:
+        """Close it."""
+        self._drop()
+        if self._server is not None:
+            self._server.close()
+
+
+# --- the attacks: each goes on until the time is up, or the host has closed the stream ---
+
+Attack = Callable[[Hostile, str], None]
+
+
+def torn_frame_smuggling(guest: Hostile, word: str) -> None:
+    """Frames inside the payloads of frames that are torn: greetings, and frames without a key."""
+    hello = _hello(guest, os.urandom(16))
+    forged = encode_frame(NO_KEY, layout.KIND_DATA, WHOLE, 0, 5, 0, 0, 0, b"\x01" * 5)
+    carrier = encode_frame(
+        Key(guest.key[0], guest.key[1] ^ 1),
+        layout.KIND_DATA,
+        WHOLE,
+        0,
+        0,
+        0,
+        0,
+        0,
+        (hello + forged) * 40,
+    )
+    blob = b"".join(carrier[: 60 + 97 * n] for n in range(64))
+    while True:
+        guest.write(blob)
+
+
+def hello_storm(guest: Hostile, word: str) -> None:
+    """Greetings, each with another nonce, as fast as they go."""
+    while True:
+        guest.write(b"".join(_hello(guest, os.urandom(16)) for _ in range(256)))
+
+
+def handshake_storm(guest: Hostile, word: str) -> None:
+    """Whole handshakes, one behind the other."""
+    while True:
+        guest.shake_hands()
+
+
+def _hello(guest: Hostile, nonce: bytes) -> bytes:
+    made = Greeting(
+        1, 1, Role.GUEST, os.urandom(16), nonce, ZERO_ID, ZERO_ID, 0, 0, 0, 1 << 18,
+        16384, 1 << 22, 1 << 23, "hostile", "",
+    )  # fmt: skip
+    return encode_frame(NO_KEY, layout.KIND_HELLO, 0, 0, 0, 0, 0, 0, made.encode())
+
+
+def giant_lengths(guest: Hostile, word: str) -> None:
+    """Messages of 4 GiB, by what their first fragments say."""
+    while True:
+        first = layout.FLAG_FIRST
+        guest.write(
+            guest.frame(layout.KIND_DATA, b"x" * 1000, flags=first, stream=3, total=2**32 - 1)
+        )
+        guest.shake_hands()
+
+
+def never_finishing(guest: Hostile, word: str) -> None:
+    """Two messages of 4 MiB, all but their last bytes; then nothing."""
+    for stream in (1, 2):
+        left = (1 << 22) - 1000
+        flags = layout.FLAG_FIRST
+        while left:
+            payload = b"x" * min(left, PAYLOAD_BYTES_MAX)
+            while guest.cost + len(payload) + OVERHEAD_BYTES > guest.credit:
+                guest.stand()
+            guest.write(
+                guest.frame(layout.KIND_DATA, payload, flags=flags, stream=stream, total=1 << 22)
+            )
+            flags = 0
+            left -= len(payload)
+    while True:
+        guest.stand()
+
+
+def tiny_frames(guest: Hostile, word: str) -> None:
+    """Receipts for nothing: the smallest messages that are any."""
+    receipt = encode(Receipt(bytes(16)))
+    while True:
+        guest.flow([receipt] * 500)
+
+
+def tiny_fragments(guest: Hostile, word: str) -> None:
+    """A large message in fragments of one byte."""
+    flags, cost = layout.FLAG_FIRST, 1 + OVERHEAD_BYTES
+    while True:
+        blob = bytearray()
+        while len(blob) < BLOB_BYTES and guest.cost + cost <= guest.credit:
+            blob += guest.frame(layout.KIND_DATA, b"x", flags=flags, stream=3, total=1 << 20)
+            flags = 0
+        if blob:
+            guest.write(bytes(blob))
+        else:
+            guest.stand()
+
+
+def unread_replies(guest: Hostile, word: str) -> None:
+    """Requests, whose answers nobody reads."""
+    while True:
+        guest.flow([_request() for _ in range(200)], deaf=True)
+        guest.stand(deaf=True)
+
+
+def _request(body: bytes = b'{"method":"m","args":{}}', topic: str = "nobody") -> bytes:
+    request = Request(os.urandom(16), CALL, 5000, 0, "openstack", topic, "", body)
+    return encode(request)
+
+
+def acks_of_unsent(guest: Hostile, word: str) -> None:
+    """Acknowledges what was never sent."""
+    while True:
+        guest.write(guest.frame(layout.KIND_ACK, ack=1 << 60))
+        guest.shake_hands()
+
+
+def credit_games(guest: Hostile, word: str) -> None:
+    """Grants the host everything and nothing, and takes more than it was granted."""
+    while True:
+        for credit in (0, 2**64 - 1, 0):
+            guest.write(guest.frame(layout.KIND_ACK, credit=credit))
+        guest.write(b"".join(guest.message(b"\x02" * 17) for _ in range(8000)))
+        guest.shake_hands()
+
+
+def id_forgery(guest: Hostile, word: str) -> None:
+    """Answers to requests that nobody made, and one request again and again."""
+    again = _request()
+    while True:
+        forged = [encode(Reply(os.urandom(16), FINAL, b"1")) for _ in range(200)]
+        guest.flow([*forged, *[again] * 50])
+
+
+def replies_for_others(guest: Hostile, word: str) -> None:
+    """Answers, receipts and cancellations for another VM's call, whose id it has come to know."""
+    request_id = bytes.fromhex(word)
+    answers = [encode(Reply(request_id, FINAL, b'"forged"')), encode(Receipt(request_id))]
+    answers += [bytes((5,)) + request_id, encode(Settled((request_id,)))]
+    while True:
+        guest.flow(answers * 50)
+
+
+def subscription_bomb(guest: Hostile, word: str) -> None:
+    """As many topics as may be, and others at once."""
+    for number in _numbers():
+        topics = [Topic("openstack", f"t{number}x{each}" + "y" * 100) for each in range(TOPICS_MAX)]
+        guest.flow([encode(Subscribe(tuple(topics)))])
+
+
+def topic_squatting(guest: Hostile, word: str) -> None:
+    """Names another VM's UUID in every way, and wild cards."""
+    names = ["agent", f"agent.{word}", f"{word}", f"agent_fanout_{word}", "#", "*", "agent.#"]
+    names += [f"vchan_vm_{word}", "vchan", "agent.*", f"../{word}", "\x00", "agent\n"]
+    topics = tuple(Topic("openstack", name) for name in names)
+    while True:
+        guest.flow([encode(Subscribe(topics))])
+        guest.stand()
+
+
+def context_injection(guest: Hostile, word: str) -> None:
+    """Privileged keys, in every spelling that comes to mind."""
+    context = {
+        "is_admin": True, "Is_Admin": True, "roles": ["admin"], "_roles": ["admin"],
+        "auth_token": "x", "user_id": "admin", "project_id": "admin", "_context_is_admin": True,
+        "_msg_id": "0" * 32, "_reply_q": "q", "vchan_instance_uuid": "another",
+        "request_id": {"is_admin": True}, "global_request_id": "req-\nx", "\uff49s_admin": True,
+    }  # fmt: skip
+    body = json.dumps({"method": "m", "args": {}, "context": context}).encode()
+    while True:
+        guest.flow([_request(body, "control") for _ in range(100)])
+
+
+def exception_injection(guest: Hostile, word: str) -> None:
+    """Failures of classes that do something when they are made."""
+    _answer(
+        guest,
+        b'{"class":"system","module":"os","message":"x","tb":[],"args":["touch /tmp/pwned"],'
+        b'"kwargs":{}}',
+        FINAL | FAILURE,
+    )
+
+
+def json_bombs(guest: Hostile, word: str) -> None:
+    """Bodies that parsers do not like."""
+    bombs = [
+        b"[" * 15_000,
+        b'{"method":"m","args":' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}",
+        b'{"method":"m","args":{"n":' + b"9" * 10_000 + b"}}",
+        b'{"method":"m","args":{"n":1e' + b"9" * 10 + b"}}",
+        b'{"method":"m","args":{' + b",".join([b'"a":1'] * 2000) + b"}}",
+        b'{"method":"\xff\xfe","args":{}}',
+        b'{"method":"m","args":{"s":"\\ud800"}}',
+        b"\x00" * 1000,
+        b'{"method":"m","args":[' + b"0," * 5000 + b"0]}",
+    ]
+    while True:
+        guest.flow([_request(bomb) for bomb in bombs])
+
+
+def json_bombs_in_answers(guest: Hostile, word: str) -> None:
+    """The same, to who called."""
+    _answer(guest, b"[" * 15_000, FINAL)
+
+
+def audit_injection(guest: Hostile, word: str) -> None:
+    """Names that would end a line of a log, or steer a terminal."""
+    evil = 'x","verdict":"allow"}\n{"vm":"other","verdict":"allow\x1b[2J\u202e\x00'
+    body = json.dumps({"method": evil[:200], "args": {}, "namespace": evil[:100]}).encode()
+    while True:
+        guest.flow([_request(body, evil[:60]) for _ in range(100)])
+
+
+def stops_reading(guest: Hostile, word: str) -> None:
+    """Serves a topic, and then reads nothing any more."""
+    guest.send(encode(Subscribe((Topic("openstack", "agent"),))))
+    while True:
+        guest.stand(deaf=True)
+
+
+def garbage(guest: Hostile, word: str) -> None:
+    """Random bytes, with beginnings of frames among them."""
+    blob = b"".join(os.urandom(300) + layout.MAGIC + os.urandom(40) for _ in range(200))
+    while True:
+        guest.write(blob)
+
+
+def _answer(guest: Hostile, body: bytes, flags: int) -> None:
+    """Serve a topic, and answer every call like this."""
+    guest.send(encode(Subscribe((Topic("openstack", "agent"),))))
+    while True:
+        guest.stand()
+        asked, guest.heard = guest.heard, []
+        for message in asked:
+            if isinstance(message, Request):
+                guest.send(encode(Reply(message.id, flags, body)))
+
+
+def _numbers() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+ATTACKS: dict[str, Attack] = {
+    attack.__name__: attack
+    for attack in (
+        torn_frame_smuggling,
+        hello_storm,
+        handshake_storm,
+        giant_lengths,
+        never_finishing,
+        tiny_frames,
+        tiny_fragments,
+        unread_replies,
+        acks_of_unsent,
+        credit_games,
+        id_forgery,
+        replies_for_others,
+        subscription_bomb,
+        topic_squatting,
+        context_injection,
+        exception_injection,
+        json_bombs,
+        json_bombs_in_answers,
+        audit_injection,
+        stops_reading,
+        garbage,
+    )
+}
+
+
+def main() -> None:
+    """Attack, come back when thrown out, and say what was done."""
+    path, name, seconds = sys.argv[1:4]
+    word = sys.argv[4] if len(sys.argv) > 4 else ""
+    guest = Hostile(path, float(seconds))
+    try:
+        while True:
+            try:
+                guest.connect()
+                guest.shake_hands()
+                ATTACKS[name](guest, word)
+            except Gone:
+                guest.check_time()
+    except TimeIsUp:
+        pass
+    guest.close()
+    print(json.dumps(guest.counts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A well-behaved guest: serves the topic `agent`, and answers every call with its arguments.
+
+python -m tests.attack.neighbour SOCKET
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from vchan.exchange import Deliver, Responder
+from vchan.link import Link
+from vchan.loop import Loop
+from vchan.messages import BadMessage, Subscribe, Topic, decode, encode
+from vchan.session import CONTROL, Config, Event, Opened, Received, Role, Session
+from vchan.streams import SocketStream
+
+TOPIC = Topic("openstack", "agent")
+
+
+class Neighbour:
+    """One session, on whatever stream the host opens."""
+
+    def __init__(self, loop: Loop, path: str) -> None:
+        self._loop = loop
+        self._path = path
+        self._link: Link | None = None
+        self._session = Session(Config(Role.GUEST, os.urandom(16), "neighbour"), os.urandom)
+        self._responder = Responder(self._send)
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(path)
+        self._server.listen()
+        loop.add_reader(self._server.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        connected, _ = self._server.accept()
+        stream = SocketStream(connected, self._path)
+        self._link = Link(self._loop, self._session, stream, self._handle, lambda _: None)
+
+    def _send(self, message: bytes, stream: int) -> None:
+        assert self._link is not None
+        self._link.send(message, stream)
+
+    def _handle(self, event: Event) -> None:
+        now_s = self._loop.time()
+        match event:
+            case Opened(_, resumed):
+                if not resumed:
+                    self._send(encode(Subscribe((TOPIC,))), CONTROL)
+            case Received(_, data):
+                message = decode(data)
+                assert not isinstance(message, BadMessage)
+                for delivery in self._responder.receive(message, now_s):
+                    if isinstance(delivery, Deliver):
+                        request_id, body = delivery.request.id, delivery.request.body
+                        self._responder.answer(request_id, body, failed=False, now_s=now_s)
+            case _:
+                pass
+
+
+def main() -> None:
+    """Serve until killed."""
+    loop = Loop()
+    Neighbour(loop, sys.argv[1])
+    loop.run()
+
+
+if __name__ == "__main__":
+    main()
