@@ -24,6 +24,8 @@ STALL_S: Final = 15.0
 on virtio-serial get lost."""
 STALL_RETRY_S: Final = 1.0
 """Until then, writing is tried again this often, whatever readiness says."""
+HOLD_S: Final = 0.02
+"""How often who holds up reading is asked again."""
 HANGUP_POLL_S: Final = 1.0
 """While the other end is away it is looked for this often, should its coming wake nobody."""
 
@@ -39,6 +41,7 @@ class Link:
         silent: Say nothing yet: drop what arrives, write nothing, until `speak`.
         throttle: Told how many bytes were read; returns for how many seconds not to read more.
             The other end then waits with its writes.
+        hold: Asked after each read whether to read no more until it says otherwise.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Link:
         *,
         silent: bool = False,
         throttle: Callable[[int], float] | None = None,
+        hold: Callable[[], bool] | None = None,
     ) -> None:
         self.session = session
         self.stream = stream
@@ -59,6 +63,7 @@ class Link:
         self._on_down = on_down
         self._out = b""  # taken from the session, not yet by the stream
         self._throttle = throttle
+        self._hold = hold
         self._pause_timer: Timer | None = None
         self._may_write = not silent
         self._write_problem = ""
@@ -151,6 +156,9 @@ class Link:
             left -= len(data)
             if self._throttle is not None and self._pause(self._throttle(len(data))):
                 return
+            if self._hold is not None and self._hold():
+                self._pause(HOLD_S)
+                return
             if self._is_over() or len(data) < 4096:
                 return  # most likely all there was: asking again costs a system call
 
@@ -165,7 +173,9 @@ class Link:
 
     def _resume(self) -> None:
         self._pause_timer = None
-        if not self._down and not self.is_hung_up:
+        if self._hold is not None and self._hold():
+            self._pause(HOLD_S)
+        elif not self._down and not self.is_hung_up:
             self._loop.add_reader(self.stream.fileno(), self._readable)
 
     def _receive(self, data: bytes, now_s: float) -> None:

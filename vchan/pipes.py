@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import Final
 
 from vchan.errors import LinkError, NotAPort, PortAbsent
-from vchan.streams import READ_BYTES, explain
+from vchan.streams import explain
 
-PIPE_MODE = 0o660
+PIPE_MODE: Final = 0o660
+PIPE_READ_BYTES: Final = 16 * 1024
+"""One read: who is slowed down must not have taken too much already."""
 
 
 class PipeReader:
@@ -27,7 +30,7 @@ class PipeReader:
 
     def read(self) -> bytes:
         """What has arrived."""
-        return os.read(self._fd, READ_BYTES)
+        return os.read(self._fd, PIPE_READ_BYTES)
 
     def write(self, data: bytes) -> int:  # noqa: ARG002 - every stream's
         """Nothing can be written.

@@ -122,7 +122,7 @@ def test_a_hole_is_noticed_and_what_it_broke_is_dropped() -> None:
     source.send(b"first" * 5000, 1)  # two frames
     source.send(b"second", 1)
     source.send(b"third", 1)
-    frames = source.data_to_send()
+    frames = drain(source)
     lost_from, lost_until = 100, len(frames) - 60
     events = sink.receive_data(frames[:lost_from], 0.0)
     events += sink.receive_data(frames[lost_until:], 0.0)

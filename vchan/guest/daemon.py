@@ -16,7 +16,7 @@ from vchan import __version__
 from vchan.access import Access, Credentials, make_access
 from vchan.errors import ConfigError, LinkError, PortAbsent
 from vchan.guest.allowed import DEFAULT_ALLOW, RUNNING, UNIT_METHODS, Allowed
-from vchan.guest.port import DEFAULT_PORT, Port, port_opener, session_maker
+from vchan.guest.port import DEFAULT_PORT, Port, goes_one_way, port_opener, session_maker
 from vchan.guest.router import Router
 from vchan.link import Link
 from vchan.loop import Loop, Timer
@@ -54,6 +54,10 @@ GARBAGE_OBJECTS: Final = 20_000
 TICK_S: Final = 0.1
 """How late a request's time may run out here. To ask the router for its next timeout after every
 message would cost a tenth of all its work."""
+
+ONE_WAY_MAX: Final = 256
+"""Requests that came down a pipe and wait for an agent; what is read at a time comes on top of it,
+and stays below REQUESTS_MAX."""
 
 _ERROR, _WARNING, _INFO = 3, 4, 6
 
@@ -238,7 +242,14 @@ class Daemon:
         self._opener = port_opener(options.port)
         self._exit_without_port_s = options.exit_without_port_s
         self._absent_since_s: float | None = None
-        self._port = Port(self.loop, self._open_port, self._session, self._handle, self._note)
+        self._port = Port(
+            self.loop,
+            self._open_port,
+            self._session,
+            self._handle,
+            self._note,
+            self._is_full if goes_one_way(options.port) else None,
+        )
         self._router = Router(self._port.send, methods, self.loop.time())
         self._timer: Timer | None = None
         self._server = LocalServer(
@@ -299,6 +310,10 @@ class Daemon:
                 self._log(_INFO, f"no word from the host for {for_s:.0f} s")
             case Heard():
                 self._log(_INFO, "the host is back")
+
+    def _is_full(self) -> bool:
+        """Nobody at a pipe's other end can be told that it is too much: it is left in the pipe."""
+        return self._router.running >= ONE_WAY_MAX
 
     def _open_port(self) -> Stream:
         """Open the port; end the daemon if it has been absent for too long."""

@@ -77,9 +77,14 @@ def _serial_opener(kind: str, name: str) -> Callable[[], Stream]:
     return lambda: serial_port.open_line(line)
 
 
+def goes_one_way(url: str) -> bool:
+    """Whether nothing can be said on the port that `url` names."""
+    return url.startswith("pipe:")
+
+
 def session_maker(url: str) -> Callable[[Config, Callable[[int], bytes]], Session]:
     """What makes the session that is spoken on the port that `url` names."""
-    if url.startswith("pipe:"):
+    if goes_one_way(url):
         from vchan.oneway import Reader
 
         return Reader
@@ -92,6 +97,7 @@ class Port:
     Args:
         open_stream: Opens it; raises LinkError.
         log: Told what an operator may want to know, once for each change.
+        hold: See `Link`.
     """
 
     def __init__(
@@ -101,12 +107,14 @@ class Port:
         session: Session,
         on_event: Callable[[Event], object],
         log: Callable[[str], object],
+        hold: Callable[[], bool] | None = None,
     ) -> None:
         self._loop = loop
         self._open_stream = open_stream
         self._session = session
         self._on_event = on_event
         self._log = log
+        self._hold = hold
         self._attempts = 0
         self._flaps = 0
         self._opened_s = 0.0
@@ -131,7 +139,14 @@ class Port:
         self._attempts = 0
         self._opened_s = self._loop.time()
         self._tell(f"{stream.path}: open")
-        self.link = Link(self._loop, self._session, stream, self._on_event, self._lost)
+        self.link = Link(
+            self._loop,
+            self._session,
+            stream,
+            self._on_event,
+            self._lost,
+            hold=self._hold,
+        )
 
     def _lost(self, reason: str) -> None:
         self.link = None

@@ -116,6 +116,11 @@ class Router:
         self._own: frozenset[Topic] = frozenset()
         self.bad_messages = 0
 
+    @property
+    def running(self) -> int:
+        """The host's requests that are not over."""
+        return len(self._host)
+
     # ---------------------------------------------------------------- the host
 
     def host_opened(self, *, resumed: bool, now_s: float) -> None:
