@@ -351,6 +351,9 @@ def test_what_may_have_run_is_not_said_to_be_unserved(rig: Rig) -> None:
     (returned,) = rig.take_said()
     assert returned.reason == AGENT_GONE
     assert "may have run" in returned.text
+    rig.out.suspend()
+    note = rig.take_note()
+    assert (note.taken, note.gone) == ((), (id_of(1),))
 
 
 @given(st.data())
@@ -669,6 +672,16 @@ def test_a_local_program_that_does_not(rig: Rig, outcome: Outcome, reason: int) 
     rig.offered[0].told(outcome, rig.now_s)
     assert rig.take_said()[0].reason == reason
     assert rig.out.open_requests == 0
+
+
+def test_a_cast_that_a_local_program_took_with_it(rig: Rig) -> None:
+    rig.serves = True
+    rig.ask(1)
+    rig.offered[0].told(HandedBack(id_of(1), AGENT_GONE, "it died"), rig.now_s)
+    assert rig.take_said() == [Returned(id_of(1), AGENT_GONE, "it died")]
+    rig.out.suspend()
+    note = rig.take_note()
+    assert (note.taken, note.gone) == ((), (id_of(1),))
 
 
 def test_a_local_program_hears_that_nobody_waits(rig: Rig) -> None:

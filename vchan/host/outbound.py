@@ -313,6 +313,8 @@ class Outbound:
     def _give_back(self, request_id: bytes, reason: int, text: str, *, maybe_ran: bool) -> None:
         if maybe_ran:
             reason, text = AGENT_GONE, f"{text}; it may have run before"
+        if reason == AGENT_GONE:
+            self._history.remember(request_id, Past.GONE)
         self._responder.give_back(request_id, reason, text)
 
     def _over_limit(self, request: Request) -> str:
@@ -380,8 +382,8 @@ class Outbound:
             self._responder.take(request_id, now_s)
         elif past is Past.GONE:
             self._forget(request_id)
-            text = "it was called before; its answer is not kept any more"
-            self._responder.give_back(request_id, AGENT_GONE, text)
+            text = "it was sent before, and what came of it is not known any more"
+            self._give_back(request_id, AGENT_GONE, text, maybe_ran=True)
         else:
             self._wait_for_answer(item)
             held = self._held.get(request_id)
@@ -576,7 +578,7 @@ class Outbound:
             case Answered(_, failed, body):
                 self._reply(request_id, failed, body, now_s)
             case HandedBack(_, reason, text):
-                self._responder.give_back(request_id, reason, text)
+                self._give_back(request_id, reason, text, maybe_ran=False)
             case Overdue():
                 self._responder.give_back(request_id, EXPIRED, "no answer in time")
         self._forget(request_id)
