@@ -176,7 +176,7 @@ class VchanDriver(base.BaseDriver):  # type: ignore[misc]
         request = request._replace(
             timeout_ms=_milliseconds(timeout), monitor_ms=_milliseconds(call_monitor_timeout)
         )
-        outcome = _Sending(self._running(), request, retry).wait(timeout, call_monitor_timeout)
+        outcome = self._deliver(request, retry, timeout, call_monitor_timeout)
         if isinstance(outcome, Answered):
             return self._open_answer(outcome)
         return None
@@ -204,7 +204,15 @@ class VchanDriver(base.BaseDriver):  # type: ignore[misc]
         }
         body = {"method": priority, "args": args, "namespace": None, "version": None}
         request = self._make_request(NOTIFICATION, target, topic, None, ctxt, body)
-        _Sending(self._running(), request, retry).wait(None, None)
+        self._deliver(request, retry, None, None)
+
+    def _deliver(
+        self, request: Request, retry: int | None, timeout: float | None, monitor: float | None
+    ) -> Outcome:
+        try:
+            return _Sending(self._running(), request, retry).wait(timeout, monitor)
+        except base.TransportDriverError as error:  # some releases' clients stumble over it
+            raise MessageDeliveryFailure(str(error)) from error
 
     def _make_request(
         self,
@@ -327,6 +335,8 @@ class _Engine:
             with self._lock:
                 self._ended = True
                 tasks, self._tasks = self._tasks, set()
+            for connection in self._connections:
+                connection.close()
             for task in tasks:
                 task.set_exception(self._closed())
             for sending in self.sendings:
@@ -361,17 +371,12 @@ class _Engine:
     def close(self) -> None:
         """End the thread and free everything. Whoever waits hears that it is closed."""
         try:
-            self.run(self._end)
+            self.run(self.loop.stop)
         except base.TransportDriverError:
             return  # it has ended already
         self._thread.join(CLOSE_S)
         if not self._thread.is_alive():
             self.loop.close()
-
-    def _end(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        self.loop.stop()
 
     # What follows belongs to the engine's thread.
 
@@ -790,7 +795,8 @@ class _Incoming(base.RpcIncomingMessage):  # type: ignore[misc]
             message |= {"version": call.version} if call.version is not None else {}
         else:
             message = _notification(call)
-        super().__init__(dict(call.context), message, request.id.hex())
+        super().__init__(dict(call.context), message)
+        self.msg_id = request.id.hex()
         self.request = request
         self.unique_id = request.id.hex()
         self.client_timeout = request.monitor_ms / 1000 or None

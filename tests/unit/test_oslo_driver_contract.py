@@ -991,5 +991,5 @@ def test_cleanup_releases_all_and_blocks_until_then(site: Site) -> None:
         driver.cleanup()  # harmless
     assert threading.active_count() == threads
     wait(lambda: descriptors() <= files)
-    with pytest.raises(base.TransportDriverError, match="cleaned up"):
+    with pytest.raises(om.MessageDeliveryFailure, match="cleaned up"):
         driver.send(target(), {}, message())
