@@ -294,8 +294,9 @@ class Requests:
 
     def _tidy(self, outbox: Outbox) -> None:
         """Forget it if it has nothing left."""
-        if outbox.lane is None and not outbox.waiting:
-            self._outboxes.pop(outbox.vm, None)
+        is_known = self._outboxes.get(outbox.vm) is outbox
+        if is_known and outbox.lane is None and not outbox.waiting:
+            del self._outboxes[outbox.vm]
 
     # ---------------------------------------------------------------- lanes
 
