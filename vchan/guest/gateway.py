@@ -64,9 +64,15 @@ _STATUS: Final = {
 
 
 class Done(NamedTuple):
-    """It is done. `body` is a JSON object, or nothing."""
+    """It is done.
+
+    Attributes:
+        body: A JSON object, or nothing.
+        undo: To be called if whom it is for cannot be told.
+    """
 
     body: bytes = b""
+    undo: Callable[[], None] | None = None
 
 
 class Problem(Exception):
@@ -339,7 +345,8 @@ class Gateway:
 
         def answer() -> None:
             if end():
-                told(Done(b'{"requests":[' + b",".join(map(describe, given)) + b"]}"))
+                body = b'{"requests":[' + b",".join(map(describe, given)) + b"]}"
+                told(Done(body, lambda: self.take_back(given)))
 
         def end() -> bool:
             nonlocal is_over
