@@ -71,9 +71,7 @@ class Authority:
             directory = self._conf[config.GROUP].policy_dir
             LOG.info("policy: %d rules of %s", len(policy.rules), directory)
             if not policy_files.is_there(directory):
-                LOG.warning(
-                    "policy: %s is not there: listen_topics alone counts", directory
-                )
+                LOG.warning("policy: %s is not there: listen_topics alone counts", directory)
         self.audit.reopen()
 
     def gate(self, facts: Facts) -> VmGate:
