@@ -157,7 +157,8 @@ def host_daemon(broker: Broker, channels: Mapping[str, Path]) -> Iterator[subpro
     config.write_text(
         f"[DEFAULT]\ntransport_url = {broker.url}\nlog_file = {directory / 'log'}\n"
         f"[vchan]\nhost = bench\nlibvirt_uri =\nsocket = {directory / 'host.sock'}\n"
-        f"policy_dir = {directory / 'policy.d'}\naudit_log = {directory / 'audit'}\nchannels = {names}\n"
+        f"policy_dir = {directory / 'policy.d'}\naudit_log = {directory / 'audit'}\n"
+        f"channels = {names}\n"
     )
     out = directory / "out"
     with program(out, "-m", "vchan.host.daemon", "--config-file", str(config)) as process:

@@ -79,7 +79,7 @@ BUGS: Final = (
             "if crc32(payload, header_crc ^ key[1]) != _unpack_crc(data, stop)[0]:",
             "if False:",
         ),
-        Simulation(0),
+        Simulation(60),
     ),
     # ---------------------------------------------------------------- session
     Bug(
