@@ -15,7 +15,7 @@ from tests.rig import wait_until
 from tests.rig.gates import OpenGate, offer_nothing
 from vchan.bodies import encode_invocation
 from vchan.exchange import Answered, Heartbeat, Outcome
-from vchan.host.channels import Channel
+from vchan.host.channels import Channel, End
 from vchan.host.gate import Gate
 from vchan.host.outbound import Offer
 from vchan.loop import Loop
@@ -33,6 +33,7 @@ class HostEnd:
         instance: Of the daemon that this stands for; None: a new one.
         gate: What the guest may do; None: everything.
         offer: Given the loop, makes what the guest's requests are offered to; None: nothing.
+        end: What our end of the channel is like.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class HostEnd:
         instance: bytes | None = None,
         gate: Gate | None = None,
         offer: Callable[[Loop], Offer] | None = None,
+        end: End = End(),  # noqa: B008 - immutable
     ) -> None:
         self.log: list[str] = []
         self._loop = Loop()
@@ -57,6 +59,7 @@ class HostEnd:
             frozenset(),
             offer(self._loop) if offer is not None else offer_nothing,
             self.log.append,
+            end=end,
         )
         self._thread = threading.Thread(target=self._loop.run, name="host-end")
         self._thread.start()

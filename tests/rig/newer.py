@@ -46,9 +46,9 @@ def main() -> None:
     del sys.argv[1:3]
     kind = session_type(oldest, newest)
     from vchan import server
-    from vchan.guest import daemon
+    from vchan.guest import daemon, port
 
-    for module in (server, daemon):
+    for module in (server, port):
         module.Session = kind  # type: ignore[attr-defined]
     daemon.main()
 

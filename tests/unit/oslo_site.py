@@ -21,13 +21,14 @@ from typing import Any, Final, Self, TypeVar
 
 from tests.rig.gates import OpenGate
 from tests.unit.cable import Cable
-from vchan.errors import NoSuchDomain
+from vchan.errors import LinkError, NoSuchDomain
 from vchan.exchange import Outcome
 from vchan.host.channels import Channel
 from vchan.host.local import Answer, LocalService
 from vchan.loop import Loop
 from vchan.messages import Request
 from vchan.server import LocalServer
+from vchan.streams import connect_unix
 
 with warnings.catch_warnings():  # their modules warn about their own future
     warnings.simplefilter("ignore")
@@ -209,7 +210,15 @@ class Site:
                     stdout=log,
                     stderr=log,
                 )
-            wait((self.directory / "agent.sock").exists)
+            wait(self._guest_listens)
+
+    def _guest_listens(self) -> bool:
+        """The socket has its name a moment before anybody listens."""
+        try:
+            connect_unix(f"{self.directory}/agent.sock").close()
+        except LinkError:
+            return False
+        return True
 
     def kill_guest(self) -> None:
         """Kill the guest's daemon; its agents live on."""

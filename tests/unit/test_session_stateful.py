@@ -464,9 +464,9 @@ def test_sessions() -> None:
     run_state_machine_as_test(Sessions, settings=tries)
     report: dict[str, Any] = dict(sorted(REACH.items()))
     print("\n".join(f"{times:7} {name}" for name, times in report.items()))
-    assert REACH["examples: opened"] >= 0.8 * REACH["examples"]
-    assert REACH["examples: received"] >= 0.3 * REACH["examples"]
-    assert REACH["examples: resumed"] >= 0.2 * REACH["examples"]
+    assert REACH["examples: opened"] >= 0.6 * REACH["examples"]
+    assert REACH["examples: received"] >= 0.2 * REACH["examples"]
+    assert REACH["examples: resumed"] >= 0.1 * REACH["examples"]
 
 
 # ---------------------------------------------------------------- a hostile peer

@@ -23,7 +23,7 @@ from tests.unit.cable import Cable
 from tests.unit.pair import GUEST_INSTANCE, HOST_INSTANCE, Entropy, Pair
 from vchan import messages
 from vchan.frames import NO_KEY, Decoder, Key, decode_greeting
-from vchan.host import channels
+from vchan.host.channels import End
 from vchan.session import (
     VERSION,
     Config,
@@ -269,13 +269,12 @@ def machine(directory: Path, cable: Cable) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def host_of(cable: Cable, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], HostEnd]:
+def host_of(cable: Cable) -> Callable[[tuple[int, int]], HostEnd]:
     """Makes the host's end of a release."""
 
     def make(versions: tuple[int, int]) -> HostEnd:
         kind = Session if versions == OLD else session_type(*versions)
-        monkeypatch.setattr(channels, "Session", kind)
-        return HostEnd(cable.host)
+        return HostEnd(cable.host, end=End(session=kind))
 
     return make
 
