@@ -823,6 +823,8 @@ def test_a_retry_duplicates_nothing(site: Site, rpc: Any) -> None:
         for number in range(100):
             driver.send(target(), {}, message(n=number))
         disturbing.result(PATIENT_S)
+    # The sender is released by the acknowledgement, a moment before `run` has noted it.
+    wait(lambda: len(acknowledged) >= 100, lambda: acknowledged)
     assert acknowledged == list(range(100))
 
 
