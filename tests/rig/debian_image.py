@@ -40,7 +40,6 @@ from tests.rig.guest_image import (
 )
 
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
 AGENT_PORT = "org.qemu.guest_agent.0"
 PACKAGES = (
     *("systemd-sysv", "udev", "dbus", "kmod", "iproute2", "curl"),
@@ -117,7 +116,18 @@ def _bootstrap(tree: Path) -> None:
     options = ["--mode=root", "--variant=minbase", "--format=directory", "--quiet"]
     # Documents and the archive's lists are half of its size, and nobody reads them.
     options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")]
-    _run(["mmdebstrap", *options, f"--include={','.join(PACKAGES)}", SUITE, str(tree), MIRROR])
+    _run(["mmdebstrap", *options, f"--include={','.join(PACKAGES)}", SUITE, str(tree), _mirror()])
+
+
+def _mirror() -> str:
+    """Where this machine's own apt gets SUITE from."""
+    command = ["apt-get", "indextargets", "--format", "$(SITE) $(RELEASE)", "Identifier: Packages"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        site, _, release = line.partition(" ")
+        if release == SUITE:
+            return site
+    raise RigError(f"this machine's apt has no source for {SUITE}: add one to sources.list.d")
 
 
 def _add_kernel(part: Path, tree: Path) -> None:
