@@ -110,13 +110,13 @@ def test_the_host_daemon_is_killed(asking_vm: Vm) -> None:
 
 
 def test_the_host_daemon_is_restarted_in_order(asking_vm: Vm) -> None:
-    """It leaves a note: nothing is in doubt."""
+    """It leaves a note: only what the broker had not confirmed by then is in doubt."""
     with asking(asking_vm) as asker:
         for _ in range(2):
             asking_vm.here.daemon.stop()
             asking_vm.here.daemon.start()
             asker.flows()
-        asker.finish().check()
+        asker.finish().check(marked=True)
 
 
 def test_the_broker_closes_connections(asking_vm: Vm) -> None:
@@ -128,6 +128,7 @@ def test_the_broker_closes_connections(asking_vm: Vm) -> None:
 
 
 def test_pause_save_and_restore(asking_vm: Vm) -> None:
+    """As when the daemon stops: what was not confirmed when the VM went is in doubt."""
     vm = asking_vm
     with asking(vm) as asker:
         vm.domain.suspend()
@@ -137,7 +138,7 @@ def test_pause_save_and_restore(asking_vm: Vm) -> None:
         vm.domain.create()
         vm.wait_ready()
         asker.flows()
-        asker.finish().check()
+        asker.finish().check(marked=True)
 
 
 # --- one call
