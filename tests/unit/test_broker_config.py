@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from oslo_config import cfg
 
 from vchan.errors import ConfigError
+from vchan.host.amqp_link import explain
 from vchan.host.broker_config import BrokerConfig, BrokerHost, BrokerTls
 
 
@@ -107,3 +109,12 @@ def test_durable_without_quorum_queues(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, text: str, where: str) -> None:
     with pytest.raises(ConfigError, match=where):
         from_oslo(tmp_path, f"[DEFAULT]\n{text}\n")
+
+
+@pytest.mark.parametrize("reason", ["TLSV13_ALERT_CERTIFICATE_REQUIRED", "TLSV1_ALERT_UNKNOWN_CA"])
+def test_an_alert_of_the_broker_names_the_options_to_look_at(reason: str) -> None:
+    """It may come in place of a closed connection, as the kernel will have it."""
+    error = ssl.SSLError(1, f"[SSL: {reason}] {reason.lower()}")
+    error.reason = reason
+    config = BrokerConfig(hosts=(BrokerHost("h", 5671),), tls=BrokerTls())
+    assert "ssl_cert_file" in explain(error, config)

@@ -992,6 +992,7 @@ def test_cleanup_releases_all_and_blocks_until_then(site: Site) -> None:
         driver.cleanup()
         driver.cleanup()  # harmless
     assert threading.active_count() == threads
-    wait(lambda: descriptors() <= files)
+    # What else this process does may open one meanwhile; each of the three would leave one.
+    wait(lambda: descriptors() < files + 3)
     with pytest.raises(om.MessageDeliveryFailure, match="cleaned up"):
         driver.send(target(), {}, message())

@@ -58,6 +58,13 @@ _FRAME_END: Final = 0xCE
 BROKEN: Final = (AMQPError, OSError, struct.error, LookupError, ValueError, TypeError)
 
 
+def _is_broken_off(error: BaseException) -> bool:
+    """The other end broke off the handshake: it says so in an alert, or, if that could not be read
+    any more, by closing."""
+    is_alert = isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
+    return is_alert or isinstance(error, ssl.SSLEOFError | ConnectionResetError)
+
+
 def explain(error: BaseException, config: BrokerConfig) -> str:
     """Why there is no connection, and which option to look at."""
     tls, said = config.tls, str(error) or type(error).__name__
@@ -70,7 +77,7 @@ def explain(error: BaseException, config: BrokerConfig) -> str:
             )
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
             said += ": it does not speak TLS on this port, and ssl is on"
-        case ssl.SSLEOFError() | ConnectionResetError() if tls:
+        case ssl.SSLError() | ConnectionResetError() if tls and _is_broken_off(error):
             said += ": it may want a certificate that it trusts (ssl_cert_file, ssl_key_file)"
         case ConnectionResetError():
             said += ": it may speak TLS on this port, and ssl is off"
