@@ -15,7 +15,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from vchan import _layout as layout
 from vchan.frames import (
@@ -414,9 +414,12 @@ def replies_for_others(guest: Hostile, word: str) -> None:
 
 def subscription_bomb(guest: Hostile, word: str) -> None:
     """As many topics as may be, and others at once."""
-    for number in _numbers():
+    bombs = []
+    for number in range(50):
         topics = [Topic("openstack", f"t{number}x{each}" + "y" * 100) for each in range(TOPICS_MAX)]
-        guest.flow([encode(Subscribe(tuple(topics)))])
+        bombs.append(encode(Subscribe(tuple(topics))))
+    while True:
+        guest.flow(bombs)
 
 
 def topic_squatting(guest: Hostile, word: str) -> None:
@@ -505,13 +508,6 @@ def _answer(guest: Hostile, body: bytes, flags: int) -> None:
         for message in asked:
             if isinstance(message, Request):
                 guest.send(encode(Reply(message.id, flags, body)))
-
-
-def _numbers() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 ATTACKS: dict[str, Attack] = {
