@@ -30,7 +30,7 @@ from vchan.guest.agents import (
     describe_status,
     systemd_row,
 )
-from vchan.guest.allowed import UNIT_METHODS, Allowed
+from vchan.guest.allowed import UNIT_METHODS, Allowed, running_directory
 from vchan.guest.later import Later
 from vchan.guest.processes import start_time
 from vchan.loop import Loop
@@ -571,13 +571,13 @@ def test_what_systemd_says_of_no_unit() -> None:
 class Guest:
     """The daemon as a process."""
 
-    def __init__(self, directory: Path, allow: str = EVERYTHING) -> None:
+    def __init__(self, directory: Path, allow: str = EVERYTHING, name: str = "agent") -> None:
         self.directory = directory
         self._options = (
-            *("--port", f"unix:{directory}/guest", "--socket", str(directory / "agent.sock")),
+            *("--port", f"unix:{directory}/guest", "--socket", str(directory / f"{name}.sock")),
             *("--units", str(directory / "units"), "--allow", allow),
         )
-        self.log = directory / "daemon.log"
+        self.log = directory / f"{name}.log"
         self.process: subprocess.Popen[bytes]
 
     def unit(self, name: str, script: str, more: str = "") -> None:
@@ -742,6 +742,25 @@ def test_with_daemon_and_keeper_dead_the_next_daemon_cleans_up(
     wait(lambda: len(guest.pids("x")) == 4)  # and it was started anew
 
 
+def test_daemons_whose_sockets_are_in_one_directory_leave_each_other_alone(
+    guest: Guest, directory: Path
+) -> None:
+    """A second channel has a second daemon, with a socket beside the first's."""
+    guest.unit("one", forking(directory))
+    guest.start()
+    pids = guest.pids("x", 2)
+    second = Guest(directory, name="second")
+    second.start()
+    try:
+        guest.pids("x", 4)  # its own, of the same name
+        assert all(map(is_alive, pids))
+        assert "was left by an earlier daemon" not in second.log.read_text()
+    finally:
+        second.kill()
+    wait(lambda: all_gone(guest.pids("x", 4)[2:]))
+    assert all(map(is_alive, pids))
+
+
 def test_who_may_survive_does_and_is_taken_over(guest: Guest, directory: Path) -> None:
     guest.unit("one", forking(directory), "survive = true")
     guest.unit("two", forking(directory, "y"))
@@ -786,9 +805,10 @@ def test_an_adopted_process_that_ends_is_noticed(guest: Guest, directory: Path) 
 def test_a_number_that_belongs_to_another_is_left_alone(guest: Guest, directory: Path) -> None:
     """What is remembered of a unit names the process's start, too."""
     stranger = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    (directory / "agents").mkdir()
-    (directory / "agents" / "one").write_text(f"{stranger.pid} 12345\n")
-    (directory / "agents" / "two").write_text("nonsense")
+    noted = Path(running_directory(str(directory / "agent.sock")))
+    noted.mkdir()
+    (noted / "one").write_text(f"{stranger.pid} 12345\n")
+    (noted / "two").write_text("nonsense")
     guest.unit("one", forking(directory))
     guest.start()
     guest.pids("x", 2)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Final
 
 from vchan.errors import ConfigError, Rejected
-from vchan.guest.allowed import RUNNING, Allowed
+from vchan.guest.allowed import Allowed, running_directory
 from vchan.guest.later import Later
 from vchan.guest.processes import Child, Keeper, default_environment, require_safe, start_time
 from vchan.guest.supervisor import Action, State, Supervised
@@ -125,7 +125,7 @@ class Agents:
         self._loop = loop
         self._directory = directory
         self._socket = socket
-        self._running_directory = f"{os.path.dirname(socket)}/{RUNNING}"
+        self._running_directory = running_directory(socket)
         self._allowed = allowed
         self._served = served
         self._log = log

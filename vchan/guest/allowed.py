@@ -14,12 +14,15 @@ UNIT_METHODS: Final = (
     "agent_restart",
 )
 """What the super-agent answers (`agents`), known before it is loaded."""
-RUNNING: Final = "agents"
-"""The directory beside the agents' socket that says which units run."""
-
 VERBS: Final = ("ping", "info", "list", "state", "log", "start", "stop", "restart")
 DEFAULT_ALLOW: Final = "ping, info, list, state"
 """Nothing that changes the guest, and no log lines: they may hold secrets."""
+
+
+def running_directory(socket: str) -> str:
+    """Where a daemon notes which units run: its own, as the agents' socket is. What stands there is
+    an earlier daemon's, and ended."""
+    return f"{socket}.units"
 
 
 class Allowed:

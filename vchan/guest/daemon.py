@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vchan import __version__
 from vchan.access import Access, Credentials, make_access
 from vchan.errors import ConfigError, LinkError, PortAbsent
-from vchan.guest.allowed import DEFAULT_ALLOW, RUNNING, UNIT_METHODS, Allowed
+from vchan.guest.allowed import DEFAULT_ALLOW, UNIT_METHODS, Allowed, running_directory
 from vchan.guest.port import DEFAULT_PORT, Port, goes_one_way, port_opener, session_maker
 from vchan.guest.router import Router
 from vchan.link import Link
@@ -360,8 +360,7 @@ class Daemon:
 
     def _has_units(self) -> bool:
         """Whether the super-agent is worth its start-up time."""
-        from_before = f"{os.path.dirname(self._options.socket)}/{RUNNING}"
-        for directory in (self._options.units, from_before):
+        for directory in (self._options.units, running_directory(self._options.socket)):
             try:
                 if os.listdir(directory):
                     return True
