@@ -109,6 +109,8 @@ class GuestSpec:
     consoles: tuple[str, ...] = ()
     """Names of virtio consoles' sockets: hvc0 and on."""
     memory_mib: int = 256
+    network: bool = False
+    """Has a network card on QEMU's user network; the image needs what `network=True` adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,9 @@ class QemuGuest:
             device = ",".join(f"{key}={value}" for key, value in properties.items())
             chardev = f"socket,id=c-{name},path={self.port(name)},server=on,wait=off"
             command += ["-chardev", chardev, "-device", device]
+        if spec.network:
+            command += ["-netdev", "user,id=net0"]
+            command += ["-device", "virtio-net-pci,netdev=net0,romfile="]
         if self._snapshot is not None:
             command += ["-incoming", f"exec:cat {self._snapshot.path}"]
         return command

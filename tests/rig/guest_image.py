@@ -50,6 +50,16 @@ MODULES = (
     "virtio_pci",
     "virtio_console",
 )
+# Likewise; in images with a network only. Nobody loads them but NETWORK_UP.
+NETWORK_MODULES = ("failover", "net_failover", "virtio_net")
+# What a guest's shell runs to be on QEMU's user network, whose gateway is this machine's loopback.
+NETWORK_GATEWAY = "10.0.2.2"
+NETWORK_UP = f"""set -e
+for module in {" ".join(NETWORK_MODULES)}; do insmod /modules/$module.ko; done
+ip link set lo up
+ip link set eth0 up
+ip addr add 10.0.2.15/24 dev eth0
+"""
 PYTHON_PACKAGES = (
     "busybox-static",
     "libbz2-1.0",
@@ -250,13 +260,16 @@ def cache_directory() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "vchan"
 
 
-def build(extra: Mapping[str, bytes | Path] | None = None, *, peers: bool = False) -> GuestImage:
+def build(
+    extra: Mapping[str, bytes | Path] | None = None, *, peers: bool = False, network: bool = False
+) -> GuestImage:
     """The image with this tree's vchan/ in it: made now (0.1 s; 10 s the first time) or cached.
 
     Args:
         extra: Path in the guest (no leading slash) to its content: bytes, a file, or a directory.
             All can be executed there. Python files under SITE are compiled.
         peers: Add qemu-guest-agent and the C echo, PORT_ECHO (needs gcc).
+        network: Add what NETWORK_UP loads.
 
     Raises:
         RigError: Something could not be fetched or compiled; the message has the command's output.
@@ -268,6 +281,10 @@ def build(extra: Mapping[str, bytes | Path] | None = None, *, peers: bool = Fals
         if peers:
             archives.append(_peers_part(cache) / "peers.cpio")
             files[PORT_ECHO.lstrip("/")] = _port_echo(cache).read_bytes()
+        if network:
+            modules = debian / "modules"
+            for name in NETWORK_MODULES:
+                files[f"modules/{name}.ko"] = (modules / f"{name}.ko").read_bytes()
         key = _digest(
             *(str(path) for path in archives), INIT, LINK_PORTS, SERVE_SHELL, *_flat(files)
         )
@@ -294,7 +311,9 @@ def _locked(cache: Path) -> Iterator[Path]:
 
 def _debian_part(cache: Path) -> Path:
     """The directory with root/ (the unpacked packages), modules/, vmlinuz and base.cpio."""
-    key = _digest(KERNEL_PACKAGE, *PYTHON_PACKAGES, *MODULES, UNUSED_FILES.pattern, COMPILE)
+    key = _digest(
+        KERNEL_PACKAGE, *PYTHON_PACKAGES, *MODULES, *NETWORK_MODULES, UNUSED_FILES.pattern, COMPILE
+    )
     with _made_once(cache / f"debian-{key}") as part:
         if part is not None:
             _unpack([_kernel_release()], part / "kernel")
@@ -357,8 +376,9 @@ def _take_kernel(part: Path) -> None:
     """Keep of the kernel's package the kernel and our modules."""
     source = part / "kernel"
     (part / "modules").mkdir()
-    found = {path.stem: path for path in source.rglob("*.ko") if path.stem in MODULES}
-    for module in MODULES:
+    wanted = MODULES + NETWORK_MODULES
+    found = {path.stem: path for path in source.rglob("*.ko") if path.stem in wanted}
+    for module in wanted:
         found[module].rename(part / "modules" / f"{module}.ko")
     next((source / "boot").glob("vmlinuz-*")).rename(part / "vmlinuz")
     (part / "vmlinuz").chmod(0o644)

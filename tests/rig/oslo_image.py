@@ -35,6 +35,9 @@ transport = oslo_messaging.get_rpc_transport(cfg.CONF, "vchan:///nowhere")
 target = oslo_messaging.Target(topic="t", server="s")
 oslo_messaging.get_rpc_server(transport, target, [])
 oslo_messaging.get_rpc_client(transport, target)
+if sys.argv[1:]:
+    oslo_messaging.get_rpc_transport(cfg.CONF, "rabbit://nowhere")
+    import kombu.transport.pyamqp
 found = {}
 for module in list(sys.modules.values()):
     parts = pathlib.Path(getattr(module, "__file__", None) or "/").parts
@@ -55,14 +58,18 @@ def can_carry() -> str | None:
     return None
 
 
-def files() -> dict[str, bytes]:
+def files(*, rabbit: bool = False) -> dict[str, bytes]:
     """What to add to a guest image.
+
+    Args:
+        rabbit: With what its driver rabbit:// needs, too.
 
     Raises:
         RigError: It cannot be imported here; the message says what went wrong.
     """
+    words = ["rabbit"] if rabbit else []
     done = subprocess.run(
-        [sys.executable, "-c", _TRACE], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _TRACE, *words], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RigError(f"oslo.messaging cannot be traced:\n{done.stderr}")
