@@ -96,6 +96,7 @@ class Authority:
         """What `vchan status` shows."""
         return {
             "policy": self.problem or f"{len(self.policy.rules)} rules",
+            "policy_problem": self.problem or None,
             "audit": {"problem": self.audit.problem or None, **self.audit.counters},
         }
 

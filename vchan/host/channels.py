@@ -426,8 +426,13 @@ class Channel:
 
     def totals(self) -> dict[str, int]:
         """Every counter of this channel, in one table."""
-        session = self._session.counters.as_dict()
-        return {**session, **self.counters, **self.guard.counters, **self.relay.counters}
+        return {
+            **self._session.counters.as_dict(),
+            **self.counters,
+            **self.guard.counters,
+            **self.relay.counters,
+            **self.relay.outbound.counters,
+        }
 
     def summary(self) -> dict[str, Any]:
         """What `vchan status` shows."""
