@@ -1,7 +1,7 @@
 """vchan: the operator's command on a compute host. The only module that prints.
 
 vchan list | status [VM] | ping VM | call VM TOPIC METHOD [KEY=VALUE ...] | cast ...
-      | attach VM | detach VM | release VM | policy check | policy lint
+      | attach VM | detach VM | release VM | policy check | policy lint | doctor | metrics
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vchan import __version__
-from vchan.client import EXCHANGE, HOST_SOCKET, Client
+from vchan.client import EXCHANGE, HOST_SOCKET, HOST_TOPIC, Client
 from vchan.errors import (
     CallTimeout,
     ConfigError,
@@ -27,6 +27,9 @@ from vchan.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vchan.host.doctor import Finding
     from vchan.host.policy import Policy
 
 TIMEOUT_S_MAX: Final = 86400
@@ -72,6 +75,13 @@ def _version(text: str) -> str:
     return text
 
 
+def _address(text: str) -> tuple[str, int]:
+    address, _, port = text.rpartition(":")
+    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ADDRESS:PORT")
+    return address.strip("[]"), int(port)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -111,6 +121,17 @@ def build_parser() -> argparse.ArgumentParser:
         ("release", "end a VM's quarantine"),
     ):
         commands.add_parser(name, help=text).add_argument("vm", metavar="VM")
+    doctor = commands.add_parser("doctor", help="what is wrong, and what to do about it")
+    doctor.add_argument("vm", nargs="?", metavar="VM")
+    doctor.add_argument("--config-file", metavar="FILE", help="in place of vchan.conf")
+    metrics = commands.add_parser("metrics", help="the daemon's counters, for Prometheus")
+    metrics.add_argument("--host-only", action="store_true", help="none for each VM")
+    metrics.add_argument(
+        "--listen",
+        type=_address,
+        metavar="ADDRESS:PORT",
+        help="serve them over HTTP, until stopped, in place of printing them",
+    )
     _add_policy(commands.add_parser("policy", help="check the policy's files, without the daemon"))
     return parser
 
@@ -158,8 +179,8 @@ def _show(value: Any, as_json: bool) -> None:
 
 
 def _list(client: Client, options: argparse.Namespace) -> None:
-    rows = client.call("vchan.host", "list", timeout_s=options.timeout)
-    libvirt = client.call("vchan.host", "status", timeout_s=options.timeout).get("libvirt")
+    rows = client.call(HOST_TOPIC, "list", timeout_s=options.timeout)
+    libvirt = client.call(HOST_TOPIC, "status", timeout_s=options.timeout).get("libvirt")
     if libvirt not in (None, "connected", "none configured"):
         print(f"vchan: libvirt: {_printable(libvirt)}: this may be out of date", file=sys.stderr)
     if options.json:
@@ -202,11 +223,84 @@ def _request(client: Client, options: argparse.Namespace) -> None:
 
 def _status(client: Client, options: argparse.Namespace) -> None:
     args = {"vm": options.vm} if options.vm else {}
-    _show(client.call("vchan.host", "status", args, timeout_s=options.timeout), options.json)
+    _show(client.call(HOST_TOPIC, "status", args, timeout_s=options.timeout), options.json)
 
 
 def _command(client: Client, options: argparse.Namespace) -> None:
-    client.call("vchan.host", options.command, {"vm": options.vm}, timeout_s=options.timeout)
+    client.call(HOST_TOPIC, options.command, {"vm": options.vm}, timeout_s=options.timeout)
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    try:
+        from vchan.host.metrics import DaemonCollector, as_text, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError("metrics", f"needs {error.name}: python3-prometheus-client") from error
+    collector = DaemonCollector(options.socket, options.timeout, with_vms=not options.host_only)
+    if options.listen is None:
+        print(as_text(collector), end="")
+        return EXIT_OK
+    address, port = options.listen
+    try:
+        serve(collector, address, port)
+    except OSError as error:
+        raise ConfigError(f"--listen {address}:{port}", str(error)) from error
+    return EXIT_OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from vchan.host.doctor import Level, summarize
+
+    findings = [*_examine_files(options), *_examine_host(options)]
+    if options.json:
+        rows = [{**finding._asdict(), "level": finding.level.value} for finding in findings]
+        _show(rows, as_json=True)
+    else:
+        for level, where, text, remedy in findings:
+            print(f"{level.value:8} {_printable(where)}: {_printable(text)}")
+            if remedy:
+                print(f"{'':8} -> {remedy}")
+        print(summarize(findings))
+    return EXIT_FAILED if any(each.level is Level.PROBLEM for each in findings) else EXIT_OK
+
+
+def _examine_files(options: argparse.Namespace) -> Iterator[Finding]:
+    """The files as they are now: the daemon may have read others."""
+    from vchan.host import config
+    from vchan.host.doctor import Finding, Level
+    from vchan.host.policy_lint import lint
+
+    try:
+        conf = config.load(["--config-file", options.config_file] if options.config_file else [])
+        unknown = config.unknown_options(conf)
+        findings = lint(config.policy(conf))
+    except ConfigError as error:
+        yield Finding(Level.PROBLEM, error.where, error.problem)
+        return
+    for text in unknown:
+        yield Finding(Level.WARNING, "vchan.conf", text)
+    for where, code, text in findings:
+        yield Finding(Level.WARNING, where or "policy", f"{code}: {text}")
+    if not unknown and not findings:
+        yield Finding(Level.OK, "files", "vchan.conf and the policy: nothing suspicious")
+
+
+def _examine_host(options: argparse.Namespace) -> Iterator[Finding]:
+    from vchan.host.doctor import Finding, Level, examine_daemon, examine_vm
+
+    def ask(method: str, **args: str) -> Any:
+        return client.call(HOST_TOPIC, method, args, timeout_s=options.timeout)
+
+    try:
+        with Client(options.socket) as client:
+            yield from examine_daemon(ask("status"), __version__)
+            rows = ask("list")
+            if options.vm:
+                uuid = ask("status", vm=options.vm)["uuid"]
+                rows = [row for row in rows if row["uuid"] == uuid]
+            for row in rows:
+                yield from examine_vm(row, ask("status", vm=row["uuid"]))
+    except LinkError as error:
+        yield Finding(Level.PROBLEM, "vchan-host", str(error), "systemctl status vchan-host")
 
 
 def _policy(options: argparse.Namespace) -> int:
@@ -288,13 +382,16 @@ _COMMANDS: Final = {
     "release": _command,
 }
 
+_WITHOUT_CLIENT: Final = {"policy": _policy, "doctor": _doctor, "metrics": _metrics}
+"""They connect to the daemon themselves, if at all, and have an exit status of their own."""
+
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns its exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        if options.command == "policy":
-            return _policy(options)
+        if options.command in _WITHOUT_CLIENT:
+            return _WITHOUT_CLIENT[options.command](options)
         if options.command in ("call", "cast"):
             parse_values(options.args)  # wrong words are told before anything is connected
         with Client(options.socket) as client:
