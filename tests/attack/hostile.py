@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from vchan import _layout as layout
 from vchan.frames import (
@@ -33,6 +34,7 @@ from vchan.messages import (
     FAILURE,
     FINAL,
     TOPICS_MAX,
+    BadMessage,
     Message,
     Receipt,
     Reply,
@@ -43,7 +45,7 @@ from vchan.messages import (
     decode,
     encode,
 )
-from vchan.session import Config, Opened, Received, Role, Session
+from vchan.session import Config, Received, Role, Session, State
 
 WHOLE = layout.FLAG_FIRST | layout.FLAG_LAST
 READ_BYTES = 1 << 16
@@ -61,24 +63,151 @@ class Gone(Exception):
     """The host has closed the stream."""
 
 
+class Wire(Protocol):
+    """What an attacker's bytes go over, and the clock and the chance that it goes by."""
+
+    def connect(self) -> bool:
+        """Whether there is a new stream from the host now; waits STAND_S for it at most."""
+
+    def wait(self, *, read: bool, write: bool) -> tuple[bool, bool]:
+        """Which of those can be done, as soon as one can, or after STAND_S."""
+
+    def read(self) -> bytes:
+        """What the host has said. Raises BlockingIOError, or Gone."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """How much of it was taken. Raises BlockingIOError, or Gone."""
+
+    def time(self) -> float:
+        """Seconds."""
+
+    def random(self, size: int) -> bytes:
+        """Random bytes."""
+
+    def close(self) -> None:
+        """No more."""
+
+
+class _DescriptorWire:
+    """A stream that the kernel knows."""
+
+    time = staticmethod(time.monotonic)
+    random = staticmethod(os.urandom)
+
+    def __init__(self) -> None:
+        self._fd = -1
+
+    def wait(self, *, read: bool, write: bool) -> tuple[bool, bool]:
+        """See Wire."""
+        fds = [self._fd]
+        readable, writable, _ = select.select(
+            fds if read else [], fds if write else [], [], STAND_S
+        )
+        return bool(readable), bool(writable)
+
+    def _drop(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class SocketWire(_DescriptorWire):
+    """A socket that listens, as QEMU's does."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._server = socket.socket(fileno=fd)
+
+    def connect(self) -> bool:
+        """See Wire."""
+        self._drop()
+        if not select.select([self._server], [], [], STAND_S)[0]:
+            return False
+        connected, _ = self._server.accept()
+        connected.setblocking(False)
+        self._fd = connected.detach()
+        return True
+
+    def read(self) -> bytes:
+        """See Wire."""
+        try:
+            data = os.read(self._fd, READ_BYTES)
+        except ConnectionError as error:
+            raise Gone from error
+        if not data:
+            raise Gone
+        return data
+
+    def write(self, data: bytes | memoryview) -> int:
+        """See Wire."""
+        try:
+            return os.write(self._fd, data)
+        except ConnectionError as error:
+            raise Gone from error
+
+    def close(self) -> None:
+        """See Wire."""
+        self._drop()
+        self._server.close()
+
+
+class PortWire(_DescriptorWire):
+    """A guest's port: it is always there, the host is not."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._fd, 0)  # a hang-up is told all the same
+
+    def connect(self) -> bool:
+        """See Wire."""
+        if self._is_away():
+            time.sleep(STAND_S)
+            return False
+        return True
+
+    def _is_away(self) -> bool:
+        return any(events & select.POLLHUP for _, events in self._poll.poll(0))
+
+    def wait(self, *, read: bool, write: bool) -> tuple[bool, bool]:
+        """See Wire."""
+        if self._is_away():
+            raise Gone
+        return super().wait(read=read, write=write)
+
+    def read(self) -> bytes:
+        """See Wire."""
+        data = os.read(self._fd, READ_BYTES)
+        if not data:
+            raise Gone
+        return data
+
+    def write(self, data: bytes | memoryview) -> int:
+        """See Wire."""
+        try:
+            return os.write(self._fd, data)
+        except BrokenPipeError as error:
+            raise Gone from error
+
+    def close(self) -> None:
+        """See Wire."""
+        self._drop()
+
+
 class Hostile:
     """The guest's end of a channel: it can shake hands like a good one, and then knows the keys.
 
     Args:
-        path: See the top of this file.
-        seconds: For how long.
+        seconds: For how long, from the first connection.
     """
 
-    def __init__(self, path: str, seconds: float) -> None:
-        self._path = path
+    def __init__(self, wire: Wire, seconds: float) -> None:
+        self._wire = wire
         self._seconds = seconds
         self._until_s = float("inf")
-        self._fd = -1
-        self._server: socket.socket | None = None
-        self._is_port = not path.startswith("fd:")
-        if not self._is_port:
-            self._server = socket.socket(fileno=int(path.removeprefix("fd:")))
         self.counts = {"connections": 0, "sessions": 0, "bytes_sent": 0, "bytes_read": 0}
+        self.random = wire.random
         self.key: Key = NO_KEY
         self.seq = 0
         self.recv_next = 0
@@ -87,33 +216,34 @@ class Hostile:
         self.heard: list[Message] = []
         self._decoder = Decoder()
 
+    def attack(self, name: str, word: str) -> dict[str, int]:
+        """Do it, come back when thrown out, until the time is up. Returns what was done."""
+        try:
+            while True:
+                try:
+                    self.connect()
+                    self.shake_hands()
+                    ATTACKS[name](self, word)
+                except Gone:
+                    self.check_time()
+        except TimeIsUp:
+            return self.counts
+        finally:
+            self._wire.close()
+
     # ---------------------------------------------------------------- the stream
 
     def connect(self) -> None:
         """A new stream from the host, or the port, which is always there."""
-        if self._is_port:
-            if self._fd < 0:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
-        else:
-            self._drop()
-            assert self._server is not None
-            while not select.select([self._server], [], [], STAND_S)[0]:
-                self.check_time()
-            connected, _ = self._server.accept()
-            connected.setblocking(False)
-            self._fd = connected.detach()
+        while not self._wire.connect():
+            self.check_time()
         if not self.counts["connections"]:
-            self._until_s = time.monotonic() + self._seconds
+            self._until_s = self._wire.time() + self._seconds
         self.counts["connections"] += 1
-
-    def _drop(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def check_time(self) -> None:
         """Raise TimeIsUp if it is."""
-        if time.monotonic() >= self._until_s:
+        if self._wire.time() >= self._until_s:
             raise TimeIsUp
 
     def write(self, data: bytes, *, deaf: bool = False) -> None:
@@ -121,38 +251,31 @@ class Hostile:
         view = memoryview(data)
         while view:
             self.check_time()
-            reads = [] if deaf else [self._fd]
-            readable, writable, _ = select.select(reads, [self._fd], [], STAND_S)
+            readable, writable = self._wire.wait(read=not deaf, write=True)
             if readable:
                 self.read()
             if writable:
-                try:
-                    taken = os.write(self._fd, view)
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    self._lost(error)
-                self.counts["bytes_sent"] += taken
-                view = view[taken:]
+                view = view[self._write_some(view) :]
 
-    def _lost(self, error: OSError) -> None:
-        if not self._is_port:
-            raise Gone from error
-        time.sleep(STAND_S)  # nobody has the other end open
+    def _write_some(self, data: bytes | memoryview) -> int:
+        try:
+            taken = self._wire.write(data)
+        except BlockingIOError:
+            return 0
+        self.counts["bytes_sent"] += taken
+        return taken
+
+    def _read_some(self) -> bytes:
+        try:
+            data = self._wire.read()
+        except BlockingIOError:
+            return b""
+        self.counts["bytes_read"] += len(data)
+        return data
 
     def read(self) -> None:
         """What the host says: frames, its credit, its messages."""
-        try:
-            data = os.read(self._fd, READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lost(error)
-            return
-        if not data and not self._is_port:
-            raise Gone
-        self.counts["bytes_read"] += len(data)
-        frames = self._decoder.receive_data(data)
+        frames = self._decoder.receive_data(self._read_some())
         while self._decoder.stopped:
             frames += self._decoder.receive_data(b"")
         for frame in frames:
@@ -160,56 +283,41 @@ class Hostile:
             if frame.kind == layout.KIND_DATA and frame.seq == self.recv_next:
                 self.recv_next += 1
                 if frame.flags == WHOLE:
-                    message = decode(frame.payload)
-                    if not hasattr(message, "reason") or hasattr(message, "id"):
-                        self.heard.append(message)  # type: ignore[arg-type]
+                    self._hear(frame.payload)
+
+    def _hear(self, data: bytes) -> None:
+        message = decode(data)
+        if not isinstance(message, BadMessage):
+            self.heard.append(message)
 
     def stand(self, *, deaf: bool = False) -> None:
         """Wait a moment."""
         self.check_time()
-        if deaf:
-            time.sleep(STAND_S)
-        elif select.select([self._fd], [], [], STAND_S)[0]:
+        if self._wire.wait(read=not deaf, write=False)[0]:
             self.read()
 
     # ---------------------------------------------------------------- a session
 
     def shake_hands(self) -> None:
         """Open a session, as a good guest does."""
-        config = Config(Role.GUEST, os.urandom(16), "hostile")
-        session = Session(config, os.urandom)
-        session.open(time.monotonic())
-        while True:
+        config = Config(Role.GUEST, self.random(16), "hostile")
+        session = Session(config, self.random)
+        session.open(self._wire.time())
+        while session.state is not State.OPEN:
             self.check_time()
             while data := session.data_to_send():
                 self._write_all(data)
-            if not select.select([self._fd], [], [], STAND_S)[0]:
-                session.handle_timeout(time.monotonic())
-                continue
-            try:
-                data = os.read(self._fd, READ_BYTES)
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                self._lost(error)
-                continue
-            if not data and not self._is_port:
-                raise Gone
-            events = session.receive_data(data, time.monotonic())
-            if any(isinstance(event, Opened) for event in events):
-                self._take_over(session, events)
-                return
+            if self._wire.wait(read=True, write=False)[0]:
+                events = session.receive_data(self._read_some(), self._wire.time())
+            else:
+                events = session.handle_timeout(self._wire.time())
+        self._take_over(session, events)
 
     def _write_all(self, data: bytes) -> None:
         while data:
             self.check_time()
-            if select.select([], [self._fd], [], STAND_S)[1]:
-                try:
-                    data = data[os.write(self._fd, data) :]
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    self._lost(error)
+            if self._wire.wait(read=False, write=True)[1]:
+                data = data[self._write_some(data) :]
 
     def _take_over(self, session: Session, events: Sequence[object]) -> None:
         self.counts["sessions"] += 1
@@ -219,13 +327,10 @@ class Hostile:
         self.recv_next = session._recv_next
         self.credit = session._peer_credit
         self._decoder = session._decoder
-        self.heard = [
-            message
-            for event in events
-            if isinstance(event, Received)
-            for message in [decode(event.message)]
-            if not hasattr(message, "reason")
-        ]
+        self.heard = []
+        for event in events:
+            if isinstance(event, Received):
+                self._hear(event.message)
 
     def frame(
         self,
@@ -266,12 +371,6 @@ class Hostile:
             blob += self.message(data, stream)
         self.write(bytes(blob), deaf=deaf)
 
-    def close(self) -> None:
-        """Close it."""
-        self._drop()
-        if self._server is not None:
-            self._server.close()
-
 
 # --- the attacks: each goes on until the time is up, or the host has closed the stream ---
 
@@ -280,7 +379,7 @@ Attack = Callable[[Hostile, str], None]
 
 def torn_frame_smuggling(guest: Hostile, word: str) -> None:
     """Frames inside the payloads of frames that are torn: greetings, and frames without a key."""
-    hello = _hello(guest, os.urandom(16))
+    hello = _hello(guest, guest.random(16))
     forged = encode_frame(NO_KEY, layout.KIND_DATA, WHOLE, 0, 5, 0, 0, 0, b"\x01" * 5)
     carrier = encode_frame(
         Key(guest.key[0], guest.key[1] ^ 1),
@@ -301,7 +400,7 @@ def torn_frame_smuggling(guest: Hostile, word: str) -> None:
 def hello_storm(guest: Hostile, word: str) -> None:
     """Greetings, each with another nonce, as fast as they go."""
     while True:
-        guest.write(b"".join(_hello(guest, os.urandom(16)) for _ in range(256)))
+        guest.write(b"".join(_hello(guest, guest.random(16)) for _ in range(256)))
 
 
 def handshake_storm(guest: Hostile, word: str) -> None:
@@ -312,7 +411,7 @@ def handshake_storm(guest: Hostile, word: str) -> None:
 
 def _hello(guest: Hostile, nonce: bytes) -> bytes:
     made = Greeting(
-        1, 1, Role.GUEST, os.urandom(16), nonce, ZERO_ID, ZERO_ID, 0, 0, 0, 1 << 18,
+        1, 1, Role.GUEST, guest.random(16), nonce, ZERO_ID, ZERO_ID, 0, 0, 0, 1 << 18,
         16384, 1 << 22, 1 << 23, "hostile", "",
     )  # fmt: skip
     return encode_frame(NO_KEY, layout.KIND_HELLO, 0, 0, 0, 0, 0, 0, made.encode())
@@ -370,12 +469,14 @@ def tiny_fragments(guest: Hostile, word: str) -> None:
 def unread_replies(guest: Hostile, word: str) -> None:
     """Requests, whose answers nobody reads."""
     while True:
-        guest.flow([_request() for _ in range(200)], deaf=True)
+        guest.flow([_request(guest) for _ in range(200)], deaf=True)
         guest.stand(deaf=True)
 
 
-def _request(body: bytes = b'{"method":"m","args":{}}', topic: str = "nobody") -> bytes:
-    request = Request(os.urandom(16), CALL, 5000, 0, "openstack", topic, "", body)
+def _request(
+    guest: Hostile, body: bytes = b'{"method":"m","args":{}}', topic: str = "nobody"
+) -> bytes:
+    request = Request(guest.random(16), CALL, 5000, 0, "openstack", topic, "", body)
     return encode(request)
 
 
@@ -397,9 +498,9 @@ def credit_games(guest: Hostile, word: str) -> None:
 
 def id_forgery(guest: Hostile, word: str) -> None:
     """Answers to requests that nobody made, and one request again and again."""
-    again = _request()
+    again = _request(guest)
     while True:
-        forged = [encode(Reply(os.urandom(16), FINAL, b"1")) for _ in range(200)]
+        forged = [encode(Reply(guest.random(16), FINAL, b"1")) for _ in range(200)]
         guest.flow([*forged, *[again] * 50])
 
 
@@ -442,7 +543,7 @@ def context_injection(guest: Hostile, word: str) -> None:
     }  # fmt: skip
     body = json.dumps({"method": "m", "args": {}, "context": context}).encode()
     while True:
-        guest.flow([_request(body, "control") for _ in range(100)])
+        guest.flow([_request(guest, body, "control") for _ in range(100)])
 
 
 def exception_injection(guest: Hostile, word: str) -> None:
@@ -469,7 +570,7 @@ def json_bombs(guest: Hostile, word: str) -> None:
         b'{"method":"m","args":[' + b"0," * 5000 + b"0]}",
     ]
     while True:
-        guest.flow([_request(bomb) for bomb in bombs])
+        guest.flow([_request(guest, bomb) for bomb in bombs])
 
 
 def json_bombs_in_answers(guest: Hostile, word: str) -> None:
@@ -482,7 +583,7 @@ def audit_injection(guest: Hostile, word: str) -> None:
     evil = 'x","verdict":"allow"}\n{"vm":"other","verdict":"allow\x1b[2J\u202e\x00'
     body = json.dumps({"method": evil[:200], "args": {}, "namespace": evil[:100]}).encode()
     while True:
-        guest.flow([_request(body, evil[:60]) for _ in range(100)])
+        guest.flow([_request(guest, body, evil[:60]) for _ in range(100)])
 
 
 def stops_reading(guest: Hostile, word: str) -> None:
@@ -494,7 +595,7 @@ def stops_reading(guest: Hostile, word: str) -> None:
 
 def garbage(guest: Hostile, word: str) -> None:
     """Random bytes, with beginnings of frames among them."""
-    blob = b"".join(os.urandom(300) + layout.MAGIC + os.urandom(40) for _ in range(200))
+    blob = b"".join(guest.random(300) + layout.MAGIC + guest.random(40) for _ in range(200))
     while True:
         guest.write(blob)
 
@@ -539,22 +640,12 @@ ATTACKS: dict[str, Attack] = {
 
 
 def main() -> None:
-    """Attack, come back when thrown out, and say what was done."""
+    """Attack, and say what was done."""
     path, name, seconds = sys.argv[1:4]
     word = sys.argv[4] if len(sys.argv) > 4 else ""
-    guest = Hostile(path, float(seconds))
-    try:
-        while True:
-            try:
-                guest.connect()
-                guest.shake_hands()
-                ATTACKS[name](guest, word)
-            except Gone:
-                guest.check_time()
-    except TimeIsUp:
-        pass
-    guest.close()
-    print(json.dumps(guest.counts), flush=True)
+    is_socket = path.startswith("fd:")
+    wire = SocketWire(int(path.removeprefix("fd:"))) if is_socket else PortWire(path)
+    print(json.dumps(Hostile(wire, float(seconds)).attack(name, word)), flush=True)
 
 
 if __name__ == "__main__":

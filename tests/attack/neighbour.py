@@ -8,34 +8,29 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 from vchan.exchange import Deliver, Responder
 from vchan.link import Link
 from vchan.loop import Loop
 from vchan.messages import BadMessage, Subscribe, Topic, decode, encode
 from vchan.session import CONTROL, Config, Event, Opened, Received, Role, Session
-from vchan.streams import SocketStream
+from vchan.streams import SocketStream, Stream
 
 TOPIC = Topic("openstack", "agent")
 
 
 class Neighbour:
-    """One session, on whatever stream the host opens."""
+    """One session, on the newest of the streams that it is given."""
 
-    def __init__(self, loop: Loop, path: str) -> None:
+    def __init__(self, loop: Loop, random: Callable[[int], bytes]) -> None:
         self._loop = loop
-        self._path = path
         self._link: Link | None = None
-        self._session = Session(Config(Role.GUEST, os.urandom(16), "neighbour"), os.urandom)
+        self._session = Session(Config(Role.GUEST, random(16), "neighbour"), random)
         self._responder = Responder(self._send)
-        self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(path)
-        self._server.listen()
-        loop.add_reader(self._server.fileno(), self._accept)
 
-    def _accept(self) -> None:
-        connected, _ = self._server.accept()
-        stream = SocketStream(connected, self._path)
+    def serve(self, stream: Stream) -> None:
+        """The host has opened this."""
         self._link = Link(self._loop, self._session, stream, self._handle, lambda _: None)
 
     def _send(self, message: bytes, stream: int) -> None:
@@ -61,8 +56,15 @@ class Neighbour:
 
 def main() -> None:
     """Serve until killed."""
+    path = sys.argv[1]
     loop = Loop()
-    Neighbour(loop, sys.argv[1])
+    neighbour = Neighbour(loop, os.urandom)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+    loop.add_reader(
+        server.fileno(), lambda: neighbour.serve(SocketStream(server.accept()[0], path))
+    )
     loop.run()
 
 
