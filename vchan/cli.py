@@ -298,7 +298,10 @@ def _examine_host(options: argparse.Namespace) -> Iterator[Finding]:
                 uuid = ask("status", vm=options.vm)["uuid"]
                 rows = [row for row in rows if row["uuid"] == uuid]
             for row in rows:
-                yield from examine_vm(row, ask("status", vm=row["uuid"]))
+                try:
+                    yield from examine_vm(row, ask("status", vm=row["uuid"]))
+                except RemoteError:  # gone since the list was made
+                    continue
     except LinkError as error:
         yield Finding(Level.PROBLEM, "vchan-host", str(error), "systemctl status vchan-host")
 

@@ -60,6 +60,24 @@ def test_the_host_is_looked_at(host: ComputeHost) -> None:
     assert "ms" in host.cli("ping", "vm", "--count", "2").stdout
 
 
+def test_the_host_is_watched(host: ComputeHost) -> None:
+    done = host.cli("--json", "doctor", "vm")
+    assert done.returncode == cli.EXIT_OK, done.stdout
+    findings = {row["where"]: row for row in json.loads(done.stdout)}
+    assert (findings["libvirt"]["level"], findings["libvirt"]["text"]) == ("ok", "connected")
+    assert "vm" not in findings
+    lines = host.cli("metrics").stdout.splitlines()
+    assert "vchan_up 1.0" in lines
+    assert 'vchan_channels{state="ready"} 1.0' in lines
+    uuid = host.domain("vm").UUIDString()
+    (received,) = (
+        line
+        for line in lines
+        if line.startswith(f'vchan_vm_frames_received_total{{name="vm",uuid="{uuid}"')
+    )
+    assert float(received.split()[-1]) > 0
+
+
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [

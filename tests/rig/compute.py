@@ -66,7 +66,7 @@ class HostDaemon:
         self._config = directory / "vchan.conf"
         self.program: Sequence[str] = (sys.executable, "-m", "vchan.host.daemon")
         lines = ["[vchan]", f"host = {name}", f"libvirt_uri = {libvirt_uri}", "listen_topics = *"]
-        lines.append("delete_queues_after = 1")
+        lines += ["delete_queues_after = 1", f"audit_log = {directory / 'audit.log'}"]
         self.policy = directory / "policy.d" / "50-rig.policy"
         self.policy.parent.mkdir()
         self.policy.write_text(POLICY)

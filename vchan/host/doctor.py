@@ -149,4 +149,4 @@ def summarize(findings: Iterable[Finding]) -> str:
     """How many of each level."""
     levels = [finding.level for finding in findings]
     problems, warnings = (levels.count(level) for level in (Level.PROBLEM, Level.WARNING))
-    return f"{problems} problems, {warnings} warnings"
+    return f"problems: {problems}, warnings: {warnings}"

@@ -19,7 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from vchan.client import HOST_TOPIC, Client
-from vchan.errors import NoSuchDomain, VchanError
+from vchan.errors import RemoteError, VchanError
 
 STATES: Final = (
     "ready",
@@ -216,12 +216,11 @@ class DaemonCollector(Collector):
     def _vms(self, client: Client, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in rows:
             try:
-                vm = client.call(
+                yield client.call(
                     HOST_TOPIC, "status", {"vm": row["uuid"]}, timeout_s=self._timeout_s
                 )
-            except NoSuchDomain:  # gone since
+            except RemoteError:  # gone since the list was made
                 continue
-            yield vm
 
 
 def as_text(collector: Collector) -> str:
