@@ -10,8 +10,8 @@ from typing import Any
 from tests.bench import counting, suite
 from tests.bench.machine import machine
 from tests.bench.suite import GA, IN_AGENT, IN_DAEMON, RAW_ASYNCIO, RAW_C, RAW_PYTHON, RAW_RELAY
-from tests.rig import RigError, rig_directory
-from tests.rig.requirements import missing_for_peers, missing_for_rabbit
+from tests.rig import RigError, oslo_image, rig_directory
+from tests.rig.requirements import missing_for_peers, missing_for_qemu, missing_for_rabbit
 
 EXIT_CANNOT = 3
 
@@ -108,6 +108,11 @@ def main() -> int:
         help="through RabbitMQ, beside stock oslo.messaging, natively; and many VMs on one host",
     )
     parser.add_argument(
+        "--broker-guest",
+        action="store_true",
+        help="through RabbitMQ, agents in one guest: on rabbit:// over its network card, on vchan",
+    )
+    parser.add_argument(
         "--vms", default="300,1000", help="with --broker: numbers of VMs, or none [%(default)s]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -115,7 +120,7 @@ def main() -> int:
     if min(options.rounds, options.calls, options.bulk_mib) < 1:
         parser.error("--rounds, --calls and --bulk-mib must be at least 1")
     vms = [int(word) for word in options.vms.split(",") if word.isdecimal()]
-    missing = missing_for_rabbit() if options.broker else missing_for_peers()
+    missing = _missing(options)
     if missing:
         print(f"bench: {missing}", file=sys.stderr)
         return EXIT_CANNOT
@@ -123,6 +128,8 @@ def main() -> int:
         with rig_directory() as directory:
             if options.broker:
                 report = measure_broker(directory, options, vms)
+            elif options.broker_guest:
+                report = measure_broker_guest(directory, options)
             else:
                 report = count(directory) if options.instructions else measure(directory, options)
     except RigError as error:
@@ -131,6 +138,12 @@ def main() -> int:
     result, text = report
     print(json.dumps(result) if options.json else text)
     return 0
+
+
+def _missing(options: argparse.Namespace) -> str | None:
+    if options.broker_guest:
+        return missing_for_rabbit() or missing_for_qemu() or oslo_image.can_carry()
+    return missing_for_rabbit() if options.broker else missing_for_peers()
 
 
 def count(directory: Path) -> tuple[Any, str]:
@@ -147,6 +160,16 @@ def measure_broker(directory: Path, options: argparse.Namespace, vms: list[int])
     result = broker.run(directory, rounds=options.rounds, calls=options.calls, vms=vms)
     result["load"] = (before, suite.load())
     return result, broker.table(result)
+
+
+def measure_broker_guest(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:
+    """Measure agents in one guest, called through a broker."""
+    from tests.bench import broker_guest  # here: it needs oslo.messaging
+
+    before = suite.load()
+    result = broker_guest.run(directory, rounds=options.rounds, calls=options.calls)
+    result["load"] = (before, suite.load())
+    return result, broker_guest.table(result)
 
 
 def measure(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,29 +230,30 @@ def subjects(broker: Broker) -> Iterator[dict[str, Subject]]:
         }
 
 
-def compare(broker: Broker, *, rounds: int, calls: int) -> dict[str, dict[str, float]]:
+def compare(
+    broker: Broker, compared: Mapping[str, Subject], *, rounds: int, calls: int
+) -> dict[str, dict[str, float]]:
     """Medians over the rounds, by measure and subject."""
     samples: dict[str, dict[str, list[float]]] = {}
 
     def keep(measure: str, subject: str, value: float) -> None:
         samples.setdefault(measure, {}).setdefault(subject, []).append(value)
 
-    with subjects(broker) as compared:
-        for _ in range(rounds):
-            for name, subject in compared.items():
-                times = []
-                cpu_s = subject.usage.cpu_s()
-                for _ in range(calls):
-                    started_s = time.perf_counter()
-                    broker.call(subject.server, x="y" * 64)
-                    times.append(time.perf_counter() - started_s)
-                keep("p50_ms", name, statistics.median(times) * 1000)
-                keep("p99_ms", name, statistics.quantiles(times, n=100)[98] * 1000)
-                keep("cpu_ms", name, (subject.usage.cpu_s() - cpu_s) / calls * 1000)
-            for name, subject in compared.items():
-                keep("calls_s", name, _rate(broker, subject.server, 2 * calls, cast=False))
-            for name, subject in compared.items():
-                keep("casts_s", name, _rate(broker, subject.server, 4 * calls, cast=True))
+    for _ in range(rounds):
+        for name, subject in compared.items():
+            times = []
+            cpu_s = subject.usage.cpu_s()
+            for _ in range(calls):
+                started_s = time.perf_counter()
+                broker.call(subject.server, x="y" * 64)
+                times.append(time.perf_counter() - started_s)
+            keep("p50_ms", name, statistics.median(times) * 1000)
+            keep("p99_ms", name, statistics.quantiles(times, n=100)[98] * 1000)
+            keep("cpu_ms", name, (subject.usage.cpu_s() - cpu_s) / calls * 1000)
+        for name, subject in compared.items():
+            keep("calls_s", name, _rate(broker, subject.server, 2 * calls, cast=False))
+        for name, subject in compared.items():
+            keep("casts_s", name, _rate(broker, subject.server, 4 * calls, cast=True))
     return {
         measure: {name: statistics.median(values) for name, values in by_name.items()}
         for measure, by_name in samples.items()
@@ -436,8 +437,9 @@ def run(directory: Path, *, rounds: int, calls: int, vms: list[int]) -> dict[str
         rabbit = stack.enter_context(RabbitServer(directory / "r"))
         broker = Broker(rabbit, directory)
         stack.callback(broker.transport.cleanup)
-        result: dict[str, Any] = {"compared": compare(broker, rounds=rounds, calls=calls)}
-        result["many"] = {}
+        with subjects(broker) as compared:
+            medians = compare(broker, compared, rounds=rounds, calls=calls)
+        result: dict[str, Any] = {"compared": medians, "many": {}}
         for count in vms:
             result["many"][f"vchan-host, {count} VMs"] = many(broker, count)
         if vms:
@@ -446,18 +448,34 @@ def run(directory: Path, *, rounds: int, calls: int, vms: list[int]) -> dict[str
     return result
 
 
+def beside(
+    compared: Mapping[str, Mapping[str, float]],
+    columns: Sequence[tuple[str, str, str]],
+    names: Sequence[str],
+    base: str,
+) -> list[str]:
+    """A table of what is compared, and the ratios to the first of it.
+
+    Args:
+        columns: Measure, title, form.
+        base: What the first is called beside the others.
+    """
+    width = max(map(len, names)) + len(f" / {base}  ")
+    lines = [" " * width + "".join(f"{title:>10}" for _, title, _ in columns)]
+    for name in names:
+        cells = "".join(f"{form.format(compared[key][name]):>10}" for key, _, form in columns)
+        lines.append(f"{name:<{width}}{cells}")
+    for name in names[1:]:
+        ratios = [compared[key][name] / compared[key][names[0]] for key, _, _ in columns]
+        cells = "".join(f"{ratio:>8.2f} x" for ratio in ratios)
+        lines.append(f"{f'{name} / {base}':<{width}}{cells}")
+    return lines
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The result, for people."""
-    compared = result["compared"]
     lines = ["one call at a time; 16 threads; server's processes' CPU per call"]
-    lines.append(" " * 32 + "".join(f"{title:>10}" for _, title, _ in COMPARED))
-    for name in (PLAIN, LIGHT, STOCK):
-        cells = "".join(f"{form.format(compared[key][name]):>10}" for key, _, form in COMPARED)
-        lines.append(f"{name:<32}{cells}")
-    for name in (LIGHT, STOCK):
-        ratios = [compared[key][name] / compared[key][PLAIN] for key, _, _ in COMPARED]
-        cells = "".join(f"{ratio:>8.2f} x" for ratio in ratios)
-        lines.append(f"{name + ' / plain':<32}{cells}")
+    lines += beside(result["compared"], COMPARED, (PLAIN, LIGHT, STOCK), "plain")
     if result["many"]:
         lines += ["", "many VMs on one host's daemon, and as many stock servers in one process"]
         lines.append(" " * 24 + "".join(f"{title:>9}" for _, title, _ in MANY))

@@ -92,9 +92,9 @@ class Machine:
             self.guest.shell(
                 f"(echo >{PORTS / STARTED}; exec {run}) >/run/start.log 2>&1 & echo $! >/run/start"
             )
-            _read_until(started, b"\n")
+            read_until(started, b"\n")
             started_s = time.perf_counter()
-            _read_until(channel, first)
+            read_until(channel, first)
             taken_s = time.perf_counter() - started_s
             self.guest.shell(
                 "pid=$(cat /run/start); kill $pid; while [ -e /proc/$pid ]; do sleep 0.02; done"
@@ -105,7 +105,8 @@ class Machine:
 DAEMON_SAYS = layout.MAGIC
 
 
-def _read_until(channel: socket.socket, wanted: bytes) -> None:
+def read_until(channel: socket.socket, wanted: bytes) -> None:
+    """Read on, and away, until this has come."""
     received = b""
     while wanted not in received:
         part = channel.recv(65536)
