@@ -419,6 +419,10 @@ class _Caller:
         """Send a request and wait until somebody has taken responsibility for it: on a host who
         serves the topic, in a guest the control side's broker.
 
+        Args:
+            fanout: To all who serve the topic; on a host without `server`: its programs, and the
+                agents of all its VMs. It returns when the first of them has taken it.
+
         Raises:
             CallTimeout: Nobody took it in time; it has been withdrawn, but may have been taken.
             Others: as `call`.

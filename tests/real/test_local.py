@@ -27,7 +27,8 @@ UUID_OFF = "0ff00000-0000-4000-8000-000000000000"
 
 @pytest.fixture(scope="module")
 def host(short_directory: Path) -> Iterator[ComputeHost]:
-    """A host without a broker, and the VM "vm" with the example agent; "off" is shut off."""
+    """A host without a broker, and the VMs "vm" and "other" with the example agent; "off" is shut
+    off."""
     from tests.rig.compute import GUEST_DAEMON, ComputeHost, agent_service
     from tests.rig.guest_image import build, cache_directory
     from tests.rig.libvirtd import domain_xml
@@ -36,9 +37,11 @@ def host(short_directory: Path) -> Iterator[ComputeHost]:
     with ComputeHost(short_directory / "l", 3, cache_directory() / "libvirt", None) as host:
         services = [GUEST_DAEMON, agent_service("agent", "/app/agent.py")]
         host.start_vm("vm", image, services)
+        host.start_vm("other", image, services)
         off = domain_xml("off", UUID_OFF, image, console=host.libvirt.console_path("off"))
         host.connection.defineXML(off)
         host.daemon.wait_ready("vm", topics=["agent"])
+        host.daemon.wait_ready("other", topics=["agent"])
         yield host
 
 
@@ -47,6 +50,21 @@ def test_the_agent_is_called(host: ComputeHost) -> None:
     uuid = host.domain("vm").UUIDString()
     assert host.cli_json("call", uuid, "agent", "echo") == {}
     assert host.cli("cast", "vm", "agent", "echo").returncode == 0
+
+
+def test_a_fanout_reaches_every_vm(host: ComputeHost) -> None:
+    from vchan.client import Client
+    from vchan.errors import NoSuchAgent
+
+    consoles = [host.libvirt.console_path(name) for name in ("vm", "other")]
+    with Client(str(host.daemon.socket)) as client:
+        client.cast("agent", "note", {"text": "for everybody"}, fanout=True)
+        deadline_s = time.monotonic() + 60
+        while not all("for everybody" in each.read_text(errors="replace") for each in consoles):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        with pytest.raises(NoSuchAgent, match="name one of them as its server"):
+            client.cast("agent", "note", {"text": "for nobody"})
 
 
 def test_the_host_is_looked_at(host: ComputeHost) -> None:
@@ -68,7 +86,7 @@ def test_the_host_is_watched(host: ComputeHost) -> None:
     assert "vm" not in findings
     lines = host.cli("metrics").stdout.splitlines()
     assert "vchan_up 1.0" in lines
-    assert 'vchan_channels{state="ready"} 1.0' in lines
+    assert 'vchan_channels{state="ready"} 2.0' in lines
     uuid = host.domain("vm").UUIDString()
     (received,) = (
         line

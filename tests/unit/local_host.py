@@ -13,7 +13,7 @@ from vchan.errors import NoSuchDomain, Rejected
 from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Taken
 from vchan.host.local import Answer, LocalService, failure, result
 from vchan.loop import Loop
-from vchan.messages import AGENT_GONE, NO_AGENT, RELEASED, Request
+from vchan.messages import AGENT_GONE, NO_AGENT, RELEASED, Request, Topic
 from vchan.server import LocalServer
 
 
@@ -83,6 +83,9 @@ class LocalHost:
                 return HandedBack(request.id, RELEASED, "migrated to another host")
             case _:
                 return None  # it takes for ever
+
+    def serving(self, topic: Topic) -> list[str]:
+        return ["vm"] if topic.name == "agent" else []
 
     def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
         match name:

@@ -26,7 +26,7 @@ from vchan.exchange import Outcome
 from vchan.host.channels import Channel
 from vchan.host.local import Answer, LocalService
 from vchan.loop import Loop
-from vchan.messages import Request
+from vchan.messages import Request, Topic
 from vchan.server import LocalServer
 from vchan.streams import connect_unix
 
@@ -152,6 +152,9 @@ class HostSide:
         self.channel.relay.submit_local(request, told, self.loop.time())
         self.channel.set_timer()
         return lambda: self.channel.relay.cancel_local(request.id)
+
+    def serving(self, topic: Topic) -> list[str]:
+        return [VM] if topic in self.channel.relay.topics else []
 
     def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
         raise KeyError(name)

@@ -381,6 +381,16 @@ def test_in_a_guest_the_server_is_the_vm_whatever_it_calls_itself(site: Site) ->
         client.prepare(server="agent-0").call({}, "echo")
 
 
+def test_a_fanout_on_a_host_reaches_its_vms_and_its_programs(site: Site) -> None:
+    inside, outside = Endpoint(), Endpoint()
+    site.serve(site.agent_url, inside)
+    site.serve(site.host_url, outside)
+    site.wait_served("t")
+    client = site.client(site.host_url, timeout=PATIENT_S)
+    client.prepare(fanout=True).cast({}, "note", n=1)
+    wait(lambda: inside.noted == outside.noted == [{"n": 1}])
+
+
 def test_a_vm_goes_before_a_program_of_its_name(site: Site) -> None:
     """No local program can step in for a VM."""
     inside, outside = Endpoint(), Endpoint()

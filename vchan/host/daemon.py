@@ -36,7 +36,7 @@ from vchan.host.leftovers import Leftovers
 from vchan.host.local import Answer, LocalService, failure, result
 from vchan.host.policy import Facts
 from vchan.loop import Loop, Timer
-from vchan.messages import Request
+from vchan.messages import Request, Topic
 from vchan.notify import ServiceManager
 from vchan.server import LocalServer
 
@@ -105,7 +105,9 @@ class Daemon:
         self._attaching: dict[str, list[tuple[str, Answer]]] = {}
         self._static = config.static_channels(conf)
         self._hypervisor = self._make_hypervisor(options)
-        self._local = LocalService(self.loop, self, LOG.debug, config.admin_access(conf))
+        self._local = LocalService(
+            self.loop, self, LOG.debug, config.admin_access(conf), LOG.warning
+        )
         self._http = HttpProxy(
             self.loop, config.http_services(conf), options.metadata_proxy_shared_secret
         )
@@ -382,6 +384,10 @@ class Daemon:
         channel.relay.submit_local(request, told, self.loop.time())
         channel.set_timer()
         return lambda: channel.relay.cancel_local(request.id)
+
+    def serving(self, topic: Topic) -> list[str]:
+        """See `local.Guests`."""
+        return [uuid for uuid, each in self._channels.items() if topic in each.relay.topics]
 
     def _find(self, server: str) -> domains.DomainReport:
         for report in self._domains.reports():

@@ -2,12 +2,14 @@
 daemon's own methods.
 
 A request goes to the VM that its `server` names, by UUID or name. If there is none, to the programs
-at this socket that serve its topic (`servers`).
+at this socket that serve its topic (`servers`). A fanout that names no server goes to these, and to
+every VM of this host whose agents serve the topic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, Protocol
 
 from vchan.access import Access, Credentials
@@ -20,6 +22,7 @@ from vchan.errors import (
     NoSuchDomain,
     Rejected,
     RequestError,
+    VchanError,
 )
 from vchan.exchange import (
     Answered,
@@ -39,6 +42,7 @@ from vchan.loop import Loop, Timer
 from vchan.messages import (
     BUSY,
     EXPIRED,
+    FANOUT,
     NO_AGENT,
     NO_DOMAIN,
     REDELIVERED,
@@ -66,6 +70,8 @@ ADMIN_METHODS: Final = frozenset({"attach", "detach", "release"})
 TICK_S: Final = 0.1
 """How late a request's time may run out here."""
 
+_Submit = Callable[[Request, Callable[[Outcome], None]], Callable[[], None]]
+"""Sends a request; returns what cancels it."""
 Answer = Callable[[bool, bytes], None]
 """(failed, body): answers one of the daemon's own methods, now or later."""
 
@@ -82,6 +88,9 @@ class Guests(Protocol):
             NoSuchDomain, Rejected, LimitExceeded: Nothing was sent.
         """
 
+    def serving(self, topic: Topic) -> list[str]:
+        """The VMs whose agents serve a topic now, by UUID."""
+
     def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
         """Run one of the daemon's own methods.
 
@@ -90,6 +99,67 @@ class Guests(Protocol):
             KeyError: There is no such method.
             TypeError: Wrong arguments.
         """
+
+
+_REASONS: Final[dict[type[VchanError], int]] = {
+    NoSuchDomain: NO_DOMAIN,
+    NoSuchAgent: NO_AGENT,
+    Rejected: REFUSED,
+    BadBody: REFUSED,
+    LimitExceeded: BUSY,
+}
+"""What a request is returned as that could not be sent."""
+
+
+def _refusal(request: Request, error: VchanError) -> HandedBack:
+    return HandedBack(request.id, _REASONS[type(error)], str(error))
+
+
+class _Fanout:
+    """A cast to many: it is taken as soon as one of them has taken it, so that a VM that is slow or
+    stuck holds up nobody's cast. The others are given it all the same, within its time.
+
+    Args:
+        told: Told what became of it, once.
+        over: Called when nobody has it any more.
+    """
+
+    def __init__(self, told: Callable[[Outcome], None], over: Callable[[], object]) -> None:
+        self.told = told
+        self.cancels: list[Callable[[], None]] = []
+        self.is_taken = False
+        self._over = over
+        self._open = 1  # our own, until all have been given it: see `begun`
+        self._last: Outcome | None = None
+
+    def add(self) -> None:
+        """One more is given it, and `heard` will be told of that."""
+        self._open += 1
+
+    def heard(self, outcome: Outcome) -> None:
+        """What one of them did with it."""
+        self._last = outcome
+        if isinstance(outcome, Taken) and not self.is_taken:
+            self.is_taken = True
+            self.told(outcome)
+        self._end_one()
+
+    def begun(self) -> None:
+        """All have been given it."""
+        self._end_one()
+
+    def _end_one(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._over()
+            if not self.is_taken and self._last is not None:
+                self.told(self._last)
+
+    def cancel(self) -> None:
+        """Take it back from who has not taken it."""
+        for cancel in self.cancels:
+            cancel()
+        self._over()
 
 
 class _Peer:
@@ -108,17 +178,25 @@ class LocalService:
 
     Args:
         admins: Who may use ADMIN_METHODS.
+        warn: Told what an operator must know of; by default `log`.
     """
 
     def __init__(
-        self, loop: Loop, guests: Guests, log: Callable[[str], None], admins: Access | None = None
+        self,
+        loop: Loop,
+        guests: Guests,
+        log: Callable[[str], None],
+        admins: Access | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self._loop = loop
         self._guests = guests
         self._log = log
+        self._warn = warn or log
         self._admins = admins or Access()
         self._peers: dict[int, _Peer] = {}
         self._servers = Servers(loop.time())
+        self._fanouts: dict[bytes, _Fanout] = {}
         self._timer: Timer | None = None
 
     def peer_opened(self, key: int, link: Link, who: Credentials) -> None:
@@ -182,30 +260,25 @@ class LocalService:
                     cancel()
 
     def _submit(self, peer: _Peer, request: Request) -> None:
-        give_back = peer.responder.give_back
         if not request.timeout_ms:
             request = request._replace(timeout_ms=PATIENCE_MS)
         try:
-            cancel, is_here = self._route(request, lambda outcome: self._tell(peer, outcome))
-        except NoSuchDomain as error:
-            give_back(request.id, NO_DOMAIN, str(error))
-        except NoSuchAgent as error:
-            give_back(request.id, NO_AGENT, str(error))
-        except (Rejected, BadBody) as error:
-            give_back(request.id, REFUSED, str(error))
-        except LimitExceeded as error:
-            give_back(request.id, BUSY, str(error))
+            cancel, goes_on = self._route(request, lambda outcome: self._tell(peer, outcome))
+        except tuple(_REASONS) as error:
+            self._tell(peer, _refusal(request, error))
         else:
             if request.id in peer.responder:
                 peer.cancels[request.id] = cancel
-                if is_here and not request.is_call:
+                if goes_on and not request.is_call:
                     peer.sent.add(request.id)
 
     def _route(
         self, request: Request, told: Callable[[Outcome], None]
     ) -> tuple[Callable[[], None], bool]:
-        """To the VM that it names, or else to a program that serves it. What cancels it, and
-        whether a program here has it."""
+        """To the VM that it names, or else to a program that serves it, or to all who do. What
+        cancels it, and whether it goes on when who sent it is gone."""
+        if request.flags & FANOUT and not request.server:
+            return self._fan_out(request, told), True
         problem = ""
         if request.server:
             try:
@@ -222,7 +295,48 @@ class LocalService:
             return lambda: self._servers.cancel(request.id), True
         if problem:
             raise NoSuchDomain(problem)
+        if self._guests.serving(request.target):
+            vms = "VMs do: name one of them as its server, or fan out to all"
+            raise NoSuchAgent(f"no program on this host serves topic {request.topic}; {vms}")
         raise NoSuchAgent(f"no program on this host serves topic {request.topic}")
+
+    def _fan_out(self, request: Request, told: Callable[[Outcome], None]) -> Callable[[], None]:
+        fanout = self._fanouts.get(request.id)
+        if fanout is not None:  # who asks repeats itself, perhaps on a new connection
+            fanout.told = told
+            if fanout.is_taken:
+                told(Taken(request.id))
+            return fanout.cancel
+        fanout = _Fanout(told, lambda: self._fanouts.pop(request.id, None))
+        self._fanouts[request.id] = fanout
+        vms = self._guests.serving(request.target)
+        self._give(fanout, "", request, partial(self._offer_fanout, vms))
+        for vm in vms:  # after the programs: of those who refuse it, the last is heard
+            self._give(fanout, vm, request, partial(self._guests.submit, vm))
+        fanout.begun()
+        return fanout.cancel
+
+    def _give(self, fanout: _Fanout, vm: str, request: Request, submit: _Submit) -> None:
+        def heard(outcome: Outcome) -> None:
+            if vm and not isinstance(outcome, Taken):
+                why = outcome.text if isinstance(outcome, HandedBack) else "not taken in time"
+                self._warn(f"{vm} missed a fanout to topic {request.topic}: {why}")
+            fanout.heard(outcome)
+
+        fanout.add()
+        try:
+            fanout.cancels.append(submit(request, heard))
+        except tuple(_REASONS) as error:
+            heard(_refusal(request, error))
+
+    def _offer_fanout(
+        self, vms: list[str], request: Request, told: Callable[[Outcome], None]
+    ) -> Callable[[], None]:
+        """To the programs that serve it."""
+        if not self._servers.offer(request, told, self._loop.time(), patient=True):
+            also = "no VM took it" if vms else "no VM does"
+            raise NoSuchAgent(f"no program on this host serves topic {request.topic}, and {also}")
+        return lambda: self._servers.cancel(request.id)
 
     def offer(
         self, request: Request, told: Callable[[Outcome, float], None], *, or_broker: bool
