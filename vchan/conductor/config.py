@@ -6,20 +6,16 @@ import socket
 from typing import Any, Final
 
 from oslo_config import cfg
-from oslo_log import log
 
-from vchan import __version__
 from vchan.errors import ConfigError
-from vchan.host import identity, policy_files
-from vchan.host.audit import STDERR
+from vchan.host import config_files, identity, policy_files
 from vchan.host.broker_config import import_oslo_messaging
 from vchan.host.policy import Policy
 
 GROUP: Final = "vchan_conductor"
-PROJECT: Final = "vchan"
 PROGRAM: Final = "vchan-conductor"
-"""Both name the files that are read when none is named: /etc/vchan/vchan-conductor.conf, and
-vchan.conf before it."""
+"""Names the file that is read when none is named: /etc/vchan/vchan-conductor.conf, after
+vchan.conf."""
 POLICY_DIR: Final = "/etc/vchan/conductor.d"
 AUDIT_LOG: Final = "/var/log/vchan/conductor-audit.log"
 
@@ -93,36 +89,17 @@ def load(arguments: list[str] | None, conf: Any = None) -> Any:
         ConfigError: A value is wrong, or a file cannot be read.
     """
     conf = conf or cfg.ConfigOpts()
-    conf.register_opts(OPTIONS, GROUP)
-    log.register_options(conf)
-    try:
-        conf(arguments, project=PROJECT, prog=PROGRAM, version=f"{PROGRAM} {__version__}")
-    except cfg.ConfigFilesNotFoundError as error:
-        raise ConfigError(", ".join(error.config_files), "no such file, or not readable") from error
-    except (cfg.Error, ValueError) as error:
-        raise ConfigError("configuration", " ".join(str(error).split())) from error
-    check(conf)
+    config_files.read(conf, OPTIONS, GROUP, arguments, PROGRAM)
+    _check(conf)
     return conf
 
 
-def check(conf: Any) -> None:
-    """Look at every option of ours now, not when it is first needed.
-
-    Raises:
-        ConfigError: Says which one, and what was expected.
-    """
-    for option in OPTIONS:
-        try:
-            conf[GROUP][option.name]
-        except (cfg.Error, ValueError) as error:
-            raise ConfigError(f"[{GROUP}] {option.name}", str(error)) from error
+def _check(conf: Any) -> None:
     own = conf[GROUP]
     if own.project_calls >= own.threads:
         problem = f"{own.project_calls}; expected fewer than threads ({own.threads})"
         raise ConfigError(f"[{GROUP}] project_calls", problem)
-    for name in ("policy_dir", "audit_log"):
-        if not own[name].startswith("/") and (name, own[name]) != ("audit_log", STDERR):
-            raise ConfigError(f"[{GROUP}] {name}", f"{own[name]!r} is no absolute path")
+    config_files.check_paths(conf, GROUP, ("policy_dir", "audit_log"))
     context_allow(conf)
 
 

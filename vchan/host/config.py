@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from oslo_config import cfg
-from oslo_log import log
 
-from vchan import __version__
 from vchan.access import Access, make_access
 from vchan.errors import ConfigError
-from vchan.host import identity, policy_files
-from vchan.host.audit import AUDIT_LOG, STDERR
+from vchan.host import config_files, identity, policy_files
+from vchan.host.audit import AUDIT_LOG
 from vchan.host.domain_xml import Selection
 from vchan.host.envelope import CONTEXT_ALLOW
 from vchan.host.http_proxy import Service, parse_services
@@ -26,8 +24,6 @@ from vchan.host.static_channels import StaticChannels, parse_channels, parse_top
 
 CONFIG_FILE: Final = "/etc/vchan/vchan.conf"
 GROUP: Final = "vchan"
-PROJECT: Final = "vchan"
-"""Names the files that are read when none is named: /etc/vchan/vchan.conf and others."""
 
 OPTIONS: Final = [
     cfg.StrOpt(
@@ -181,34 +177,12 @@ def load(arguments: list[str] | None) -> Any:
         ConfigError: A value is wrong, or a file cannot be read.
     """
     conf = cfg.ConfigOpts()
-    conf.register_opts(OPTIONS, GROUP)
-    log.register_options(conf)
-    try:
-        conf(
-            arguments,
-            project=PROJECT,
-            prog="vchan-host",
-            version=f"vchan-host {__version__}",
-        )
-    except cfg.ConfigFilesNotFoundError as error:
-        raise ConfigError(", ".join(error.config_files), "no such file, or not readable") from error
-    except (cfg.Error, ValueError) as error:
-        raise ConfigError("configuration", " ".join(str(error).split())) from error
-    check(conf)
+    config_files.read(conf, OPTIONS, GROUP, arguments, "vchan-host")
+    _check(conf)
     return conf
 
 
-def check(conf: Any) -> None:
-    """Look at every option of ours now, not when it is first needed.
-
-    Raises:
-        ConfigError: Says which one, and what was expected.
-    """
-    for option in OPTIONS:
-        try:
-            conf[GROUP][option.name]
-        except (cfg.Error, ValueError) as error:
-            raise ConfigError(f"[{GROUP}] {option.name}", str(error)) from error
+def _check(conf: Any) -> None:
     for name in ("host", "target_name"):
         if not conf[GROUP][name].strip():
             raise ConfigError(f"[{GROUP}] {name}", "is empty; expected a name")
@@ -221,10 +195,7 @@ def check(conf: Any) -> None:
     failure_rule(conf)
     http_services(conf)
     static_channels(conf)
-    for name in ("socket", "policy_dir", "audit_log"):
-        value = conf[GROUP][name]
-        if not value.startswith("/") and (name, value) != ("audit_log", STDERR):
-            raise ConfigError(f"[{GROUP}] {name}", f"{value!r} is no absolute path")
+    config_files.check_paths(conf, GROUP, ("socket", "policy_dir", "audit_log"))
 
 
 def names_a_broker(conf: Any) -> bool:
@@ -238,7 +209,7 @@ def names_a_broker(conf: Any) -> bool:
     files.register_opt(cfg.StrOpt("transport_url"))
     files(
         [],
-        project=PROJECT,
+        project=config_files.PROJECT,
         default_config_files=conf.config_file,
         default_config_dirs=conf.config_dir,
     )
