@@ -342,7 +342,10 @@ class Channel:
         reason = self.guard.breaker.reason
         until_s = self.guard.breaker.quarantined_until(now_s)
         assert until_s is not None
-        self._tell(f"in quarantine for {until_s - now_s:.0f} s: {reason}")
+        # Whatever it has done to get here, it has not used up this line.
+        self._log_line(
+            f"{self.name} ({self.vm}): in quarantine for {until_s - now_s:.0f} s: {reason}"
+        )
         self._tell_quarantine(reason)
         self._count_doubt()
         self.relay.suspend()
