@@ -55,6 +55,10 @@ STAND_S = 0.05
 """How often a guest that waits looks at the clock."""
 
 
+SHARED_EXCHANGES = ("agent_fanout", "control_fanout", "amq.fanout", "amq.topic")
+"""Oslo.messaging's for fanouts, and a broker's own."""
+
+
 class TimeIsUp(Exception):
     """The attack is over."""
 
@@ -312,6 +316,8 @@ class Hostile:
             else:
                 events = session.handle_timeout(self._wire.time())
         self._take_over(session, events)
+        while not self.credit:  # before that, the first DATA would be the whole of the attack
+            self.stand()
 
     def _write_all(self, data: bytes) -> None:
         while data:
@@ -474,10 +480,13 @@ def unread_replies(guest: Hostile, word: str) -> None:
 
 
 def _request(
-    guest: Hostile, body: bytes = b'{"method":"m","args":{}}', topic: str = "nobody"
+    guest: Hostile,
+    body: bytes = b'{"method":"m","args":{}}',
+    topic: str = "nobody",
+    flags: int = CALL,
+    exchange: str = "openstack",
 ) -> bytes:
-    request = Request(guest.random(16), CALL, 5000, 0, "openstack", topic, "", body)
-    return encode(request)
+    return encode(Request(guest.random(16), flags, 5000, 0, exchange, topic, "", body))
 
 
 def acks_of_unsent(guest: Hostile, word: str) -> None:
@@ -488,20 +497,22 @@ def acks_of_unsent(guest: Hostile, word: str) -> None:
 
 
 def credit_games(guest: Hostile, word: str) -> None:
-    """Grants the host everything and nothing, and takes more than it was granted."""
+    """Grants the host everything and nothing, and goes on when the host grants no more: it reads
+    nothing, and what it asks for has long answers."""
     while True:
         for credit in (0, 2**64 - 1, 0):
             guest.write(guest.frame(layout.KIND_ACK, credit=credit))
-        guest.write(b"".join(guest.message(b"\x02" * 17) for _ in range(8000)))
+        asked = [_request(guest, topic=f"forbidden{'x' * 240}") for _ in range(8000)]
+        guest.write(b"".join(guest.message(request) for request in asked), deaf=True)
         guest.shake_hands()
 
 
 def id_forgery(guest: Hostile, word: str) -> None:
-    """Answers to requests that nobody made, and one request again and again."""
-    again = _request(guest)
+    """Answers to requests that nobody made, and the same two requests again and again."""
+    again = [_request(guest), _request(guest, topic="control", flags=0)]
     while True:
         forged = [encode(Reply(guest.random(16), FINAL, b"1")) for _ in range(200)]
-        guest.flow([*forged, *[again] * 50])
+        guest.flow([*forged, *again * 25])
 
 
 def replies_for_others(guest: Hostile, word: str) -> None:
@@ -524,12 +535,18 @@ def subscription_bomb(guest: Hostile, word: str) -> None:
 
 
 def topic_squatting(guest: Hostile, word: str) -> None:
-    """Names another VM's UUID in every way, and wild cards."""
+    """Names another VM's UUID in every way, and wild cards; and exchanges where every message goes
+    to everybody, to hear it there and to send it."""
     names = ["agent", f"agent.{word}", f"{word}", f"agent_fanout_{word}", "#", "*", "agent.#"]
     names += [f"vchan_vm_{word}", "vchan", "agent.*", f"../{word}", "\x00", "agent\n"]
-    topics = tuple(Topic("openstack", name) for name in names)
+    topics = [Topic("openstack", name) for name in names]
+    topics += [Topic(exchange, "agent") for exchange in SHARED_EXCHANGES]
+    requests = [
+        _request(guest, topic="control", flags=0, exchange=exchange)
+        for exchange in SHARED_EXCHANGES
+    ]
     while True:
-        guest.flow([encode(Subscribe(topics))])
+        guest.flow([encode(Subscribe(tuple(topics))), *requests])
         guest.stand()
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vchan.host.limits import LIMITS, Limits
 from vchan.host.policy import (
     DEFAULT,
+    EVERYBODYS,
     FILE_CHARS_MAX,
     FILES_MAX,
     KINDS,
@@ -98,6 +99,16 @@ def test_a_kind_is_that_kind_alone(kind: str) -> None:
     rules = policy(f"{kind} any any allow")
     allowed = [ask for ask in EVERY_ASK if effect(rules, ask) is Effect.ALLOW]
     assert [("fanout" if ask.fanout else ask.kind) for ask in allowed] == [kind]
+
+
+@pytest.mark.parametrize("exchange", ["scheduler_fanout", "amq.fanout", "amq.topic"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rule_allows_an_exchange_that_heeds_no_topic(kind: str, exchange: str) -> None:
+    """A cast there would be a fanout to a service of another topic; a listener hears that's."""
+    rules = policy("any any any allow", f"any any {exchange}/control allow")
+    ask = Ask(Kind.CAST if kind == "fanout" else Kind(kind), exchange, "control")
+    assert rules.decide(VM, ask) == Verdict(Effect.DENY, EVERYBODYS)
+    assert rules.explain(VM, ask).verdict.effect is Effect.DENY
 
 
 def test_several_kinds_and_any() -> None:

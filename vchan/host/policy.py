@@ -35,6 +35,14 @@ VMS_MAX: Final = 1024
 """VMs whose rules are kept at hand."""
 
 
+FANOUT_SUFFIX: Final = "_fanout"
+BROKER_PREFIX: Final = "amq."
+"""Exchanges of oslo.messaging's for fanouts, and the broker's own. Most bring what is sent there to
+everybody that listens there, whatever the topic: who casts to one has sent a fanout to a service
+that no rule speaks of, and who listens there hears that service's."""
+EVERYBODYS: Final = "an exchange that heeds no topic: no rule can allow it"
+
+
 class PolicyError(ConfigError):
     """A policy cannot be parsed.
 
@@ -285,6 +293,8 @@ class Policy:
         """What becomes of this request, and by which rule."""
         if self.problem:
             return Verdict(Effect.DENY, f"policy error: {self.problem}")
+        if ask.exchange.endswith(FANOUT_SUFFIX) or ask.exchange.startswith(BROKER_PREFIX):
+            return Verdict(Effect.DENY, EVERYBODYS)
         kind, ask = _normal(facts, ask)
         for rule in self._of(facts)[0]:
             if rule.mismatch(kind, facts, ask) is None:

@@ -1,0 +1,419 @@
+"""Each named attack on a host, simulated: what comes of it, what it costs, and who does not notice.
+
+The attackers are those of `tests.attack.hostile`; the host is the real code (`attack.simulated`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip install "vchan[host]"')
+
+from tests.attack.hostile import ATTACKS
+from tests.attack.simulated import ATTACKER, NEIGHBOUR, SERVED, SETTLE_S, UUIDS, Scene, scene
+from vchan.exchange import RECORDS_MAX, SETTLED_MAX, Answered
+from vchan.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES
+from vchan.host import audit_record
+from vchan.host.broker_vm import is_usable, own_queue, queues_of
+from vchan.host.channels import LOG_LINES, LOG_PERIOD_S
+from vchan.host.envelope import UNKNOWN_MODULE
+from vchan.host.guard import BURST_S
+from vchan.host.identity import HOST_KEY, INSTANCE_KEY, PROJECT_KEY
+from vchan.host.limits import Limits
+from vchan.host.outbound import OPEN_BYTES_MAX
+from vchan.host.relay import LOCAL_REQUESTS_MAX, SUBSCRIBE_S, TOPICS_SEEN_MAX
+from vchan.messages import TOPICS_MAX, Returned, Topic
+from vchan.session import (
+    BACKLOG_BYTES_MAX,
+    IN_FLIGHT_BYTES_MAX,
+    REASSEMBLY_BYTES_MAX,
+    WINDOW_BYTES,
+    WRITE_BYTES_MAX,
+    State,
+)
+from vchan.streams import READ_BYTES
+
+SECONDS = 1.5
+"""Of each attack, by the simulated clock."""
+MEMORY_BYTES_MAX = 16 * 1024 * 1024
+"""What host and attacker may take together, at any time: the most that may begin to arrive is half
+of it."""
+LIMITS = Limits(bytes_per_s=1024 * 1024)
+"""The attacker's: so many bytes take this process a while."""
+SHARED_ID = bytes(range(16))
+"""Of a call to the neighbour, which the attacker has come to know."""
+POLICY = f"""
+listen,reply  any  agent      allow
+listen,reply  any  t*         allow
+call          any  nobody     allow
+call,cast     any  {SERVED}   allow
+limit  name:{ATTACKER}  bytes_per_s={LIMITS.bytes_per_s}
+"""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What must come of an attack.
+
+    Attributes:
+        counters: Those of the channel that must show it.
+        quarantine: Why the VM is closed off, as a pattern; "": it is not.
+        check: What else must hold.
+        word: What the attack is about.
+        prepare: Done before it begins.
+    """
+
+    counters: tuple[str, ...] = ()
+    quarantine: str = ""
+    check: Callable[[Scene], None] = lambda _: None
+    word: str = ""
+    prepare: Callable[[Scene], None] = lambda _: None
+    seconds: float = SECONDS
+
+
+# --- what must hold, by attack
+
+
+def nothing_gets_through(scene: Scene) -> None:
+    totals = scene.attacked.totals()
+    assert totals["messages_received"] == totals["guest_requests"] == 0
+    assert totals["sessions"] == 1
+
+
+def one_message_may_not_begin(scene: Scene) -> None:
+    assert scene.peaks.get("reassembly", 0) == 0
+
+
+def a_part_is_kept_no_more(scene: Scene) -> None:
+    assert REASSEMBLY_BYTES_MAX / 2 < scene.peaks["reassembly"] <= REASSEMBLY_BYTES_MAX
+    assert scene.attacked.totals()["messages_received"] == 0
+
+
+def fragments_take_their_own_bytes(scene: Scene) -> None:
+    frames = scene.attacked.totals()["frames_received"]
+    assert 0 < scene.peaks["reassembly"] <= frames
+
+
+def answers_to_nothing_are_none(scene: Scene) -> None:
+    assert scene.attacked.relay.open_requests == 0
+    relay: Any = scene.attacked.relay
+    assert relay._requester.unmatched > 0
+
+
+def the_window_is_all(scene: Scene) -> None:
+    """Who reads nothing hears of no credit, and has asked for all that it will."""
+    assert scene.hostile.counts["bytes_sent"] < WINDOW_BYTES + FRAME_BYTES_MAX + READ_BYTES
+    assert scene.peaks["requests"] <= LIMITS.calls_up
+    verdicts = verdicts_of(scene)
+    assert verdicts >= {("allow", "call"), ("refused", "call")}
+
+
+def told_of(reason: str) -> Callable[[Scene], None]:
+    def check(scene: Scene) -> None:
+        assert any(reason in line for line in scene.host.log), scene.host.log
+
+    return check
+
+
+def a_replay_runs_once(scene: Scene) -> None:
+    answers_to_nothing_are_none(scene)
+    published = scene.host.brokers[ATTACKER].published
+    ran = [each for each in published if each.routing_key == SERVED]
+    assert len(ran) == 1
+    assert scene.attacked.relay.outbound._responder.repeats > 0
+
+
+def the_neighbour_answers_for_itself(scene: Scene) -> None:
+    answers_to_nothing_are_none(scene)
+    (outcome,) = scene.asked[SHARED_ID]
+    assert isinstance(outcome, Answered)
+    assert json.loads(outcome.body)["args"] == {"shared": True}
+
+
+def topics_are_few(scene: Scene) -> None:
+    relay: Any = scene.attacked.relay
+    assert len(relay.topics) <= TOPICS_MAX
+    assert len(relay._topics_seen) <= TOPICS_SEEN_MAX
+    changes = scene.host.brokers[ATTACKER].consumed
+    assert 0 < len(changes) <= (scene.seconds + SETTLE_S) / SUBSCRIBE_S + 1
+
+
+def its_queues_are_its_own(scene: Scene) -> None:
+    """Not one name that is another VM's, whatever it asks to serve; what is denied is said."""
+    vm, other = UUIDS[ATTACKER], UUIDS[NEIGHBOUR]
+    asked: Any = scene.attacked.relay
+    at_ours = [topic for topic in asked._asked if topic.exchange == "openstack"]
+    usable = frozenset(topic for topic in at_ours if is_usable(vm, topic))
+    assert {"agent", other, f"agent.{other}"} <= {topic.name for topic in usable}
+    assert not {"#", "*", "agent.*"} & {topic.name for topic in usable}
+    agents = frozenset({Topic("openstack", "agent")})
+    others = {queue.name for queue in queues_of(other, agents)} | {own_queue(other)}
+    keys = {queue.routing_key for queue in queues_of(other, agents)} - {"agent"}
+    for queue in queues_of(vm, usable):
+        assert queue.name.endswith(vm)
+        assert queue.name not in others
+        assert queue.fanout or queue.routing_key not in keys
+    assert scene.attacked.relay.topics == agents
+    (consumed,) = scene.host.brokers[ATTACKER].consumed
+    assert consumed == (vm, agents)
+    assert len(scene.attacked.relay.denied) == len(asked._asked) - 1
+    assert ("deny", "listen") in verdicts_of(scene)
+    assert not scene.host.brokers[ATTACKER].published
+    assert ("deny", "cast") in verdicts_of(scene)
+
+
+def the_context_is_the_hosts(scene: Scene) -> None:
+    published = scene.host.brokers[ATTACKER].published
+    assert published
+    for each in published:
+        message = json.loads(json.loads(each.body)["oslo.message"])
+        context = {key: value for key, value in message.items() if key.startswith("_context_")}
+        assert context == {
+            f"_context_{INSTANCE_KEY}": UUIDS[ATTACKER],
+            f"_context_{PROJECT_KEY}": f"project of {ATTACKER}",
+            f"_context_{HOST_KEY}": "h1",
+        }
+        assert message["_reply_q"] == own_queue(UUIDS[ATTACKER])
+        assert message["_msg_id"] == message["_unique_id"] != "0" * 32
+
+
+def the_callers_get_text(scene: Scene) -> None:
+    failures = failures_of(scene)
+    assert {(each["module"], each["class"]) for each in failures} == {(UNKNOWN_MODULE, "system")}
+    assert all(each["args"] == [] for each in failures)
+
+
+def the_callers_get_a_failure(scene: Scene) -> None:
+    for each in failures_of(scene):
+        assert (each["class"], each["module"]) == ("BadReply", "vchan.errors")
+        assert "nested over 100 deep" in each["message"]
+
+
+def bombs_are_defused(scene: Scene) -> None:
+    """Each is refused with its reason, or passes as what it says, written anew."""
+    returned = {message.text for message in scene.hostile.heard if isinstance(message, Returned)}
+    for reason in ("nested over 100 deep", "4300 digits", "can't decode byte", "objects"):
+        assert any(reason in text for text in returned), (reason, returned)
+    bodies = [each.body for each in scene.host.brokers[ATTACKER].published]
+    args = [json.loads(json.loads(body)["oslo.message"])["args"] for body in bodies]
+    assert {"a": 1} in args  # of the two thousand of that name, one
+    assert {"s": "\ud800"} in args
+    assert all(len(each) <= 1 for each in args)
+
+
+def no_line_is_forged(scene: Scene) -> None:
+    lines = scene.host.audit.read_bytes().splitlines()
+    assert all(32 <= byte < 127 for line in lines for byte in line)
+    records = scene.host.audit_lines(ATTACKER)
+    assert len(records) > 0
+    assert {(each["verdict"], each["name"]) for each in records} == {
+        ("deny", ATTACKER),
+        ("left out", ATTACKER),
+    }
+    told = sum(each["verdict"] == "deny" for each in records)
+    left_out = sum(each.get("left_out", 0) for each in records)
+    assert told + left_out == scene.attacked.totals()["guest_denied"]
+
+
+def its_callers_time_out(scene: Scene) -> None:
+    assert 0 < scene.peaks["entries"] <= LOCAL_REQUESTS_MAX
+    assert scene.attacked.relay.counters["expired"] > 0
+    assert scene.attacked.relay.open_requests == 0
+
+
+# --- before it
+
+
+def call_it(scene: Scene) -> None:
+    """Services call its agent all the while."""
+    numbers = iter(range(10**6, 10**9))
+
+    def call() -> None:
+        scene.host.deliver(ATTACKER, next(numbers))
+        if not scene.is_over:
+            scene.world.after(0.02, call)
+
+    scene.world.after(0.5, call)
+
+
+def hold_up_the_neighbour(scene: Scene) -> None:
+    """Its call stays open for a while."""
+
+    def begin() -> None:
+        scene.neighbour_machine.freeze()
+        scene.asked[SHARED_ID] = scene.host.ask(NEIGHBOUR, SHARED_ID, {"shared": True})
+
+    scene.world.after(0.1, begin)
+    scene.world.after(SECONDS - 0.1, scene.neighbour_machine.thaw)
+
+
+EXPECTED = {
+    "torn_frame_smuggling": Expected(
+        ("bad_payloads", "bytes_skipped", "throttled"), check=nothing_gets_through
+    ),
+    "hello_storm": Expected(("greetings",), "over 30 handshakes a minute"),
+    "handshake_storm": Expected(("greetings", "sessions"), "over 30 handshakes a minute"),
+    "giant_lengths": Expected(
+        ("violations",),
+        "11 violations in a minute, the last: a message of 4294967295 bytes: over MESSAGE_BYTES_M",
+        one_message_may_not_begin,
+    ),
+    "never_finishing": Expected(("frames_received",), check=a_part_is_kept_no_more, seconds=10.0),
+    "tiny_frames": Expected(("throttled",), check=answers_to_nothing_are_none),
+    "tiny_fragments": Expected(("throttled",), check=fragments_take_their_own_bytes),
+    "unread_replies": Expected(("guest_refused", "guest_unroutable"), check=the_window_is_all),
+    "acks_of_unsent": Expected(
+        ("violations",),
+        "11 violations in a minute, the last: it acknowledged frame 1152921504606846976; 0 were ",
+    ),
+    "credit_games": Expected(
+        ("throttled", "violations", "guest_denied"),
+        check=told_of("it sent more than its credit"),
+        seconds=4.0,
+    ),
+    "id_forgery": Expected(("throttled", "guest_published"), check=a_replay_runs_once),
+    "replies_for_others": Expected(
+        ("throttled",),
+        check=the_neighbour_answers_for_itself,
+        word=SHARED_ID.hex(),
+        prepare=hold_up_the_neighbour,
+    ),
+    "subscription_bomb": Expected(("throttled", "topics_over_limit"), check=topics_are_few),
+    "topic_squatting": Expected(
+        ("guest_denied",), check=its_queues_are_its_own, word=UUIDS[NEIGHBOUR]
+    ),
+    "context_injection": Expected(
+        ("throttled", "guest_published", "guest_refused"), check=the_context_is_the_hosts
+    ),
+    "exception_injection": Expected(("answered",), check=the_callers_get_text, prepare=call_it),
+    "json_bombs": Expected(("guest_refused", "throttled"), check=bombs_are_defused),
+    "json_bombs_in_answers": Expected(
+        ("answered",), check=the_callers_get_a_failure, prepare=call_it
+    ),
+    "audit_injection": Expected(("guest_denied", "throttled"), check=no_line_is_forged),
+    "stops_reading": Expected(("expired",), check=its_callers_time_out, prepare=call_it),
+    "garbage": Expected(("bytes_skipped", "throttled"), check=nothing_gets_through),
+}
+
+
+def test_every_attack_has_an_expectation() -> None:
+    assert set(EXPECTED) == set(ATTACKS)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(name: str, tmp_path: Path) -> None:
+    expected = EXPECTED[name]
+    with scene(tmp_path, POLICY) as at:
+        expected.prepare(at)
+        with memory_bounded():
+            at.attack(name, expected.seconds, expected.word)
+        check_outcome(at, expected)
+        check_held(at)
+        check_work(at)
+        check_neighbour(at)
+        expected.check(at)
+
+
+def check_outcome(scene: Scene, expected: Expected) -> None:
+    """It is counted where an operator looks, and closed off if it must be, on record."""
+    totals = scene.attacked.totals()
+    assert all(totals[name] > 0 for name in expected.counters), totals
+    quarantines = [each for each in scene.host.audit_lines(ATTACKER) if "quarantine" in str(each)]
+    if not expected.quarantine:
+        assert totals["quarantines"] == 0
+        assert quarantines == []
+        return
+    assert totals["quarantines"] == 1
+    assert scene.attacked.state == "quarantined"
+    assert expected.quarantine in scene.attacked.problem
+    (line,) = quarantines
+    assert line["verdict"] == "quarantine"
+    assert expected.quarantine in line["reason"]
+    assert any("in quarantine for" in each for each in scene.host.log)
+
+
+def check_held(scene: Scene) -> None:
+    """At no time did the host hold more for it than its limits say."""
+    most = {
+        "decoder": FRAME_BYTES_MAX + READ_BYTES,
+        "reassembly": REASSEMBLY_BYTES_MAX,
+        # Over the backlog no credit is granted: what was before, is answered still.
+        "backlog": BACKLOG_BYTES_MAX + 16 * WINDOW_BYTES,
+        "in flight": IN_FLIGHT_BYTES_MAX,
+        "output": WRITE_BYTES_MAX,
+        "entries": LOCAL_REQUESTS_MAX,
+        "topics": TOPICS_SEEN_MAX + TOPICS_MAX,
+        "requests": LIMITS.requests_up,
+        "request bytes": OPEN_BYTES_MAX,
+        "responder": LIMITS.requests_up + RECORDS_MAX + SETTLED_MAX,
+        "replies": 0,
+        "past": RECORDS_MAX,
+    }
+    for name, size in scene.peaks.items():
+        assert size <= most[name], (name, size)
+
+
+def check_work(scene: Scene) -> None:
+    """The host did no more for it than its rates say, and wrote no more lines."""
+    for_s = scene.seconds + SETTLE_S + BURST_S
+    totals = scene.attacked.totals()
+    one_read = READ_BYTES / OVERHEAD_BYTES
+    assert totals["frames_received"] <= LIMITS.frames_per_s * for_s + one_read
+    assert totals["messages_received"] <= LIMITS.messages_per_s * for_s + one_read
+    assert scene.hostile.counts["bytes_sent"] <= LIMITS.bytes_per_s * for_s + 10 * READ_BYTES
+    periods = math.ceil((scene.seconds + SETTLE_S) / LOG_PERIOD_S) + 1
+    assert len(scene.host.log) <= (LOG_LINES + 1) * periods
+    lines = LIMITS.audit_lines_per_s * (scene.seconds + SETTLE_S + audit_record.BURST_S)
+    assert len(scene.host.audit_lines(ATTACKER)) <= lines + 1
+
+
+def check_neighbour(scene: Scene) -> None:
+    """Each call to it got its own answer; nothing else became of its channel."""
+    assert len(scene.asked) >= scene.seconds / 0.11
+    for request_id, told in scene.asked.items():
+        (outcome,) = told
+        assert isinstance(outcome, Answered)
+        assert (outcome.id, outcome.failed) == (request_id, False)
+        if request_id != SHARED_ID:
+            assert json.loads(outcome.body)["args"] == {"number": int.from_bytes(request_id)}
+    channel = scene.neighbour
+    assert (channel.state, channel.problem) == ("ready", "")
+    assert channel._session.state is State.OPEN
+    totals = channel.totals()
+    used = {"sessions", "greetings", "messages_received", "messages_sent"}
+    used |= {"frames_received", "frames_sent", "pings_sent", "bytes_skipped"}
+    assert {name for name, value in totals.items() if value} <= used, totals
+    assert totals["sessions"] == 1
+    assert totals["bytes_skipped"] == FRAME_BYTES_MAX  # the FLUSH
+    assert {each["verdict"] for each in scene.host.audit_lines(NEIGHBOUR)} == {"allow"}
+
+
+class memory_bounded:  # noqa: N801 - read as a statement
+    """Fails if more than MEMORY_BYTES_MAX come to be in use meanwhile."""
+
+    def __enter__(self) -> None:
+        tracemalloc.start()
+
+    def __exit__(self, *_: object) -> None:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MEMORY_BYTES_MAX
+
+
+def verdicts_of(scene: Scene) -> set[tuple[str, str]]:
+    return {(each["verdict"], each.get("kind", "")) for each in scene.host.audit_lines(ATTACKER)}
+
+
+def failures_of(scene: Scene) -> list[Any]:
+    """What callers of the attacker's agent got."""
+    replies = scene.host.brokers[ATTACKER].replies
+    assert replies
+    return [json.loads(each["failure"]) for each in replies]
