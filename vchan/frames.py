@@ -154,6 +154,11 @@ class Decoder:
         self._held = 0
         self._need = HEADER_BYTES
 
+    @property
+    def wanted_bytes(self) -> int:
+        """So many complete the header or the frame that has begun: nothing is done before."""
+        return self._need - self._held
+
     def receive_data(self, data: bytes) -> list[Frame]:
         """Take the next bytes of the stream; return the frames they complete.
 

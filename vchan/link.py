@@ -15,8 +15,13 @@ from vchan.session import WRITE_BYTES_MAX, Event, Session, State
 from vchan.streams import Stream, hangup_watch
 
 TURN_BYTES: Final = 64 * 1024
-"""Read in a row before others get their turn: one read of a socket, sixteen of a port. What a
-hostile guest sends costs up to 10 ms for so much."""
+"""Read in a row before others get their turn: one read of a socket, sixteen of a port."""
+TURN_S: Final = 0.0002
+"""Spent in a row on a peer that is metered, and then as long as the message takes that is being
+handled: what a hostile guest writes would cost up to 30 ms for a read."""
+SLICE_BYTES: Final = 512
+"""Handled before a metered peer's time is looked at, unless one frame has more: what costs most has
+the smallest frames."""
 LAST_READS_MAX: Final = 64
 """Turns of reading what the other end wrote before it went."""
 STALL_S: Final = 15.0
@@ -39,8 +44,9 @@ class Link:
         on_event: Called with each of the session's events.
         on_down: Called once, when the stream is of no use any more, with the reason.
         silent: Say nothing yet: drop what arrives, write nothing, until `speak`.
-        throttle: Told how many bytes were read; returns for how many seconds not to read more.
-            The other end then waits with its writes.
+        meter: Makes the peer one that is metered. Told how many bytes were handled and how many
+            seconds were spent on that; returns for how many seconds not to read more. The other
+            end then waits with its writes.
         hold: Asked after each read whether to read no more until it says otherwise.
     """
 
@@ -53,7 +59,7 @@ class Link:
         on_down: Callable[[str], object],
         *,
         silent: bool = False,
-        throttle: Callable[[int], float] | None = None,
+        meter: Callable[[int, float], float] | None = None,
         hold: Callable[[], bool] | None = None,
     ) -> None:
         self.session = session
@@ -62,7 +68,10 @@ class Link:
         self._on_event = on_event
         self._on_down = on_down
         self._out = b""  # taken from the session, not yet by the stream
-        self._throttle = throttle
+        self._meter = meter
+        self._unread = b""  # taken from the stream of a metered peer, and handled up to ...
+        self._unread_at = 0
+        self._turn_planned = False
         self._hold = hold
         self._pause_timer: Timer | None = None
         self._may_write = not silent
@@ -132,35 +141,75 @@ class Link:
     # ---------------------------------------------------------------- reading
 
     def _readable(self) -> None:
+        if not self._turn_planned:
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        self._turn_planned = False
+        if self._down or self._pause_timer is not None:
+            return
         self._flush_planned = True  # what is sent meanwhile goes out at the end of this
         self._read()
         self._planned_flush()
 
     def _read(self) -> None:
+        if self._meter is not None:
+            self._read_metered(self._meter)
+            return
         now_s = self._loop.time()
         left = TURN_BYTES
         while left > 0:
-            try:
-                data = self.stream.read()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._fail(f"cannot read: {error.strerror}")
-                return
+            data = self._read_stream()
             if not data:
-                self._hung_up()
                 return
-            if self._hangup_fd >= 0:
-                self._end_hangup()
             self._receive(data, now_s)
             left -= len(data)
-            if self._throttle is not None and self._pause(self._throttle(len(data))):
-                return
             if self._hold is not None and self._hold():
                 self._pause(HOLD_S)
                 return
             if self._is_over() or len(data) < 4096:
                 return  # most likely all there was: asking again costs a system call
+
+    def _read_metered(self, meter: Callable[[int, float], float]) -> None:
+        """One read, or what is left of it, as far as one turn gets."""
+        spent = self._loop.spent
+        now_s, began_s = self._loop.time(), spent()
+        if not self._unread:
+            self._unread = self._read_stream()
+        begin = at = self._unread_at
+        took_s = 0.0
+        while at < len(self._unread) and took_s < TURN_S and not self._is_over():
+            until = at + max(SLICE_BYTES, self.session.wanted_bytes)
+            self._receive(self._unread[at:until], now_s)
+            at = min(until, len(self._unread))
+            took_s = spent() - began_s
+        if self._is_over():
+            return
+        self._unread_at = at
+        if at == len(self._unread):
+            self._unread, self._unread_at = b"", 0
+        if not self._pause(meter(at - begin, took_s)) and self._unread:
+            self._plan_turn()
+
+    def _plan_turn(self) -> None:
+        """There is more to handle, when others have had their turn."""
+        self._turn_planned = True
+        self._loop.call_soon(self._take_turn)
+
+    def _read_stream(self) -> bytes:
+        """What has arrived. b"": nothing, or no more; then that is seen to."""
+        try:
+            data = self.stream.read()
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            self._fail(f"cannot read: {error.strerror}")
+            return b""
+        if not data:
+            self._hung_up()
+        elif self._hangup_fd >= 0:
+            self._end_hangup()
+        return data
 
     def _pause(self, for_s: float) -> bool:
         """Read nothing for so long; says whether that is any time."""
@@ -177,6 +226,8 @@ class Link:
             self._pause(HOLD_S)
         elif not self._down and not self.is_hung_up:
             self._loop.add_reader(self.stream.fileno(), self._readable)
+            if self._unread:
+                self._plan_turn()
 
     def _receive(self, data: bytes, now_s: float) -> None:
         if self.session.state is State.CLOSED:

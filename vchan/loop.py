@@ -16,7 +16,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
 from select import EPOLLIN, EPOLLOUT, epoll
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Any
 
 Callback = Callable[[], object]
@@ -63,6 +63,8 @@ class Loop:
 
     time = staticmethod(monotonic)
     """Seconds; they stand still while the machine sleeps."""
+    spent = staticmethod(thread_time)
+    """Seconds that the processor worked for this thread: what else the machine does not count."""
 
     def __init__(self) -> None:
         self._epoll = epoll()

@@ -678,6 +678,11 @@ class Session:
 
     # ---------------------------------------------------------------- receiving
 
+    @property
+    def wanted_bytes(self) -> int:
+        """So many complete what has begun to arrive: one frame at most."""
+        return self._decoder.wanted_bytes
+
     def receive_data(self, data: bytes, now_s: float) -> list[Event]:
         """Take bytes from the stream, in any chunks; return what they amount to."""
         self._now_s = now_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +28,7 @@ class End:
         self.events: list[Event] = []
         self.downs: list[str] = []
         self.react: Callable[[Event], object] = lambda _: None
-        self.throttle: Callable[[int], float] | None = None
+        self.meter: Callable[[int, float], float] | None = None
         self.link: Link
 
     def bind(self, connected: socket.socket, *, silent: bool = False) -> None:
@@ -39,7 +40,7 @@ class End:
             self._handle,
             self.downs.append,
             silent=silent,
-            throttle=self.throttle,
+            meter=self.meter,
         )
 
     def _handle(self, event: Event) -> None:
@@ -140,8 +141,8 @@ def test_hushed_it_reads_and_writes_nothing_then_goes_on(both: Both) -> None:
     assert both.host.opened() == [False]
 
 
-def test_a_throttled_link_reads_nothing_for_so_long_and_still_writes(both: Both) -> None:
-    both.host.throttle = lambda _: 3600.0 if both.host.received() else 0.0
+def test_a_metered_link_reads_nothing_for_so_long_and_still_writes(both: Both) -> None:
+    both.host.meter = lambda size, took_s: 3600.0 if both.host.received() else 0.0
     both.open()
     both.guest.link.send(b"first", 1)
     both.until(lambda: both.host.received() == [b"first"])
@@ -157,11 +158,11 @@ def test_a_throttled_link_reads_nothing_for_so_long_and_still_writes(both: Both)
 def test_what_is_read_slowly_arrives_whole_and_backs_up_at_the_sender(both: Both) -> None:
     told: list[int] = []
 
-    def throttle(size: int) -> float:
+    def meter(size: int, took_s: float) -> float:
         told.append(size)
         return 0.002
 
-    both.host.throttle = throttle
+    both.host.meter = meter
     both.open()
     message = os.urandom(2 << 20)
     both.guest.link.send(message, 1)
@@ -172,16 +173,100 @@ def test_what_is_read_slowly_arrives_whole_and_backs_up_at_the_sender(both: Both
     assert both.host.session.counters.losses == 0
 
 
-def test_a_throttled_link_that_is_closed_stays_closed(both: Both) -> None:
-    both.host.throttle = lambda _: 0.05
+class Spending:
+    """What the loop's time is spent on, for a link that is metered: a millisecond a message."""
+
+    def __init__(self, both: Both) -> None:
+        self.spent_s = 0.0
+        self.told: list[tuple[int, float]] = []
+        self.pause_s = 0.0
+        both.loop.spent = lambda: self.spent_s
+        both.host.meter = self._meter
+        both.host.react = self._react
+
+    def _meter(self, size: int, took_s: float) -> float:
+        self.told.append((size, took_s))
+        return self.pause_s
+
+    def _react(self, event: Event) -> None:
+        if isinstance(event, Received):
+            self.spent_s += 0.001
+
+
+def test_a_metered_peer_gets_no_more_of_a_turn_than_its_share(both: Both) -> None:
+    spending = Spending(both)
+    both.open()
+    messages = [bytes([number]) * link_module.SLICE_BYTES for number in range(1, 100)]
+    for message in messages:
+        both.guest.link.send(message, 1)
+    turns = [0]
+
+    def count() -> None:
+        turns.append(len(both.host.received()))
+        both.loop.call_soon(count)
+
+    count()
+    both.until(lambda: both.host.received() == messages)
+    assert max(after - before for before, after in pairwise(turns)) == 1
+    assert sum(took_s for _, took_s in spending.told) == pytest.approx(0.099)
+    assert max(took_s for _, took_s in spending.told) == pytest.approx(0.001)
+
+
+def test_what_costs_a_metered_peer_nothing_is_handled_as_it_is_read(both: Both) -> None:
+    spending = Spending(both)
+    both.host.react = lambda _: None
+    both.open()
+    spending.told.clear()
+    message = os.urandom(48 * 1024)
+    both.guest.link.send(message, 1)
+    both.until(lambda: both.host.received() == [message])
+    assert max(size for size, _ in spending.told) > 16 * 1024
+
+
+def test_what_was_read_of_a_metered_peer_and_not_handled_is_after_its_pause(both: Both) -> None:
+    spending = Spending(both)
+    both.open()
+    spending.pause_s = 3600.0
+    messages = [bytes([number]) * link_module.SLICE_BYTES for number in range(1, 4)]
+    for message in messages:
+        both.guest.session.send(message, 1)
+    both.guest.link.flush()  # at once
+    both.until(lambda: both.host.received() == messages[:1])
+    both.for_s(0.1)
+    assert both.host.received() == messages[:1]
+    spending.pause_s = 0.0
+    both.host.link._resume()
+    both.until(lambda: both.host.received() == messages)
+
+
+def test_what_was_not_handled_when_a_metered_link_is_closed_comes_again(both: Both) -> None:
+    spending = Spending(both)
+    both.open()
+    spending.pause_s = 3600.0
+    messages = [bytes([number]) * link_module.SLICE_BYTES for number in range(1, 4)]
+    for message in messages:
+        both.guest.session.send(message, 1)
+    both.guest.link.flush()
+    both.until(lambda: both.host.received() == messages[:1])
+    both.cut()
+    both.for_s(0.05)
+    assert both.host.received() == messages[:1]
+    spending.pause_s = 0.0
+    both.connect()
+    both.until(lambda: both.host.received() == messages)
+    assert both.host.opened() == [False, True]
+
+
+def test_a_metered_link_that_is_closed_stays_closed(both: Both) -> None:
+    both.host.meter = lambda size, took_s: 0.05
     both.open()
     both.cut()
     both.for_s(0.2)
     assert both.host.downs == []
 
 
-def test_a_throttled_link_whose_other_end_goes_is_told(both: Both) -> None:
-    both.host.throttle = lambda _: 0.05
+def test_a_metered_link_whose_other_end_goes_is_told(both: Both) -> None:
+    both.host.meter = lambda size, took_s: 0.05
     both.open()
     both.guest.link.close()
     both.until(lambda: bool(both.host.downs))

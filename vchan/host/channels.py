@@ -221,7 +221,7 @@ class Channel:
             self._handle,
             self._lost,
             silent=not self._speaks or self._hushed,
-            throttle=self._meter,
+            meter=self._meter,
         )
 
     def _plan_reconnect(self) -> None:
@@ -313,8 +313,8 @@ class Channel:
 
     # ---------------------------------------------------------------- limits
 
-    def _meter(self, size: int) -> float:
-        """So much was read of the guest: how many seconds not to read more."""
+    def _meter(self, size: int, took_s: float) -> float:
+        """So much was handled of the guest's: how many seconds not to read more."""
         now_s = self._loop.time()
         before, after = self._metered, self._count()
         self._metered = after
@@ -324,7 +324,8 @@ class Channel:
             if self.guard.handshake(now_s):
                 self._quarantine(now_s)
         frames = after.frames - before.frames
-        return self.guard.received(size, frames, after.messages - before.messages, now_s)
+        messages = after.messages - before.messages
+        return self.guard.received(size, frames, messages, took_s, now_s)
 
     def _count(self) -> _Metered:
         counters = self._session.counters

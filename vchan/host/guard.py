@@ -11,7 +11,12 @@ from typing import Final
 from vchan.host.limits import Breaker, Limits, TokenBucket
 
 BURST_S: Final = 1.0
-"""A guest that was quiet may send so many seconds' worth at once."""
+"""A guest that was quiet may send so many seconds' worth at once ..."""
+BUSY_BURST_S: Final = 0.25
+"""... as long as that keeps the daemon busy no longer than for so many seconds' worth."""
+PAUSE_S_MIN: Final = 0.005
+"""A guest that has to wait does so for this long at least: to look at it after each of its messages
+would cost more than they do."""
 PAUSE_S_MAX: Final = 2.0
 """A guest is read from this often at least: one that is slowed down must not look silent."""
 
@@ -40,18 +45,26 @@ class Guard:
             TokenBucket(rate, rate * BURST_S)
             for rate in (limits.bytes_per_s, limits.frames_per_s, limits.messages_per_s)
         )
+        busy = limits.busy_ms_per_s / 1000
+        self._busy = TokenBucket(busy, busy * BUSY_BURST_S)
         self._handshakes = TokenBucket(limits.handshakes_per_min / 60, limits.handshakes_per_min)
 
-    def received(self, size: int, frames: int, messages: int, now_s: float) -> float:
-        """The guest has sent so much: how many seconds not to read from it."""
+    def received(self, size: int, frames: int, messages: int, took_s: float, now_s: float) -> float:
+        """The guest has sent so much: how many seconds not to read from it.
+
+        Args:
+            took_s: What the daemon spent on it.
+        """
         wait_s = max(
+            self._busy.take(took_s, now_s),
             self._bytes.take(size, now_s),
             self._frames.take(frames, now_s),
             self._messages.take(messages, now_s),
         )
-        if wait_s > 0:
-            self.counters["throttled"] += 1
-        return min(wait_s, PAUSE_S_MAX)
+        if wait_s <= 0:
+            return 0.0
+        self.counters["throttled"] += 1
+        return min(max(wait_s, PAUSE_S_MIN), PAUSE_S_MAX)
 
     def handshake(self, now_s: float) -> bool:
         """The guest began a session. True if it is to be put into quarantine now."""

@@ -57,6 +57,12 @@ class Limits:
         1024**3,
         "Bytes from the guest: the daemon handles some 80 MB/s, so one VM gets a tenth of it.",
     )
+    busy_ms_per_s: int = _limit(
+        100,
+        20,
+        1000,
+        "Milliseconds of the daemon's time in a second: a tenth, whatever the guest spends it on.",
+    )
     message_bytes: int = _limit(
         MESSAGE_BYTES_MAX,
         MESSAGE_BYTES_MIN,
