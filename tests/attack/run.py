@@ -1,6 +1,13 @@
 """One attack, from a process of its own, beside a VM that behaves: what happens, and what it costs.
 
-python -m tests.attack.run [--seconds N] [ATTACK...]
+    python -m tests.attack.run [--seconds N] [--rounds N] [ATTACK...]
+
+The neighbour's calls are timed before and during each attack, in each of the rounds; the table has
+the percentiles of all rounds' calls together. Daemon, neighbour, caller and attacker share this
+machine's processors with whatever else it does. So the attacker runs at the lowest priority: a VM's
+processor time is not taken from the daemon's, here it would be. The last two columns do not depend
+on that: the processor time of the daemon's turns that serve the attacker, from one look at what
+others want to the next. `none` is no attack: what the machine's noise makes of it.
 """
 
 from __future__ import annotations
@@ -8,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -53,21 +62,49 @@ OUTCOMES = (
 """What the daemon says of a VM, of what may have become of an attack."""
 
 
+def percentile(values: Sequence[float], part: float) -> float:
+    """So large a part of the values is not larger; 0.0 if there are none."""
+    ordered = sorted(values)
+    return ordered[max(0, int(len(ordered) * part) - 1)] if ordered else 0.0
+
+
 class Cost(NamedTuple):
-    """What a stretch of time was like.
+    """What some stretches of time were like.
 
     Attributes:
-        p99_ms: Of the neighbour's calls.
+        calls_ms: The neighbour's, of each how long it took.
+        failed: Of them.
         cpu: Of one core, the daemon's share.
         rss_kib: The daemon's, at the end.
+        turns_us: Of the daemon's turns that served the attacker, the processor time of each.
     """
 
-    p50_ms: float
-    p99_ms: float
-    calls: int
+    calls_ms: Sequence[float]
     failed: int
     cpu: float
     rss_kib: int
+    turns_us: Sequence[float] = ()
+
+    @property
+    def p50_ms(self) -> float:
+        """Of the neighbour's calls."""
+        return percentile(self.calls_ms, 0.5)
+
+    @property
+    def p99_ms(self) -> float:
+        """Of the neighbour's calls."""
+        return percentile(self.calls_ms, 0.99)
+
+
+def together(costs: Sequence[Cost]) -> Cost:
+    """All rounds as one."""
+    return Cost(
+        [ms for cost in costs for ms in cost.calls_ms],
+        sum(cost.failed for cost in costs),
+        statistics.mean(cost.cpu for cost in costs),
+        max(cost.rss_kib for cost in costs),
+        [us for cost in costs for us in cost.turns_us],
+    )
 
 
 class Result(NamedTuple):
@@ -88,6 +125,7 @@ class Scene:
     """A host's daemon, a VM that behaves, and one VM for each attack.
 
     Args:
+        attacks: The names of these VMs.
         options: Further lines for the daemon's [vchan].
     """
 
@@ -96,6 +134,8 @@ class Scene:
         self.host = UndrivenHost(
             directory / "h", [NEIGHBOUR, *attacks], policy=POLICY, options=options
         )
+        self.host.daemon.program = (sys.executable, "-m", "tests.attack.timed_host")
+        self._turns = directory / "h" / "vchan.conf.turns"
         self._neighbour: subprocess.Popen[bytes] | None = None
         # From the start: the daemon looks for a socket that is not there ever more rarely.
         self._channels = {name: socket.socket(socket.AF_UNIX) for name in attacks}
@@ -154,14 +194,21 @@ class Scene:
             took_ms.append((time.perf_counter() - at_s) * 1000)
             time.sleep(PAUSE_S)
         lasted_s = time.monotonic() - began_s
-        return Cost(
-            statistics.median(took_ms),
-            sorted(took_ms)[max(0, int(len(took_ms) * 0.99) - 1)],
-            len(took_ms),
-            failed,
-            (self._cpu_s() - began_cpu) / lasted_s,
-            self.memory_kib("VmRSS"),
+        cpu = (self._cpu_s() - began_cpu) / lasted_s
+        return Cost(took_ms, failed, cpu, self.memory_kib("VmRSS"))
+
+    def _turns_us(self) -> dict[str, list[float]]:
+        """See `timed_host`: since this was asked last, by the channel's path."""
+        os.kill(self.host.daemon.pid, signal.SIGUSR1)
+        wait_until(
+            self._turns.exists,
+            timeout_s=WAIT_S,
+            interval_s=0.005,
+            failure=lambda: "the daemon does not say what its turns took",
         )
+        turns: dict[str, list[float]] = json.loads(self._turns.read_text())
+        self._turns.unlink()
+        return turns
 
     def _cpu_s(self) -> float:
         fields = Path(f"/proc/{self.host.daemon.pid}/stat").read_text().rpartition(")")[2].split()
@@ -187,12 +234,13 @@ class Scene:
         vm = vm or name
         before = self.measure(seconds)
         lines_before = self._log_lines()
+        self._turns_us()
         self._reset_peak()
         rss_before = self.memory_kib("VmRSS")
         channel = self._channels[vm].fileno()
-        command = [sys.executable, "-m", "tests.attack.hostile", f"fd:{channel}"]
+        command = ["nice", "-n", "19", sys.executable, "-m", "tests.attack.hostile"]
         with subprocess.Popen(
-            [*command, name, str(seconds + 1.0), word],
+            [*command, f"fd:{channel}", name, str(seconds + 1.0), word],
             cwd=ROOT,
             pass_fds=[channel],
             stdout=subprocess.PIPE,
@@ -208,6 +256,7 @@ class Scene:
                 )
                 self._provoke(name, vm)
                 during = self.measure(seconds)
+                turns_us = self._turns_us().get(str(self.host.vms[vm].path), [])
                 status = self.host.daemon.status(vm)
                 out, _ = attacker.communicate(timeout=WAIT_S)
             finally:
@@ -217,7 +266,7 @@ class Scene:
         return Result(
             name,
             before,
-            during,
+            during._replace(turns_us=turns_us),
             self.memory_kib("VmHWM") - rss_before,
             {key: value for key, value in _flat(status) if key in OUTCOMES and value},
             json.loads(out.splitlines()[-1]) if out else {},
@@ -258,17 +307,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack.run")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each attack [5]")
+    parser.add_argument("--rounds", type=int, default=1, help="of each attack [1]")
     parser.add_argument("attacks", nargs="*", help="[all]")
     options = parser.parse_args(arguments)
-    names = options.attacks or list(ATTACKS)
-    print(
-        f"{'attack':24}{'RSS peak':>10}{'CPU':>7}{'p50 ms':>15}{'p99 ms':>16}{'failed':>8}  outcome"
-    )
-    with rig_directory() as directory, Scene(directory, names) as scene:
-        scene.measure(2.0)  # until it is warm
-        for name in names:
-            print_result(scene.attack(name, options.seconds, word=word_for(scene, name)))
+    print_table(options.attacks or [*ATTACKS], seconds=options.seconds, rounds=options.rounds)
     return 0
+
+
+def print_table(names: Sequence[str], *, seconds: float, rounds: int) -> None:
+    """Attack, and print a line for each."""
+    print(HEAD)
+    vms = {name: [f"{name}.{number}" for number in range(rounds)] for name in names}
+    everyone = [vm for vm_names in vms.values() for vm in vm_names]
+    with rig_directory() as directory, Scene(directory, everyone) as scene:
+        scene.measure(2.0)  # until it is warm
+        measured = [(scene.measure(seconds), scene.measure(seconds)) for _ in range(rounds)]
+        before, during = zip(*measured, strict=True)
+        print(_costs("none", together(before), together(during)), flush=True)
+        for name in names:
+            word = word_for(scene, name)
+            results = [scene.attack(name, seconds, vm=vm, word=word) for vm in vms[name]]
+            print(line(results), flush=True)
 
 
 def word_for(scene: Scene, name: str) -> str:
@@ -278,18 +337,35 @@ def word_for(scene: Scene, name: str) -> str:
     return os.urandom(16).hex() if name == "replies_for_others" else ""
 
 
-def print_result(result: Result) -> None:
-    """A line of the table."""
-    before, during = result.before, result.during
-    outcome = ", ".join(f"{key} {value}" for key, value in result.outcome.items())
-    mib = result.attacker.get("bytes_sent", 0) / 2**20
-    p50 = f"{before.p50_ms:>7.2f} ->{during.p50_ms:>5.2f}"
-    p99 = f"{before.p99_ms:>8.2f} ->{during.p99_ms:>5.2f}"
-    print(
-        f"{result.name:24}{result.rss_peak_kib / 1024:>6.1f} MiB{during.cpu:>7.0%}{p50}{p99}"
-        f"{during.failed + result.after_failed:>8}  {mib:.1f} MiB sent; {outcome or 'nothing'}",
-        flush=True,
+HEAD = (
+    f"{'attack':22}{'p50 ms':>14}{'p99 ms':>15}{'':>6}{'CPU':>6}{'RSS MiB':>9}{'failed':>7}"
+    f"{'turn p99':>10}{'longest us':>11}  outcome"
+)
+
+
+def line(results: Sequence[Result]) -> str:
+    """A line of the table: all rounds of one attack."""
+    before = together([result.before for result in results])
+    during = together([result.during for result in results])
+    outcome = Counter[str]()
+    for result in results:
+        outcome.update(result.outcome)
+    mib = sum(result.attacker.get("bytes_sent", 0) for result in results) / 2**20
+    return (
+        _costs(results[0].name, before, during)
+        + f"{max(result.rss_peak_kib for result in results) / 1024:>9.1f}"
+        + f"{during.failed + sum(result.after_failed for result in results):>7}"
+        + f"{percentile(during.turns_us, 0.99):>10.0f}{max(during.turns_us, default=0.0):>11.0f}"
+        + f"  {mib:.1f} MiB sent; "
+        + (", ".join(f"{key} {value}" for key, value in outcome.items()) or "nothing")
     )
+
+
+def _costs(name: str, before: Cost, during: Cost) -> str:
+    p50 = f"{before.p50_ms:>6.2f} ->{during.p50_ms:>5.2f}"
+    p99 = f"{before.p99_ms:>7.2f} ->{during.p99_ms:>5.2f}"
+    more = f"{during.p99_ms / before.p99_ms - 1:>+6.0%}"
+    return f"{name:22}{p50}{p99}{more}{during.cpu:>6.0%}"
 
 
 if __name__ == "__main__":
