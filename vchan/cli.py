@@ -36,7 +36,7 @@ TIMEOUT_S_MAX: Final = 86400
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
-"""The request was refused, or the method raised."""
+"""The request was refused or not delivered, or the method raised."""
 EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
 """The daemon cannot be reached."""
@@ -46,8 +46,9 @@ EXIT_TIMEOUT: Final = 4
 _EPILOG = f"""\
 VM is a domain's UUID or name. A VALUE that is JSON is taken as such, anything else as text.
 
-exit status: {EXIT_OK} done; {EXIT_FAILED} refused or the method raised; {EXIT_USAGE} wrong
-arguments; {EXIT_UNREACHABLE} vchan-host cannot be reached; {EXIT_TIMEOUT} no answer in time
+exit status: {EXIT_OK} done; {EXIT_FAILED} refused, not delivered, or the method raised;
+{EXIT_USAGE} wrong arguments; {EXIT_UNREACHABLE} vchan-host cannot be reached;
+{EXIT_TIMEOUT} no answer in time: the method may have run
 """
 
 
@@ -194,7 +195,21 @@ def _list(client: Client, options: argparse.Namespace) -> None:
         print(line.format(*fields).rstrip())
 
 
+def _say_if_away(client: Client, options: argparse.Namespace) -> None:
+    """That it may take its time, and why, before it does."""
+    try:
+        status = client.call(HOST_TOPIC, "status", {"vm": options.vm}, timeout_s=options.timeout)
+    except RemoteError:  # the name of no VM: of a program's server, or of nothing
+        return
+    state = status.get("state", "none")
+    if state not in ("ready", "none"):  # who has no channel is refused at once
+        why = ": ".join(filter(None, (state, status.get("problem"))))
+        text = f"{options.vm} is {why}; waiting for it, {options.timeout:g} s at most"
+        print(f"vchan: {_printable(text)}", file=sys.stderr)
+
+
 def _ping(client: Client, options: argparse.Namespace) -> None:
+    _say_if_away(client, options)
     for number in range(options.count):
         start = time.perf_counter()
         client.call("vchan.guest", "ping", server=options.vm, timeout_s=options.timeout)
@@ -207,6 +222,7 @@ def _ping(client: Client, options: argparse.Namespace) -> None:
 
 def _request(client: Client, options: argparse.Namespace) -> None:
     arguments = parse_values(options.args)
+    _say_if_away(client, options)
     names = {
         "server": options.vm,
         "timeout_s": options.timeout,

@@ -98,6 +98,9 @@ TIMEOUT_S: Final = 60.0
 OPEN_CALLS_MAX: Final = 1024
 """Requests of one client that wait for an answer."""
 RECONNECT_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+GRACE_S: Final = 0.5
+"""When a request's time is over the daemon's word is waited for so long: it knows whether the
+request was delivered, and so may have run."""
 ACK_LOOK_S: Final = 0.005
 """How often `when_acknowledged` looks: an acknowledgement comes after 20 ms at the latest."""
 
@@ -146,7 +149,7 @@ class Connection:
         self.servers: tuple[Topic, ...] = ()
         self.daemon_topics: tuple[Topic, ...] = ()
         """What the daemon says that it serves itself: a host's names "vchan.host"."""
-        self.requester = Requester(self._send)
+        self.requester = Requester(self._send, grace_s=GRACE_S)
         self.responder = Responder(self._send)
 
     # ---------------------------------------------------------------- connecting

@@ -99,9 +99,11 @@ class HandedBack(NamedTuple):
 
 
 class Overdue(NamedTuple):
-    """Its time is up. The responder has been told to drop it."""
+    """Its time is up. The responder has been told to drop it; or, if it was not sent, never gets
+    it."""
 
     id: bytes
+    was_sent: bool = True
 
 
 Outcome = Taken | Answered | Heartbeat | HandedBack | Overdue
@@ -158,15 +160,19 @@ class Requester:
 
     Args:
         send: Queues a message to the peer.
+        grace_s: Our deadlines come so much later than those that the peer is told: it knows better
+            what became of a request.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, *, grace_s: float = 0.0) -> None:
         self._send = send
+        self._grace_s = grace_s
         self._open: dict[bytes, _Outstanding] = {}
         self._deadlines = _Deadlines()
         self._untaken: list[bytes] = []  # too large for the peer we have now
         self._untaken_s = 0.0
         self.connected = False
+        self._holds = False  # the peer cannot be reached for now
         self.unmatched = 0  # answers to nothing we asked
 
     def __len__(self) -> int:
@@ -186,19 +192,28 @@ class Requester:
         back by the next `handle_timeout`, which is due at once.
         """
         self.connected = True
+        self._holds = False
         for item in self._open.values():
             if item.sent:
                 item.request = item.request._replace(flags=item.request.flags | REDELIVERED)
-            request = item.request
-            if item.deadline_s is not None:
-                left_ms = max(1, int((item.deadline_s - now_s) * 1000))
-                request = request._replace(timeout_ms=left_ms)
-            try:
-                self._transmit(item, request)
-            except LimitExceeded as error:
-                item.problem = str(error)
-                self._untaken.append(request.id)
-                self._untaken_s = now_s
+            self._transmit_late(item, now_s)
+
+    def hold(self) -> None:
+        """The peer cannot be reached for now: what is submitted from here on is not sent, and so
+        known not to have run, until `resume` or `opened`."""
+        self._holds = True
+
+    def resume(self, now_s: float) -> None:
+        """The session goes on: send what was held."""
+        if self._holds and self.connected:
+            self._holds = False
+            for item in self._open.values():
+                if not item.sent:
+                    self._transmit_late(item, now_s)
+
+    def has_sent(self, request_id: bytes) -> bool:
+        """Whether the peer may have had a request that is open."""
+        return self._open[request_id].sent
 
     def submit(self, request: Request, now_s: float) -> None:
         """Send a request and hold it until it is over.
@@ -211,11 +226,23 @@ class Requester:
         assert request.id not in self._open
         deadline_s = now_s + request.timeout_ms / 1000 if request.timeout_ms else None
         item = _Outstanding(request, deadline_s)
-        if self.connected:
+        if self.connected and not self._holds:
             self._transmit(item, request)
         self._open[request.id] = item
         if deadline_s is not None:
-            self._deadlines.add(deadline_s, request.id)
+            self._deadlines.add(deadline_s + self._grace_s, request.id)
+
+    def _transmit_late(self, item: _Outstanding, now_s: float) -> None:
+        request = item.request
+        if item.deadline_s is not None:
+            left_ms = max(1, int((item.deadline_s - now_s) * 1000))
+            request = request._replace(timeout_ms=left_ms)
+        try:
+            self._transmit(item, request)
+        except LimitExceeded as error:
+            item.problem = str(error)
+            self._untaken.append(request.id)
+            self._untaken_s = now_s
 
     def _transmit(self, item: _Outstanding, request: Request) -> None:
         self._send(encode_request(request), item.stream)
@@ -258,7 +285,7 @@ class Requester:
     def cancel(self, request_id: bytes) -> None:
         """Nobody waits for it any more: forget it, and tell the peer to drop it."""
         item = self._close(request_id)
-        if item is not None and self.connected:
+        if item is not None and item.sent and self.connected:
             self._send(encode(Cancel(request_id)), item.stream)
 
     def forget(self, request_id: bytes) -> Request | None:
@@ -286,8 +313,9 @@ class Requester:
                 self._close(request_id)
                 outcomes.append(HandedBack(request_id, REFUSED, item.problem))
         for request_id in self._deadlines.due(now_s):
+            was_sent = self.has_sent(request_id)
             self.cancel(request_id)
-            outcomes.append(Overdue(request_id))
+            outcomes.append(Overdue(request_id, was_sent))
         return outcomes
 
 
@@ -329,6 +357,8 @@ class Responder:
         send: Queues a message to the peer.
         requests_max: Open requests; more are returned as BUSY.
         records_max: Ids remembered after they are over.
+        grace_s: Deadlines come so much later here than with who works on a request: it says what
+            became of it.
     """
 
     def __init__(
@@ -337,8 +367,10 @@ class Responder:
         *,
         requests_max: int = REQUESTS_MAX,
         records_max: int = RECORDS_MAX,
+        grace_s: float = 0.0,
     ) -> None:
         self._send = send
+        self._grace_s = grace_s
         self._requests_max = requests_max
         self._records_max = records_max
         self._running: dict[bytes, _Record] = {}
@@ -401,7 +433,7 @@ class Responder:
             self._send(encode(Returned(request_id, BUSY, text)), CONTROL)
             return []
         if request.timeout_ms:
-            self._deadlines.add(now_s + request.timeout_ms / 1000, request_id)
+            self._deadlines.add(now_s + request.timeout_ms / 1000 + self._grace_s, request_id)
         self._running[request_id] = _Record(request.flags & CALL != 0, now_s)
         return [_new_tuple(Deliver, (request,))]
 

@@ -157,8 +157,8 @@ BUGS: Final = (
         "a new session repeats nothing",
         Patch(
             _EXCHANGE,
-            "        self.connected = True\n        for item in self._open.values():\n",
-            "        self.connected = True\n        for item in ():\n",
+            "        self._holds = False\n        for item in self._open.values():\n",
+            "        self._holds = False\n        for item in ():\n",
         ),
         Simulation(0, 60, "guest_daemon_restarts_under_load"),
     ),
@@ -177,8 +177,9 @@ BUGS: Final = (
         Patch(
             _EXCHANGE,
             "        for request_id in self._deadlines.due(now_s):\n"
+            "            was_sent = self.has_sent(request_id)\n"
             "            self.cancel(request_id)\n"
-            "            outcomes.append(Overdue(request_id))\n",
+            "            outcomes.append(Overdue(request_id, was_sent))\n",
             "        self._deadlines.due(now_s)\n",
         ),
         Simulation(0),

@@ -375,6 +375,67 @@ def test_overdue_by_the_time_it_is_sent_is_one_millisecond() -> None:
     assert isinstance(delivery, Deliver) and delivery.request.timeout_ms == 1
 
 
+def test_what_is_held_is_not_sent_until_the_session_goes_on() -> None:
+    line = Line()
+    line.requester.submit(call(1), line.now_s)
+    line.requester.hold()
+    line.requester.submit(call(2, timeout_s=10), line.now_s)
+    line.requester.submit(call(3), line.now_s)
+    line.requester.cancel(number(3))  # the peer never hears of it
+    line.now_s += 4
+    line.requester.resume(line.now_s)
+    line.requester.resume(line.now_s)
+    line.requester.submit(call(4), line.now_s)
+    arrived = [item.request for item in line.forth() if isinstance(item, Deliver)]
+    assert [(each.id, each.timeout_ms) for each in arrived] == [
+        (number(1), 0),
+        (number(2), 6000),
+        (number(4), 0),
+    ]
+    assert not any(each.flags & REDELIVERED for each in arrived)
+    assert len(line.deliveries) == 3
+
+
+def test_what_is_held_goes_to_a_new_session_as_it_is() -> None:
+    line = Line()
+    line.requester.submit(call(1), line.now_s)
+    line.requester.hold()
+    line.requester.submit(call(2), line.now_s)
+    line.to_responder.clear()
+    line.requester.opened(line.now_s)
+    flags = [item.request.flags & REDELIVERED for item in line.forth() if isinstance(item, Deliver)]
+    assert flags == [REDELIVERED, 0]
+
+
+def test_who_waited_is_told_whether_it_was_sent() -> None:
+    """What was not can never run: the peer hears nothing of it."""
+    line = Line()
+    line.requester.submit(call(1, timeout_s=5), line.now_s)
+    line.requester.hold()
+    line.requester.submit(call(2, timeout_s=5), line.now_s)
+    line.wait(5)
+    assert line.outcomes == [Overdue(number(1)), Overdue(number(2), was_sent=False)]
+    line.requester.resume(line.now_s)
+    line.forth()
+    assert [item.request.id for item in line.deliveries if isinstance(item, Deliver)] == [number(1)]
+
+
+def test_the_peers_word_is_waited_for_when_the_time_is_up() -> None:
+    line = Line()
+    line.requester._grace_s, line.responder._grace_s = 0.5, 0.25
+    line.requester.submit(call(1, timeout_s=10), line.now_s)
+    (delivery,) = line.forth()
+    assert isinstance(delivery, Deliver) and delivery.request.timeout_ms == 10_000
+    line.wait(10.2)
+    assert not line.outcomes
+    line.responder.give_back(number(1), NO_AGENT, "not delivered")
+    assert line.back() == [HandedBack(number(1), NO_AGENT, "not delivered")]
+    line.requester.submit(call(2, timeout_s=10), line.now_s)
+    line.forth()
+    line.wait(10.5)
+    assert line.outcomes[-1] == Overdue(number(2))
+
+
 def test_an_id_used_again_has_its_own_deadline() -> None:
     """Given back, and submitted again with more time: the first deadline must not end it."""
     line = Line()

@@ -773,6 +773,24 @@ def test_summary(rig: Rig) -> None:
     assert (summary["topics"], summary["denied_topics"]) == (["nova/a", "nova/b"], [])
 
 
+# -------------------------------------------------------------------- a guest that is away
+
+
+def test_what_comes_while_the_guest_cannot_be_reached_is_sent_when_it_can(rig: Rig) -> None:
+    rig.relay.disconnected()
+    late = rig.local(1, timeout_ms=2000)
+    rig.wait(1)
+    told = rig.local(2, timeout_ms=2000)
+    rig.deliver("t1", cast(3))
+    rig.wait(1)
+    assert late == [Overdue(identity(1), was_sent=False)]
+    assert not any(isinstance(message, Request) for message in rig.said())
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    assert [message.id for message in rig.said()] == [identity(2), identity(3)]
+    rig.guest(Reply(identity(2), FINAL, b"1"))
+    assert told == [Answered(identity(2), False, b"1")]
+
+
 # -------------------------------------------------------------------- a VM that is mute
 
 
@@ -807,6 +825,19 @@ def test_casts_to_a_mute_vm_are_over_when_its_session_has_them() -> None:
     rig.relay.received_all(rig.now_s)
     assert rig.broker.take() == [("ack", "t1")]
     assert not rig.relay.waits_for_reception
+
+
+def test_what_a_mute_vm_was_not_sent_is_not_over() -> None:
+    """Its session may have received all that it was given, and not have been given this."""
+    rig = Rig()
+    mute(rig)
+    rig.relay.disconnected()
+    told = rig.local(flags=0)
+    rig.relay.received_all(rig.now_s)
+    assert told == []
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    rig.relay.received_all(rig.now_s)
+    assert told == [Taken(identity(1))]
 
 
 def test_calls_to_a_mute_vm_are_refused_unasked() -> None:

@@ -47,6 +47,8 @@ LOG_PERIOD_S: Final = 10.0
 """What one VM may have logged, with no word of it lost while it behaves."""
 RECEPTION_S: Final = 0.05
 """How often it is looked whether a mute guest has received everything."""
+NOBODY_ANSWERS: Final = "nobody answers: is vchan-guest installed and running in the VM?"
+"""Of a channel that is connected: or the VM is still booting, or QEMU lets another program in."""
 ABSENT_S: Final = 60.0
 """A guest that has been away so long leaves its requests to the broker."""
 
@@ -138,6 +140,7 @@ class Channel:
         self._cures = 0
         self._cure_not_before_s = 0.0
         self._told = ""
+        self._trouble = ""  # why there is no link, or no session on it
         self._log_left = LOG_LINES
         self._log_period_s = 0.0  # when the next one begins
         self._reconnect_timer: Timer | None = None
@@ -211,9 +214,11 @@ class Channel:
         try:
             stream = self._end.open_stream(self._path)
         except LinkError as error:
+            self._trouble = str(error)
             self._tell(str(error))
             self._plan_reconnect()
             return
+        self._trouble = ""
         self._link = Link(
             self._loop,
             self._session,
@@ -232,6 +237,8 @@ class Channel:
 
     def _lost(self, reason: str) -> None:
         self._link = None
+        self._trouble = reason
+        self.relay.disconnected()
         self._tell(reason)
         if self._hushed:
             # The guest lives elsewhere by now: what it has not taken goes back at once.
@@ -253,6 +260,7 @@ class Channel:
         self._tell(f"silent for {silent_s:.0f} s: connecting anew")
         self._link.close()
         self._link = None
+        self.relay.disconnected()
         self._open()
 
     # ---------------------------------------------------------------- the session
@@ -273,6 +281,7 @@ class Channel:
                 self.set_timer()
             case Opened(peer, resumed):
                 self._attempts = self._cures = 0
+                self._trouble = ""
                 self._cancel_absence()
                 before = f", last with {peer.attached}" if peer.attached else ""
                 kind = "session resumed" if resumed else "new session"
@@ -295,7 +304,8 @@ class Channel:
                 self._tell(f"the guest broke the protocol: {reason}")
                 self._note_violation(reason, now_s)
             case Refused(reason, by_peer):
-                self._tell(f"refused {'by the guest' if by_peer else ''}: {reason}")
+                self._trouble = f"refused{' by the guest' if by_peer else ''}: {reason}"
+                self._tell(self._trouble)
 
     def _plan_absence(self) -> None:
         if self._absent_timer is None:
@@ -350,6 +360,7 @@ class Channel:
         self._tell_quarantine(reason)
         self._count_doubt()
         self.relay.suspend()
+        self.relay.disconnected()
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -369,7 +380,17 @@ class Channel:
 
     @property
     def problem(self) -> str:
-        """What the operator must know of, or ""."""
+        """Why it does not work, or ""."""
+        if self._quarantine_problem:
+            return self._quarantine_problem
+        if self._link is None:
+            return self._trouble or "no attempt to connect has ended yet"
+        if not self._speaks or self._hushed or self._session.state is State.OPEN:
+            return ""
+        return self._trouble or NOBODY_ANSWERS
+
+    @property
+    def _quarantine_problem(self) -> str:
         now_s = self._loop.time()
         until_s = self.guard.breaker.quarantined_until(now_s)
         if until_s is None:
@@ -416,7 +437,7 @@ class Channel:
     @property
     def state(self) -> str:
         """One word for `vchan list`."""
-        if self.problem:
+        if self._quarantine_problem:
             return "quarantined"
         if self._link is None:
             return "connecting"
@@ -443,7 +464,8 @@ class Channel:
         peer = self._session.peer
         return {
             "state": self.state,
-            "quarantine": self.problem or None,
+            "problem": self.problem or None,
+            "quarantine": self._quarantine_problem or None,
             "guest": peer.name if peer else None,
             "path": self._path,
             "unacknowledged_frames": self._session.unacknowledged,

@@ -22,7 +22,7 @@ from oslo_log import log as oslo_log
 
 from vchan import __version__
 from vchan.errors import ConfigError, LimitExceeded, LinkError, NoSuchDomain, Rejected
-from vchan.exchange import Outcome
+from vchan.exchange import HandedBack, Outcome, Overdue
 from vchan.host import broker_events, config, domains
 from vchan.host.authority import Authority, facts_of
 from vchan.host.broker import Broker
@@ -37,7 +37,7 @@ from vchan.host.leftovers import Leftovers
 from vchan.host.local import Answer, LocalService, failure, result
 from vchan.host.policy import Facts
 from vchan.loop import Loop, Timer
-from vchan.messages import Request, Topic
+from vchan.messages import NO_AGENT, Request, Topic
 from vchan.notify import ServiceManager
 from vchan.server import LocalServer
 
@@ -384,7 +384,9 @@ class Daemon:
     ) -> Callable[[], None]:
         """See `local.Guests`."""
         channel = self._channel_of(server)
-        channel.relay.submit_local(request, told, self.loop.time())
+        channel.relay.submit_local(
+            request, lambda outcome: told(_explained(outcome, channel)), self.loop.time()
+        )
         channel.set_timer()
         return lambda: channel.relay.cancel_local(request.id)
 
@@ -454,8 +456,8 @@ class Daemon:
                 "uuid": report.facts.uuid,
                 "name": report.facts.name,
                 "domain": report.facts.state.name.lower(),
-                "problem": report.problem,
                 **(channel.summary() if channel else {"state": "none"}),
+                "problem": report.problem or (channel.problem if channel else "") or None,
             }
         broker = self._broker_problem or "connected"
         libvirt = self._domains.hypervisor_problem or "connected"
@@ -497,6 +499,14 @@ class Daemon:
                 answer(*result(None))
             else:
                 answer(*failure(Rejected(problem)))
+
+
+def _explained(outcome: Outcome, channel: Channel) -> Outcome:
+    """What was never sent has not run: with why it was not."""
+    if not isinstance(outcome, Overdue) or outcome.was_sent:
+        return outcome
+    why = ": ".join(filter(None, (channel.state, channel.problem)))
+    return HandedBack(outcome.id, NO_AGENT, f"not delivered: VM {channel.name} is {why}")
 
 
 def _allow_many_files() -> None:

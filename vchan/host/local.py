@@ -67,6 +67,9 @@ PATIENCE_MS: Final = 60_000
 a VM without an agent is refused at once."""
 ADMIN_METHODS: Final = frozenset({"attach", "detach", "release"})
 """The daemon's own methods that change something for others."""
+GRACE_S: Final = 0.25
+"""When a request's time is over, who has it says what became of it; if that takes longer, nobody
+is told. Programs wait for it a little longer (`client.GRACE_S`)."""
 TICK_S: Final = 0.1
 """How late a request's time may run out here."""
 
@@ -168,7 +171,7 @@ class _Peer:
     def __init__(self, link: Link, who: Credentials) -> None:
         self.link = link
         self.who = who
-        self.responder = Responder(link.send)
+        self.responder = Responder(link.send, grace_s=GRACE_S)
         self.cancels: dict[bytes, Callable[[], None]] = {}
         self.sent: set[bytes] = set()  # of these, what goes on without who sent it
 
@@ -378,8 +381,10 @@ class LocalService:
                 self._answer(peer, request_id, failed, body)
             case HandedBack(request_id, reason, text):
                 responder.give_back(request_id, reason, text)
+            case Overdue(request_id, was_sent=True):
+                responder.give_back(request_id, EXPIRED, "no answer in time")
             case Overdue(request_id):
-                responder.give_back(request_id, EXPIRED, "no answer from the guest in time")
+                responder.give_back(request_id, NO_AGENT, "not delivered in time")
             case Heartbeat(request_id):
                 responder.heartbeat(request_id, now_s)
 

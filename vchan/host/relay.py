@@ -209,10 +209,17 @@ class Relay:
         self._mute = self._gate.is_mute
         if not resumed:
             self._requester.opened(now_s)
-        elif was_suspended:
-            self._consume_in_time(now_s)
+        else:
+            self._requester.resume(now_s)
+            if was_suspended:
+                self._consume_in_time(now_s)
         if self._mute:
             self._subscribe(sorted(self._gate.given_topics), now_s)
+
+    def disconnected(self) -> None:
+        """The guest cannot be reached until `opened`. What comes for it meanwhile is not sent, and
+        so known not to have run if its time runs out."""
+        self._requester.hold()
 
     def policy_changed(self, now_s: float) -> None:
         """Other topics may be allowed now."""
@@ -526,7 +533,7 @@ class Relay:
         """The guest has acknowledged every frame: that is all a mute VM says of its casts."""
         if self._mute:
             for request_id, entry in list(self._entries.items()):
-                if entry.reply is None:
+                if entry.reply is None and self._requester.has_sent(request_id):
                     self._requester.forget(request_id)
                     self._settle_outcome(Taken(request_id), now_s)
 

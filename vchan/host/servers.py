@@ -83,6 +83,7 @@ class _Served:
         "address",
         "deadline_s",
         "give_up_s",
+        "given",
         "in_line",
         "not_before_s",
         "owners",
@@ -97,6 +98,7 @@ class _Served:
         self.told = told
         self.deadline_s = now_s + request.timeout_ms / 1000 if request.timeout_ms else math.inf
         self.owners: set[int] = set()
+        self.given = False  # to any of them, ever
         self.taken = False  # by one of them; a fanout has several
         # While it waits:
         self.not_before_s = now_s
@@ -211,6 +213,7 @@ class Servers:
     def _submit(self, served: _Served, keys: tuple[int, ...], now_s: float) -> None:
         request = served.remaining(now_s)
         served.owners.update(keys)
+        served.given = True
         for key in keys:
             try:
                 self._servers[key].requester.submit(request, now_s)
@@ -346,7 +349,7 @@ class Servers:
     def _look_at(self, served: _Served, lines: set[Topic], now_s: float) -> None:
         request_id, address = served.request.id, served.address
         if now_s >= served.deadline_s:
-            self._finish(served, Overdue(request_id))
+            self._finish(served, Overdue(request_id, served.given))
         elif now_s < served.not_before_s or (served.in_line and address in lines):
             if served.in_line:
                 lines.add(address)
