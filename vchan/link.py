@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from vchan.frames import FRAME_BYTES_MAX
+from vchan.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES
 from vchan.loop import Loop, Timer
-from vchan.session import WRITE_BYTES_MAX, Event, Session, State
+from vchan.session import WRITE_BYTES_MAX, WRITE_FRAMES_MAX, Event, Session, State
 from vchan.streams import Stream, hangup_watch
 
 TURN_BYTES: Final = 64 * 1024
@@ -22,6 +22,8 @@ handled: what a hostile guest writes would cost up to 30 ms for a read."""
 SLICE_BYTES: Final = 512
 """Handled before a metered peer's time is looked at, unless one frame has more: what costs most has
 the smallest frames."""
+TURN_FRAMES: Final = 32
+"""Written to a metered peer in a row: it may have let thousands of answers wait for it."""
 LAST_READS_MAX: Final = 64
 """Turns of reading what the other end wrote before it went."""
 STALL_S: Final = 15.0
@@ -69,6 +71,10 @@ class Link:
         self._on_down = on_down
         self._out = b""  # taken from the session, not yet by the stream
         self._meter = meter
+        self._frames_max = WRITE_FRAMES_MAX if meter is None else TURN_FRAMES
+        self._short_bytes = min(  # what is no longer had room for another frame
+            WRITE_BYTES_MAX - FRAME_BYTES_MAX, self._frames_max * OVERHEAD_BYTES
+        )
         self._unread = b""  # taken from the stream of a metered peer, and handled up to ...
         self._unread_at = 0
         self._turn_planned = False
@@ -76,6 +82,7 @@ class Link:
         self._pause_timer: Timer | None = None
         self._may_write = not silent
         self._write_problem = ""
+        self._last_reads = LAST_READS_MAX  # left, when it has one
         self._flush_planned = False
         self._waits_to_write = False
         self._stalled_s: float | None = None
@@ -121,8 +128,7 @@ class Link:
         """
         self.session.send(message, stream)
         if not self._flush_planned:
-            self._flush_planned = True
-            self._loop.call_soon(self._planned_flush)
+            self._plan_flush()
 
     def close(self) -> None:
         """Close the stream. The session goes on; `on_down` is not called."""
@@ -295,6 +301,10 @@ class Link:
 
     # ---------------------------------------------------------------- writing
 
+    def _plan_flush(self) -> None:
+        self._flush_planned = True
+        self._loop.call_soon(self._planned_flush)
+
     def _planned_flush(self) -> None:
         self._flush_planned = False
         if not self._down:
@@ -313,11 +323,10 @@ class Link:
         is_last = False
         while True:
             if not data:
-                data = b"" if is_last else self.session.data_to_send()
+                data = b"" if is_last else self.session.data_to_send(frames_max=self._frames_max)
                 if not data:
                     break
-                # There is no more when another frame would have found room.
-                is_last = len(data) <= WRITE_BYTES_MAX - FRAME_BYTES_MAX
+                is_last = len(data) <= self._short_bytes
             try:
                 taken = self.stream.write(data)
             except BlockingIOError:
@@ -330,15 +339,22 @@ class Link:
                 return
             self._stalled_s = None
             data = data[taken:]
+            if self._meter is not None and not data and not is_last:
+                self._plan_flush()
+                break
         self._out = b""
 
     def _end_after_reading(self) -> None:
         """What the other end wrote before it went may still be read: a receipt, perhaps."""
-        for _ in range(LAST_READS_MAX):
-            if self._is_over():
-                return
-            self._read()
-        if not self._is_over():
+        if self._is_over():
+            return
+        self._last_reads -= not self._unread
+        self._read()
+        if self._is_over():
+            return
+        if self._last_reads:
+            self._loop.call_soon(self._end_after_reading)
+        else:
             self._fail(self._write_problem)
 
     def _wait_to_write(self) -> None:

@@ -33,6 +33,7 @@ from vchan.frames import (
 from vchan.session import (
     CONTROL,
     WRITE_BYTES_MAX,
+    WRITE_FRAMES_MAX,
     Config,
     Event,
     Lost,
@@ -97,7 +98,9 @@ class Writer(Session):
         self._queued_bytes += len(message)
         self.counters.messages_sent += 1
 
-    def data_to_send(self, limit: int = WRITE_BYTES_MAX) -> bytes:
+    def data_to_send(
+        self, limit: int = WRITE_BYTES_MAX, frames_max: int = WRITE_FRAMES_MAX
+    ) -> bytes:
         """The next bytes for the pipe; those before have been written."""
         parts = []
         if self._dues:
@@ -107,7 +110,7 @@ class Writer(Session):
             return b"".join(parts)
         self._handed, self._handed_frames = b"", 0
         size = 0
-        while self._queue and size <= limit - FRAME_BYTES_MAX:
+        while self._queue and size <= limit - FRAME_BYTES_MAX and len(parts) < frames_max:
             parts.append(self._next_frame())
             size += len(parts[-1])
         self._handed, self._handed_frames = b"".join(parts), len(parts)
@@ -200,7 +203,11 @@ class Reader(Session):
         if message[:1] == bytes((layout.MESSAGE_REQUEST,)):
             raise LimitExceeded("requests out of a guest whose channel goes one way", 1, 0, "pipe")
 
-    def data_to_send(self, limit: int = WRITE_BYTES_MAX) -> bytes:  # noqa: ARG002 - Session's
+    def data_to_send(
+        self,
+        limit: int = WRITE_BYTES_MAX,  # noqa: ARG002 - Session's
+        frames_max: int = WRITE_FRAMES_MAX,  # noqa: ARG002 - Session's
+    ) -> bytes:
         """Nothing goes this way."""
         return b""
 

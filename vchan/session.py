@@ -72,6 +72,8 @@ BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Over this much unsent, a host grants no more credit: who does not read, may not write."""
 WRITE_BYTES_MAX: Final = 32 * 1024
 """What one virtio-console write takes."""
+WRITE_FRAMES_MAX: Final = WRITE_BYTES_MAX // OVERHEAD_BYTES
+"""More do not fit."""
 
 ACK_DELAY_S: Final = 0.02
 """A frame is acknowledged by the next frame that goes its sender's way, or after this."""
@@ -464,20 +466,23 @@ class Session:
         if not outgoing.ring:
             self._join_ring(stream, outgoing)
 
-    def data_to_send(self, limit: int = WRITE_BYTES_MAX) -> bytes:
+    def data_to_send(
+        self, limit: int = WRITE_BYTES_MAX, frames_max: int = WRITE_FRAMES_MAX
+    ) -> bytes:
         """The next bytes for the stream: whole frames, at most `limit` bytes.
 
         Call it when the stream takes bytes, until it returns none.
 
         Args:
             limit: At least two frames' worth, so that a flush, a HELLO and a frame all pass.
+            frames_max: So many frames at most.
         """
         parts = self._control_frames() if self._dues else []
         if self.state is not _OPEN:
             return b"".join(parts)
         room = limit - sum(map(len, parts)) if parts else limit
         carried = False  # an acknowledgement, as every DATA frame does
-        while self._backlog or self._cursor < self._tail:
+        while (self._backlog or self._cursor < self._tail) and len(parts) < frames_max:
             frame = self._next_data_frame(room)
             if not frame:
                 break

@@ -196,17 +196,27 @@ class Process:
         self.files.clear()
 
 
+LOOK_S = 0.00006
+"""Spent from one look to the next."""
+
+
 class SimLoop:
     """`vchan.loop.Loop` as far as the code under test uses it."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
         self.soon: deque[Callable[[], object]] = deque()
+        self._spent_s = 0.0
         self._world = process.world
 
     def time(self) -> float:
         """See Loop."""
         return self.process.machine.time()
+
+    def spent(self) -> float:
+        """See Loop. Something is spent from one look to the next, so that turns end early."""
+        self._spent_s += LOOK_S
+        return self._spent_s
 
     def call_soon(self, callback: Callable[[], object]) -> None:
         """See Loop."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 
 from vchan import link as link_module
+from vchan.frames import OVERHEAD_BYTES
 from vchan.link import Link
 from vchan.loop import Loop
 from vchan.session import Config, Event, Opened, Received, Role, Session, State
@@ -255,6 +256,28 @@ def test_what_was_not_handled_when_a_metered_link_is_closed_comes_again(both: Bo
     both.connect()
     both.until(lambda: both.host.received() == messages)
     assert both.host.opened() == [False, True]
+
+
+def test_a_metered_peer_is_written_no_more_than_its_share_of_a_turn(both: Both) -> None:
+    Spending(both)
+    both.open()
+    both.for_s(0.1)  # what belongs to the handshake
+    wrote: list[int] = []
+    stream = both.host.link.stream
+    write = stream.write
+
+    def noted(data: bytes) -> int:
+        wrote.append(len(data))
+        return write(data)
+
+    stream.write = noted  # type: ignore[method-assign]
+    messages = [bytes([number % 256]) for number in range(1, 1000)]
+    for message in messages:
+        both.host.link.send(message, 1)
+    both.loop.run_once(0)
+    assert len(wrote) == 1
+    both.until(lambda: both.guest.received() == messages)
+    assert max(wrote) <= link_module.TURN_FRAMES * (OVERHEAD_BYTES + 1)
 
 
 def test_a_metered_link_that_is_closed_stays_closed(both: Both) -> None:
