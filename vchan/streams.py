@@ -24,6 +24,9 @@ READ_BYTES = 64 * 1024
 """One read. More makes CPython map and unmap memory each time."""
 PORT_READ_BYTES = 4096
 """What one virtio-console read gives at most."""
+RUNTIME_DIRECTORY = "/run/vchan"
+"""The one directory that is made for a socket, because /run is empty at boot. Any other that is
+missing is a mistake in a path."""
 SEND_BUFFER_BYTES = 128 * 1024
 """What the kernel may hold of ours before the peer (QEMU) reads it: what a migration loses."""
 
@@ -106,9 +109,10 @@ def listen_unix(path: str, mode: int) -> socket.socket:
         PortBusy: Somebody is listening there.
         PortDenied: Permissions.
         NotAPort: Something else has that name.
-        PortAbsent: The directory does not exist.
+        PortAbsent: The directory does not exist, and is not RUNTIME_DIRECTORY.
         LinkError: Anything else.
     """
+    directory = os.path.dirname(path)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     server.setblocking(False)
     try:
@@ -121,13 +125,19 @@ def listen_unix(path: str, mode: int) -> socket.socket:
         _remove_dead_socket(path)
         mask = os.umask(0o777 & ~mode)
         try:
-            _make_directory(os.path.dirname(path))
+            if directory == RUNTIME_DIRECTORY:
+                _make_directory(directory)
             server.bind(path)
         finally:
             os.umask(mask)
         server.listen(128)
     except OSError as error:
         server.close()
+        if not os.path.isdir(directory) and isinstance(
+            error, FileNotFoundError | NotADirectoryError
+        ):
+            problem = f"{directory} is no directory: make it, or configure another path"
+            raise PortAbsent(path, problem) from error
         raise explain(path, error, "directory") from error
     except LinkError:
         server.close()
@@ -179,7 +189,7 @@ def _remove_dead_socket(path: str) -> None:
 
 
 def _make_directory(path: str) -> None:
-    """Make the socket's own directory, as /run is empty at boot; not those above it."""
+    """Make a directory that anybody may enter; not those above it."""
     try:
         os.mkdir(path)
         os.chmod(path, 0o755)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vchan import streams
 from vchan.errors import LinkError, NotAPort, PortAbsent, PortBusy, PortDenied
 from vchan.streams import connect_unix, listen_unix, open_port
 
@@ -105,8 +106,11 @@ def test_a_path_that_is_too_long(directory: Path) -> None:
 # --- listening
 
 
-def test_the_socket_has_its_permissions_and_a_directory_anybody_enters(directory: Path) -> None:
+def test_the_socket_has_its_permissions_and_a_directory_anybody_enters(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = directory / "made" / "s"
+    monkeypatch.setattr(streams, "RUNTIME_DIRECTORY", str(path.parent))
     with listen_unix(str(path), 0o620):
         assert stat.S_IMODE(path.stat().st_mode) == 0o620
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
@@ -138,11 +142,16 @@ def test_what_is_no_socket_is_not_removed(directory: Path) -> None:
     assert path.read_text() == "data"
 
 
-def test_a_directory_that_does_not_exist(directory: Path) -> None:
-    path = directory / "no" / "where" / "s"
-    with pytest.raises(PortAbsent) as caught:
+@pytest.mark.parametrize("name", ["no/s", "no/where/s", "file/s"])
+def test_a_directory_that_does_not_exist_is_not_made(directory: Path, name: str) -> None:
+    """The path may be mistyped."""
+    (directory / "file").touch()
+    path = directory / name
+    problem = f"{path.parent} is no directory: make it, or configure another path"
+    with pytest.raises(PortAbsent, match=problem) as caught:
         listen_unix(str(path), 0o660)
     one_line(caught.value, path)
+    assert [each.name for each in directory.iterdir()] == ["file"]
 
 
 # --- ports
