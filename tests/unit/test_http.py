@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -631,8 +632,15 @@ def start_http(directory: Path, *options: str) -> Program:
     return program
 
 
+def write_token(directory: Path, text: str, mode: int = 0o640) -> str:
+    path = directory / "token"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
 def test_a_token_is_asked_for(directory: Path) -> None:
-    (directory / "token").write_text(TOKEN + "\n")
+    write_token(directory, TOKEN + "\n")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     listen = ("--listen", f"tcp:127.0.0.1:{port}")
@@ -683,7 +691,7 @@ sys.exit(0 if s.recv(12).split()[1] == sys.argv[2].encode() else 1)
 
 def test_options(directory: Path) -> None:
     assert parse_options(["--config", "/dev/null"]) == Options()
-    (directory / "token").write_text(TOKEN)
+    write_token(directory, TOKEN)
     (directory / "http.conf").write_text(
         "# comment\nlisten = tcp:[::1]:8000\nquiet = yes\n"
         f"token-file = {directory}/token\nallow-uids = 1, 2 # both\n"
@@ -704,7 +712,6 @@ def test_options(directory: Path) -> None:
         (["--listen", "unix:x"], "expected unix:/PATH or tcp"),
         (["--socket-mode", "9"], "is no octal mode"),
         (["--token-file", "/nowhere"], "cannot be read"),
-        (["--token-file", "/dev/null"], "expected one token of 16 to 512"),
         (["--allow-uids", "root"], "expected numbers of users"),
         (["--agent-socket", "x"], "is no absolute path"),
         (["--dance"], "is no option: see vchan-http --help"),
@@ -716,6 +723,34 @@ def test_options(directory: Path) -> None:
 def test_wrong_options(words: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match=text.replace("[", r"\[")):
         parse_options(words)
+
+
+@pytest.mark.parametrize("text", ["", "short", "two words of many letters", "x" * 513, "\t" * 20])
+def test_a_token_that_is_none(directory: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="expected one token of 16 to 512"):
+        parse_options(["--token-file", write_token(directory, text)])
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640, 0o440])
+def test_a_token_that_is_a_secret(directory: Path, mode: int) -> None:
+    assert parse_options(["--token-file", write_token(directory, TOKEN, mode)]).token == TOKEN
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o642, 0o660, 0o666])
+def test_a_token_that_others_can_read_or_choose_is_refused(directory: Path, mode: int) -> None:
+    path = write_token(directory, TOKEN, mode)
+    with pytest.raises(ConfigError, match=r"others can read or change it .*chmod 0640 it") as told:
+        parse_options(["--token-file", path])
+    assert f"mode {mode:04o}" in str(told.value)
+    assert TOKEN not in str(told.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_token_of_somebody_else_is_refused(directory: Path) -> None:
+    path = write_token(directory, TOKEN, 0o600)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(ConfigError, match=r"uid 65534.*chown root"):
+        parse_options(["--token-file", path])
 
 
 def test_a_wrong_line_of_a_file_is_named(directory: Path) -> None:

@@ -84,7 +84,8 @@ usage: vchan-http [--config FILE] [--listen unix:PATH | tcp:127.0.0.1:PORT] [--s
   --listen ADDRESS     where programs connect [{DEFAULT_LISTEN}]
   --socket-mode MODE   permissions of the unix socket, octal [0660]
   --token-file FILE    who connects must send the token in FILE: "Authorization: Bearer TOKEN".
-                       Must be given with tcp, where anybody on this machine can connect
+                       Must be given with tcp, where anybody on this machine can connect.
+                       Others than its owner and group must not be able to read FILE
   --allow-uids UID,... users who may use the unix socket, besides root and who runs this
                        [all whom its permissions let]
   --agent-socket PATH  of vchan-guest [{AGENT_SOCKET}]
@@ -156,11 +157,21 @@ def _tcp_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port) if is_port else 0
 
 
+def _require_secret(fd: int, given: Given) -> None:
+    """That its owner and group alone can read it, and its owner alone change it."""
+    found = os.fstat(fd)
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o026:
+        owner = f"uid {found.st_uid}, mode {found.st_mode & 0o7777:04o}"
+        problem = f"others can read or change it ({owner})"
+        raise given.wrong(f"{problem}: chown root and chmod 0640 it, or 0600")
+
+
 def _read_token(given: Given) -> str:
     if not given.value:
         return ""
     try:
         with open(given.value, encoding="ascii") as file:
+            _require_secret(file.fileno(), given)
             token = file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise given.wrong(f"cannot be read: {error}") from error
