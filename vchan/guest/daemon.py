@@ -1,7 +1,6 @@
 """vchan-guest: the daemon inside the VM. Relays between the channel and local agents.
 
-Light on purpose: the standard library only, and of that what starts fast. Logs to standard error,
-with systemd's priorities in front of each line.
+Light on purpose: the standard library only, and of that what starts fast. Logs to standard error.
 """
 
 import gc
@@ -16,6 +15,7 @@ from vchan import __version__
 from vchan.access import Access, Credentials, make_access
 from vchan.errors import ConfigError, LinkError, PortAbsent
 from vchan.guest.allowed import DEFAULT_ALLOW, UNIT_METHODS, Allowed, running_directory
+from vchan.guest.journal import log
 from vchan.guest.port import DEFAULT_PORT, Port, goes_one_way, port_opener, session_maker
 from vchan.guest.router import Router
 from vchan.link import Link
@@ -442,15 +442,6 @@ class Daemon:
     def _log(self, priority: int, text: str) -> None:
         if priority < _INFO or not self._quiet:
             log(priority, text)
-
-
-def log(priority: int, text: str) -> None:
-    """One line to standard error, for the journal."""
-    line = "".join(c if c.isprintable() else "?" for c in text)
-    try:
-        os.write(2, f"<{priority}>{line}\n".encode("utf-8", "replace"))
-    except OSError:
-        pass  # nobody reads the log: that is no reason to stop serving
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from vchan.guest.http_wire import (
     encode_response,
     problem_body,
 )
+from vchan.guest.journal import log
 from vchan.guest.options import SWITCH, Given, read_options
 from vchan.loop import Loop, Timer
 from vchan.notify import ServiceManager
@@ -605,15 +606,6 @@ class Program:
     def _log(self, priority: int, text: str) -> None:
         if priority < _INFO or not self._quiet:
             log(priority, text)
-
-
-def log(priority: int, text: str) -> None:
-    """One line to standard error, for the journal."""
-    line = "".join(c if c.isprintable() else "?" for c in text)
-    try:
-        os.write(2, f"<{priority}>{line}\n".encode("utf-8", "replace"))
-    except OSError:
-        pass  # nobody reads the log: that is no reason to stop serving
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ from vchan.bodies import decode_json, encode_json
 from vchan.client import AGENT_SOCKET
 from vchan.errors import ConfigError, LinkError
 from vchan.guest.gateway import Done, Gateway, Problem
-from vchan.guest.http import EXIT_CONFIG, EXIT_SOCKET, GARBAGE_OBJECTS, log
+from vchan.guest.http import EXIT_CONFIG, EXIT_SOCKET, GARBAGE_OBJECTS
 from vchan.guest.http_wire import BODY_BYTES_MAX, problem_body
+from vchan.guest.journal import log
 from vchan.guest.options import SWITCH, read_options
 from vchan.loop import Loop
 from vchan.notify import ServiceManager
