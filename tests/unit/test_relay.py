@@ -22,6 +22,7 @@ from vchan.host.relay import (
     RETRY_S,
     SETTLE_S,
     SUBSCRIBE_S,
+    TOPICS_JUDGED_PER_S,
     TOPICS_SEEN_MAX,
     Relay,
 )
@@ -605,6 +606,77 @@ def test_a_vm_serves_as_many_topics_as_its_limit_says(rig: Rig) -> None:
     assert rig.relay.topics == {A, B}
     assert Topic("x", "over") in rig.relay.denied
     assert rig.relay.counters["topics_over_limit"] == 1
+
+
+def many(name: str) -> list[Topic]:
+    return [Topic("x", f"{name}{number:02}") for number in range(TOPICS_MAX)]
+
+
+class Judging:
+    """A gate that notes what it was asked."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.topics: list[Topic] = []
+        self._may_listen = rig.gate.may_listen
+        rig.gate.may_listen = self._note
+
+    def _note(self, topic: Topic) -> bool:
+        self.topics.append(topic)
+        return self._may_listen(topic)
+
+    def take(self) -> list[Topic]:
+        topics, self.topics = self.topics, []
+        return topics
+
+
+def test_topics_are_judged_at_their_rate_and_the_last_word_counts() -> None:
+    rig = Rig()
+    judging = Judging(rig)
+    for number in range(100):
+        rig.subscribe(*many(f"a{number}-"))
+    judged = judging.take()
+    assert TOPICS_JUDGED_PER_S <= len(judged) <= TOPICS_JUDGED_PER_S + TOPICS_MAX
+    rig.wait(1.0)
+    rig.subscribe(*many("last"))
+    rig.wait(1.0)
+    assert judging.take()[-TOPICS_MAX:] == many("last")
+    assert rig.relay.denied | rig.relay.topics == set(many("last"))
+    rig.wait(60.0)
+    assert judging.take() == []
+    began_s = rig.now_s
+    for number in range(1000):
+        rig.subscribe(*many(f"b{number}-"))
+        rig.wait(0.01)
+    most = TOPICS_JUDGED_PER_S * (1 + rig.now_s - began_s) + TOPICS_MAX
+    assert len(judging.take()) <= most
+
+
+def test_a_topic_that_stays_is_not_judged_again_until_something_changes(rig: Rig) -> None:
+    judging = Judging(rig)
+    rig.subscribe(A, B)
+    rig.subscribe(A, B, FORBIDDEN)
+    assert judging.take() == [FORBIDDEN]
+    rig.subscribe(A, FORBIDDEN)
+    assert judging.take() == []
+    rig.subscribe(A, B, FORBIDDEN)
+    assert judging.take() == [B]  # it was gone
+    rig.relay.policy_changed(rig.now_s)
+    assert sorted(judging.take()) == sorted([A, B, FORBIDDEN])
+    rig.relay.opened(resumed=False, now_s=rig.now_s)
+    rig.subscribe(A, B, FORBIDDEN)
+    assert judging.take() == [A, B, FORBIDDEN]
+
+
+def test_the_same_topics_again_cost_nothing_and_end_a_pause(rig: Rig) -> None:
+    rig.subscribe(A)
+    rig.now_s += SUBSCRIBE_S
+    judging = Judging(rig)
+    rig.deliver("t1", cast())
+    rig.guest(Returned(identity(1), NO_AGENT, "why"))
+    rig.broker.take()
+    rig.subscribe(A)
+    assert judging.take() == []
+    assert rig.broker.take() == [("consume", A)]
 
 
 def test_exceptions_of_modules_that_may_not_pass_are_text(rig: Rig) -> None:

@@ -18,7 +18,7 @@ Rules of this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from vchan.bodies import encode_failure
@@ -36,6 +36,7 @@ from vchan.exchange import (
 )
 from vchan.host.envelope import BrokerRequest, cut_context, encode_reply, request_body
 from vchan.host.gate import Gate
+from vchan.host.limits import TokenBucket
 from vchan.host.outbound import Offer, Outbound, Port
 from vchan.messages import (
     AGENT_GONE,
@@ -73,6 +74,9 @@ TOPICS_SEEN_MAX: Final = 256
 """Topics a VM's agents may ever serve: each leaves a queue with the broker."""
 SUBSCRIBE_S: Final = 1.0
 """A VM's consumers change this often at most: each change is work for the broker."""
+TOPICS_JUDGED_PER_S: Final = 256
+"""Topics judged at once, and then in a second: a guest may name others at will. Of what it says it
+serves meanwhile, the last counts, as soon as it can be judged."""
 
 DENIED_REPLY: Final = "the host's policy does not let this VM answer"
 
@@ -153,6 +157,11 @@ class Relay:
         self._requester = Requester(send)
         self._entries: dict[bytes, _Entry] = {}
         self._local_open = 0
+        self._named: tuple[Topic, ...] | None = None  # by the guest, last
+        self._verdicts: dict[Topic, bool] = {}  # of what it named when that was judged
+        self._judging = TokenBucket(TOPICS_JUDGED_PER_S, TOPICS_JUDGED_PER_S)
+        self._judge_not_before_s = 0.0
+        self._judge_at_s: float | None = None
         self._asked: frozenset[Topic] = frozenset()
         self._topics: frozenset[Topic] = frozenset()
         self._topics_seen: set[Topic] = set()
@@ -208,6 +217,8 @@ class Relay:
         self.outbound.opened(resumed=resumed, now_s=now_s, before=before)
         self._mute = self._gate.is_mute
         if not resumed:
+            self._named = None
+            self._verdicts.clear()
             self._requester.opened(now_s)
         else:
             self._requester.resume(now_s)
@@ -225,6 +236,7 @@ class Relay:
         """Other topics may be allowed now."""
         self._mute = self._gate.is_mute
         asked = sorted(self._gate.given_topics if self._mute else self._asked)
+        self._verdicts.clear()
         if asked or self._topics:
             self._subscribe(asked, now_s)
 
@@ -239,7 +251,11 @@ class Relay:
                 for outcome in self._requester.receive(message):
                     self._settle_outcome(outcome, now_s)
             case Subscribe(topics):
-                self._subscribe(topics, now_s)
+                if topics != self._named:
+                    self._named = topics
+                    self._judge_in_time(now_s)
+                elif self._judge_at_s is None:
+                    self._consume_in_time(now_s)
             case Request() | Cancel() | Settled():
                 self.outbound.receive(message, now_s)
             case BadMessage():
@@ -247,7 +263,23 @@ class Relay:
             case _:
                 self.counters["bad_messages"] += 1
 
-    def _subscribe(self, topics: Iterable[Topic], now_s: float) -> None:
+    def _judge_in_time(self, now_s: float) -> None:
+        """Judge what the guest named last, or as soon as it may have something judged again."""
+        if now_s < self._judge_not_before_s:
+            self._judge_at_s = self._judge_not_before_s
+            return
+        self._judge_at_s = None
+        named = self._named or ()
+        news = sum(topic not in self._verdicts for topic in named)
+        self._judge_not_before_s = now_s + self._judging.take(news, now_s)
+        self._subscribe(named, now_s)
+
+    def _subscribe(self, topics: Sequence[Topic], now_s: float) -> None:
+        verdicts = self._verdicts
+        self._verdicts = {
+            topic: verdicts[topic] if topic in verdicts else self._gate.may_listen(topic)
+            for topic in topics
+        }
         self._asked = frozenset(topics)
         allowed = list(filter(self._admit, topics))
         most = self._gate.topics_max
@@ -260,7 +292,7 @@ class Relay:
         self._consume_in_time(now_s)
 
     def _admit(self, topic: Topic) -> bool:
-        if not self._gate.may_listen(topic):
+        if not self._verdicts[topic]:
             return False
         if topic not in self._topics_seen:
             if len(self._topics_seen) >= TOPICS_SEEN_MAX:
@@ -557,6 +589,7 @@ class Relay:
         self.outbound.release()
         self._release()
         self._consume_at_s = None
+        self._judge_at_s = None
         self._topics = self._asked = frozenset()
         entries, self._entries = self._entries, {}
         self._local_open = 0
@@ -575,6 +608,7 @@ class Relay:
                 self._settle_at_s,
                 self._republish_at_s,
                 self._consume_at_s,
+                self._judge_at_s,
                 self._requester.next_timeout(),
                 self.outbound.next_timeout(),
             )
@@ -597,6 +631,8 @@ class Relay:
             for request_id, entry in list(self._entries.items()):
                 if entry.reply is not None and not entry.answer:
                     self._publish_again(request_id, entry)
+        if self._judge_at_s is not None and now_s >= self._judge_at_s:
+            self._judge_in_time(now_s)
         if self._consume_at_s is not None and now_s >= self._consume_at_s:
             self._consume_at_s = None
             self._consume(now_s)
