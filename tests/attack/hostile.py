@@ -3,8 +3,8 @@
     python -m tests.attack.hostile CHANNEL ATTACK SECONDS [WORD]
 
 CHANNEL is fd:NUMBER, a socket that listens (as QEMU's does), or a port's device. The time counts
-from the first connection. WORD is what some attacks are about: another VM's UUID, or the id of a
-request that is another's. Prints what it did, as JSON.
+from the first connection. WORD is what some attacks are about: another VM's UUID, the id of a
+request that is another's, or a module. Prints what it did, as JSON.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ STAND_S = 0.05
 """How often a guest that waits looks at the clock."""
 
 
-SHARED_EXCHANGES = ("agent_fanout", "control_fanout", "amq.fanout", "amq.topic")
-"""Oslo.messaging's for fanouts, and a broker's own."""
+SHARED_EXCHANGES = ("agent_fanout", "control_fanout", "control_fan\nout", "amq.fanout", "amq.topic")
+"""Oslo.messaging's for fanouts, and a broker's own. RabbitMQ takes ends of lines out of names."""
 
 
 class TimeIsUp(Exception):
@@ -210,7 +210,8 @@ class Hostile:
         self._wire = wire
         self._seconds = seconds
         self._until_s = float("inf")
-        self.counts = {"connections": 0, "sessions": 0, "bytes_sent": 0, "bytes_read": 0}
+        names = ("connections", "sessions", "bytes_sent", "bytes_read", "requests_heard")
+        self.counts = dict.fromkeys(names, 0)
         self.random = wire.random
         self.key: Key = NO_KEY
         self.seq = 0
@@ -293,6 +294,7 @@ class Hostile:
         message = decode(data)
         if not isinstance(message, BadMessage):
             self.heard.append(message)
+            self.counts["requests_heard"] += isinstance(message, Request)
 
     def stand(self, *, deaf: bool = False) -> None:
         """Wait a moment."""
@@ -481,7 +483,7 @@ def unread_replies(guest: Hostile, word: str) -> None:
 
 def _request(
     guest: Hostile,
-    body: bytes = b'{"method":"m","args":{}}',
+    body: bytes = b'{"method":"note","args":{"sender":"hostile","number":1}}',
     topic: str = "nobody",
     flags: int = CALL,
     exchange: str = "openstack",
@@ -558,19 +560,18 @@ def context_injection(guest: Hostile, word: str) -> None:
         "_msg_id": "0" * 32, "_reply_q": "q", "vchan_instance_uuid": "another",
         "request_id": {"is_admin": True}, "global_request_id": "req-\nx", "\uff49s_admin": True,
     }  # fmt: skip
-    body = json.dumps({"method": "m", "args": {}, "context": context}).encode()
+    args = {"sender": "hostile", "number": 1}
+    body = json.dumps({"method": "note", "args": args, "context": context}).encode()
     while True:
         guest.flow([_request(guest, body, "control") for _ in range(100)])
 
 
 def exception_injection(guest: Hostile, word: str) -> None:
-    """Failures of classes that do something when they are made."""
-    _answer(
-        guest,
-        b'{"class":"system","module":"os","message":"x","tb":[],"args":["touch /tmp/pwned"],'
-        b'"kwargs":{}}',
-        FINAL | FAILURE,
-    )
+    """Failures of classes that do something when they are made, or when they are looked for."""
+    args = ["touch /tmp/pwned"]
+    named = {"class": "system", "module": word or "os", "message": "x"}
+    failure = {**named, "tb": [], "args": args, "kwargs": {}}
+    _answer(guest, json.dumps(failure).encode(), FINAL | FAILURE)
 
 
 def json_bombs(guest: Hostile, word: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,12 +32,13 @@ class Caller:
     Args:
         url: The broker's.
         log: For its standard error.
+        modules: Whose exceptions it rebuilds, if a callee says that it raised one.
     """
 
-    def __init__(self, url: str, log: Path) -> None:
+    def __init__(self, url: str, log: Path, *, modules: Sequence[str] = ()) -> None:
         self._log = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.rig.caller", url],
+            [sys.executable, "-m", "tests.rig.caller", url, *modules],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -89,7 +91,8 @@ def main() -> None:
 
     conf = cfg.CONF
     conf([])
-    transport = oslo_messaging.get_rpc_transport(conf, url=sys.argv[1])
+    url, *modules = sys.argv[1:]
+    transport = oslo_messaging.get_rpc_transport(conf, url=url, allowed_remote_exmods=modules)
     for line in sys.stdin:
         topic, server, method, args = json.loads(line)
         client = oslo_messaging.get_rpc_client(transport, oslo_messaging.Target(topic=topic))

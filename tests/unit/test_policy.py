@@ -19,6 +19,7 @@ from vchan.host.policy import (
     LINE_CHARS_MAX,
     MODES,
     RULES_MAX,
+    UNPRINTABLE,
     VMS_MAX,
     WHO_KEYS,
     Ask,
@@ -109,6 +110,17 @@ def test_no_rule_allows_an_exchange_that_heeds_no_topic(kind: str, exchange: str
     ask = Ask(Kind.CAST if kind == "fanout" else Kind(kind), exchange, "control")
     assert rules.decide(VM, ask) == Verdict(Effect.DENY, EVERYBODYS)
     assert rules.explain(VM, ask).verdict.effect is Effect.DENY
+
+
+@pytest.mark.parametrize("name", ["x\ny", "x\r", "\x00", "\x1b[2J", "\u202e", "\u009b", "\ud800"])
+@pytest.mark.parametrize("field", ["exchange", "topic", "server"])
+def test_no_rule_allows_a_name_that_is_not_printable(field: str, name: str) -> None:
+    """To RabbitMQ "scheduler_fan\\nout" is "scheduler_fanout"."""
+    rules = policy("any any any server:* allow")
+    good: dict[str, Any] = {"exchange": "openstack", "topic": "agent", "server": UUID}
+    assert effect(rules, Ask(Kind.LISTEN, **good)) is Effect.ALLOW
+    ask = Ask(Kind.LISTEN, **{**good, field: name})
+    assert rules.decide(VM, ask) == Verdict(Effect.DENY, UNPRINTABLE)
 
 
 def test_several_kinds_and_any() -> None:

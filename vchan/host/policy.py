@@ -41,6 +41,9 @@ BROKER_PREFIX: Final = "amq."
 everybody that listens there, whatever the topic: who casts to one has sent a fanout to a service
 that no rule speaks of, and who listens there hears that service's."""
 EVERYBODYS: Final = "an exchange that heeds no topic: no rule can allow it"
+UNPRINTABLE: Final = "a name that is not printable: no rule can allow it"
+"""RabbitMQ takes ends of lines out of names: what is another name for the rules is the same there.
+And names are logged."""
 
 
 class PolicyError(ConfigError):
@@ -293,6 +296,8 @@ class Policy:
         """What becomes of this request, and by which rule."""
         if self.problem:
             return Verdict(Effect.DENY, f"policy error: {self.problem}")
+        if not (ask.exchange + ask.topic + ask.server).isprintable():
+            return Verdict(Effect.DENY, UNPRINTABLE)
         if ask.exchange.endswith(FANOUT_SUFFIX) or ask.exchange.startswith(BROKER_PREFIX):
             return Verdict(Effect.DENY, EVERYBODYS)
         kind, ask = _normal(facts, ask)
