@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.bench import counting, suite
+from tests.bench import counting, starting, suite
 from tests.bench.machine import machine
 from tests.bench.suite import GA, IN_AGENT, IN_DAEMON, RAW_ASYNCIO, RAW_C, RAW_PYTHON, RAW_RELAY
 from tests.rig import RigError, oslo_image, rig_directory
@@ -103,6 +103,11 @@ def main() -> int:
         help="count the guest's instructions instead of time: for a machine that is not quiet",
     )
     parser.add_argument(
+        "--start",
+        action="store_true",
+        help="how soon the daemon is there, and where the time goes",
+    )
+    parser.add_argument(
         "--broker",
         action="store_true",
         help="through RabbitMQ, beside stock oslo.messaging, natively; and many VMs on one host",
@@ -130,6 +135,8 @@ def main() -> int:
                 report = measure_broker(directory, options, vms)
             elif options.broker_guest:
                 report = measure_broker_guest(directory, options)
+            elif options.start:
+                report = measure_start(directory)
             else:
                 report = count(directory) if options.instructions else measure(directory, options)
     except RigError as error:
@@ -170,6 +177,14 @@ def measure_broker_guest(directory: Path, options: argparse.Namespace) -> tuple[
     result = broker_guest.run(directory, rounds=options.rounds, calls=options.calls)
     result["load"] = (before, suite.load())
     return result, broker_guest.table(result)
+
+
+def measure_start(directory: Path) -> tuple[Any, str]:
+    """Measure the daemon's start."""
+    before = suite.load()
+    result = starting.run(directory)
+    result["load"] = (before, suite.load())
+    return result, starting.table(result)
 
 
 def measure(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:

@@ -4,8 +4,9 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.bench.peers import READY_TIMEOUT_S
 from tests.rig import RigError
@@ -51,6 +52,13 @@ def services() -> tuple[Service, ...]:
     )
 
 
+class Taken(NamedTuple):
+    """Time that passed, and CPU time that QEMU used, which other load disturbs less."""
+
+    ms: float
+    cpu_ms: float
+
+
 class Machine:
     """The running guest, and what can be learnt of it without disturbing what is measured."""
 
@@ -85,21 +93,29 @@ class Machine:
             first: What it says, or the beginning of that.
             ask: What it is asked; it lies ready on the port when the program opens it.
         """
-        with self.connect(START) as channel, self.connect(STARTED) as started:
+        with self.connect(START) as channel:
             if ask:
                 channel.sendall(ask)
+            with self.started(command) as since:
+                read_until(channel, first)
+                return since().ms
+
+    @contextlib.contextmanager
+    def started(self, command: str) -> Iterator[Callable[[], Taken]]:
+        """A program on the port START, as for `start_ms`: tells what was taken since its exec."""
+        with self.connect(STARTED) as started:
             run = command.format(port=PORTS / START)
             self.guest.shell(
                 f"(echo >{PORTS / STARTED}; exec {run}) >/run/start.log 2>&1 & echo $! >/run/start"
             )
             read_until(started, b"\n")
-            started_s = time.perf_counter()
-            read_until(channel, first)
-            taken_s = time.perf_counter() - started_s
+            started_s, cpu_s = time.perf_counter(), self.cpu_s()
+            yield lambda: Taken(
+                (time.perf_counter() - started_s) * 1000, (self.cpu_s() - cpu_s) * 1000
+            )
             self.guest.shell(
                 "pid=$(cat /run/start); kill $pid; while [ -e /proc/$pid ]; do sleep 0.02; done"
             )
-            return taken_s * 1000
 
 
 DAEMON_SAYS = layout.MAGIC
@@ -116,14 +132,24 @@ def read_until(channel: socket.socket, wanted: bytes) -> None:
 
 
 @contextlib.contextmanager
-def machine(directory: Path, kind: type[QemuGuest] = QemuGuest) -> Iterator[Machine]:
-    """Boot the guest with all that is to be measured in it."""
+def machine(
+    directory: Path,
+    kind: type[QemuGuest] = QemuGuest,
+    *,
+    running: tuple[Service, ...] | None = None,
+) -> Iterator[Machine]:
+    """Boot the guest with all that is to be measured in it.
+
+    Args:
+        running: What runs in it; None: all. An echo to which nobody is connected keeps it busy.
+    """
     extra: dict[str, bytes | Path] = {f"bench/{path.name}": path for path in IN_GUEST.glob("*.py")}
     extra["bin/vchan-guest"] = DAEMON_SCRIPT.encode()
     extra["bench/bulk"] = _compiled(IN_GUEST / "bulk.c", directory)
     echoes = (C_ECHO, SELECT_ECHO, ASYNCIO_ECHO, RELAY_ECHO)
     ports = (VCHAN_PORT, *echoes, C_BULK, PYTHON_BULK, GUEST_AGENT, START, STARTED)
-    spec = GuestSpec(build(extra, peers=True), services(), ports=ports)
+    wanted = services() if running is None else running
+    spec = GuestSpec(build(extra, peers=True), wanted, ports=ports)
     with kind(directory / "guest", spec) as guest:
         yield Machine(guest)
 
