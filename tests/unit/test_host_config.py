@@ -81,6 +81,20 @@ def test_a_wrong_value_says_which_and_what_was_expected(
     assert "\n" not in str(caught.value)
 
 
+def test_who_names_a_file_means_no_other(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oslo.config looks for a directory all the same: here, in place of /etc, in the home."""
+    monkeypatch.setenv("HOME", str(directory))
+    snippets = directory / ".vchan" / "vchan.conf.d"
+    snippets.mkdir(parents=True)
+    (snippets / "x.conf").write_text("[vchan]\nhost = of-the-directory\n")
+    assert config.load([]).vchan.host == "of-the-directory"
+    named = load(directory, "[vchan]", "host = of-the-file")
+    assert named.vchan.host == "of-the-file"
+    assert not named.config_dir
+    both = ["--config-file", str(directory / "vchan.conf"), "--config-dir", str(snippets)]
+    assert config.load(both).vchan.host == "of-the-directory"
+
+
 def test_no_such_file(directory: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         config.load(["--config-file", str(directory / "nothing")])

@@ -3,6 +3,7 @@ told."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -32,8 +33,17 @@ def read(
     """
     conf.register_opts(options, group)
     log.register_options(conf)
+    words = sys.argv[1:] if arguments is None else arguments
+    names_file = any(word.partition("=")[0] == "--config-file" for word in words)
     try:
-        conf(arguments, project=PROJECT, prog=program, version=f"{program} {__version__}")
+        conf(
+            words,
+            project=PROJECT,
+            prog=program,
+            version=f"{program} {__version__}",
+            # Who names a file means that one: oslo.config would read /etc/vchan/vchan.conf.d, too.
+            default_config_dirs=[] if names_file else None,
+        )
     except cfg.ConfigFilesNotFoundError as error:
         raise ConfigError(", ".join(error.config_files), "no such file, or not readable") from error
     except (cfg.Error, ValueError) as error:
