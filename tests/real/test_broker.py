@@ -400,18 +400,16 @@ def test_connections_killed_again_and_again(rabbit: RabbitServer) -> None:
     vms = [str(uuid.uuid4()) for _ in range(3)]
     config = BrokerConfig(hosts=(BrokerHost("127.0.0.1", rabbit.port),), durable=True)
     gathered = Gathered(rabbit)
-    with (
-        Guests(config) as guests,
-        Load(f"{rabbit.url}?amqp_durable_queues=true", vms) as load,
-    ):
-        consume_all(guests, vms)
-        with Publishing(guests, vms) as publishing:
+    with Guests(config) as guests:
+        consume_all(guests, vms)  # before that a cast goes nowhere, and nobody is told
+        url = f"{rabbit.url}?amqp_durable_queues=true"
+        with Load(url, vms) as load, Publishing(guests, vms) as publishing:
             for _ in range(5):
                 load.wait_for_more(10)
                 publishing.wait_for_more(10)
                 rabbit.kill_connections()
             load.wait_for_more(10)
-        load.stop()
+            load.stop()
         assert_nothing_lost(load, guests)
         publishing.wait_confirmed()
         assert guests.count(Disconnected) >= 5

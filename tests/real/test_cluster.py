@@ -89,9 +89,9 @@ def test_a_lost_node_loses_nothing(cluster: RabbitCluster, vms: list[str]) -> No
     guests = Guests(config_of(*cluster.nodes, quorum=True))
     url = f"{cluster.url}?{QUORUM}&heartbeat_timeout_threshold=4"
     gathered = Gathered(cluster.nodes[0])
-    with guests, Load(url, vms) as load:
-        consume_all(guests, vms)
-        with Publishing(guests, vms) as publishing:
+    with guests:
+        consume_all(guests, vms)  # before that a cast goes nowhere, and nobody is told
+        with Load(url, vms) as load, Publishing(guests, vms) as publishing:
             load.wait_for_more(30)
             for node in cluster.nodes:
                 node.stop(crash=True)
@@ -100,7 +100,7 @@ def test_a_lost_node_loses_nothing(cluster: RabbitCluster, vms: list[str]) -> No
                 node.start()
                 cluster.wait_whole()
                 load.wait_for_more(10)
-        load.stop()
+            load.stop()
         assert_nothing_lost(load, guests)
         publishing.wait_confirmed()
         taken = gathered.take()
