@@ -232,8 +232,8 @@ class Link:
             self._pause(HOLD_S)
         elif not self._down and not self.is_hung_up:
             self._loop.add_reader(self.stream.fileno(), self._readable)
-            if self._unread:
-                self._plan_turn()
+            if self._meter is not None:
+                self._plan_turn()  # behind whoever else is ready by then
 
     def _receive(self, data: bytes, now_s: float) -> None:
         if self.session.state is State.CLOSED:

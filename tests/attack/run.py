@@ -5,9 +5,10 @@
 The neighbour's calls are timed before and during each attack, in each of the rounds; the table has
 the percentiles of all rounds' calls together. Daemon, neighbour, caller and attacker share this
 machine's processors with whatever else it does. So the attacker runs at the lowest priority: a VM's
-processor time is not taken from the daemon's, here it would be. The last two columns do not depend
-on that: the processor time of the daemon's turns that serve the attacker, from one look at what
-others want to the next. `none` is no attack: what the machine's noise makes of it.
+processor time is not taken from the daemon's, here it would be. `none` is no attack: what the
+machine's noise makes of it. Three columns do not depend on that; they are the daemon's processor
+time: `wait` is how long the neighbour and its caller waited for the daemon to look at them, 99 of
+100 times at most, and `turn` how long its turns took that served the attacker.
 """
 
 from __future__ import annotations
@@ -76,13 +77,16 @@ class Cost(NamedTuple):
         failed: Of them.
         cpu: Of one core, the daemon's share.
         rss_kib: The daemon's, at the end.
-        turns_us: Of the daemon's turns that served the attacker, the processor time of each.
+        waits_us: How long the daemon was busy otherwise when the neighbour or its caller wanted it.
+        turns_us: How long each of its turns took that served the attacker. Both are its processor's
+            time.
     """
 
     calls_ms: Sequence[float]
     failed: int
     cpu: float
     rss_kib: int
+    waits_us: Sequence[float] = ()
     turns_us: Sequence[float] = ()
 
     @property
@@ -103,6 +107,7 @@ def together(costs: Sequence[Cost]) -> Cost:
         sum(cost.failed for cost in costs),
         statistics.mean(cost.cpu for cost in costs),
         max(cost.rss_kib for cost in costs),
+        [us for cost in costs for us in cost.waits_us],
         [us for cost in costs for us in cost.turns_us],
     )
 
@@ -135,7 +140,7 @@ class Scene:
             directory / "h", [NEIGHBOUR, *attacks], policy=POLICY, options=options
         )
         self.host.daemon.program = (sys.executable, "-m", "tests.attack.timed_host")
-        self._turns = directory / "h" / "vchan.conf.turns"
+        self._times = directory / "h" / "vchan.conf.times"
         self._neighbour: subprocess.Popen[bytes] | None = None
         # From the start: the daemon looks for a socket that is not there ever more rarely.
         self._channels = {name: socket.socket(socket.AF_UNIX) for name in attacks}
@@ -171,10 +176,15 @@ class Scene:
 
     # ---------------------------------------------------------------- measuring
 
-    def measure(self, seconds: float) -> Cost:
-        """Call the neighbour for so long."""
+    def measure(self, seconds: float, attacker: str = "") -> Cost:
+        """Call the neighbour for so long.
+
+        Args:
+            attacker: The VM that attacks meanwhile.
+        """
         took_ms: list[float] = []
         failed = 0
+        self._read_times()
         began_s, began_cpu = time.monotonic(), self._cpu_s()
         number = 0
         while time.monotonic() - began_s < seconds:
@@ -195,20 +205,30 @@ class Scene:
             time.sleep(PAUSE_S)
         lasted_s = time.monotonic() - began_s
         cpu = (self._cpu_s() - began_cpu) / lasted_s
-        return Cost(took_ms, failed, cpu, self.memory_kib("VmRSS"))
+        times = self._read_times()
+        ours = (str(self.host.vms[NEIGHBOUR].path), str(self.host.daemon.socket))
+        theirs = str(self.host.vms[attacker].path) if attacker else ""
+        return Cost(
+            took_ms,
+            failed,
+            cpu,
+            self.memory_kib("VmRSS"),
+            [us for path in ours for us in times["waits"].get(path, ())],
+            times["turns"].get(theirs, ()),
+        )
 
-    def _turns_us(self) -> dict[str, list[float]]:
-        """See `timed_host`: since this was asked last, by the channel's path."""
+    def _read_times(self) -> dict[str, dict[str, Sequence[float]]]:
+        """See `timed_host`: since this was asked last."""
         os.kill(self.host.daemon.pid, signal.SIGUSR1)
         wait_until(
-            self._turns.exists,
+            self._times.exists,
             timeout_s=WAIT_S,
             interval_s=0.005,
             failure=lambda: "the daemon does not say what its turns took",
         )
-        turns: dict[str, list[float]] = json.loads(self._turns.read_text())
-        self._turns.unlink()
-        return turns
+        times: dict[str, dict[str, Sequence[float]]] = json.loads(self._times.read_text())
+        self._times.unlink()
+        return times
 
     def _cpu_s(self) -> float:
         fields = Path(f"/proc/{self.host.daemon.pid}/stat").read_text().rpartition(")")[2].split()
@@ -234,7 +254,6 @@ class Scene:
         vm = vm or name
         before = self.measure(seconds)
         lines_before = self._log_lines()
-        self._turns_us()
         self._reset_peak()
         rss_before = self.memory_kib("VmRSS")
         channel = self._channels[vm].fileno()
@@ -255,8 +274,7 @@ class Scene:
                     failure=lambda: f"{name} never began: {self.host.daemon.status(vm)}",
                 )
                 self._provoke(name, vm)
-                during = self.measure(seconds)
-                turns_us = self._turns_us().get(str(self.host.vms[vm].path), [])
+                during = self.measure(seconds, vm)
                 status = self.host.daemon.status(vm)
                 out, _ = attacker.communicate(timeout=WAIT_S)
             finally:
@@ -266,7 +284,7 @@ class Scene:
         return Result(
             name,
             before,
-            during._replace(turns_us=turns_us),
+            during,
             self.memory_kib("VmHWM") - rss_before,
             {key: value for key, value in _flat(status) if key in OUTCOMES and value},
             json.loads(out.splitlines()[-1]) if out else {},
@@ -338,8 +356,8 @@ def word_for(scene: Scene, name: str) -> str:
 
 
 HEAD = (
-    f"{'attack':22}{'p50 ms':>14}{'p99 ms':>15}{'':>6}{'CPU':>6}{'RSS MiB':>9}{'failed':>7}"
-    f"{'turn p99':>10}{'longest us':>11}  outcome"
+    f"{'attack':22}{'p50 ms':>14}{'p99 ms':>17}{'':>6}{'wait p99 us':>14}{'CPU':>6}"
+    f"{'turn p99':>10}{'max us':>8}{'RSS MiB':>9}{'failed':>7}  outcome"
 )
 
 
@@ -353,9 +371,9 @@ def line(results: Sequence[Result]) -> str:
     mib = sum(result.attacker.get("bytes_sent", 0) for result in results) / 2**20
     return (
         _costs(results[0].name, before, during)
+        + f"{percentile(during.turns_us, 0.99):>10.0f}{max(during.turns_us, default=0.0):>8.0f}"
         + f"{max(result.rss_peak_kib for result in results) / 1024:>9.1f}"
         + f"{during.failed + sum(result.after_failed for result in results):>7}"
-        + f"{percentile(during.turns_us, 0.99):>10.0f}{max(during.turns_us, default=0.0):>11.0f}"
         + f"  {mib:.1f} MiB sent; "
         + (", ".join(f"{key} {value}" for key, value in outcome.items()) or "nothing")
     )
@@ -363,9 +381,10 @@ def line(results: Sequence[Result]) -> str:
 
 def _costs(name: str, before: Cost, during: Cost) -> str:
     p50 = f"{before.p50_ms:>6.2f} ->{during.p50_ms:>5.2f}"
-    p99 = f"{before.p99_ms:>7.2f} ->{during.p99_ms:>5.2f}"
+    p99 = f"{before.p99_ms:>8.2f} ->{during.p99_ms:>6.2f}"
     more = f"{during.p99_ms / before.p99_ms - 1:>+6.0%}"
-    return f"{name:22}{p50}{p99}{more}{during.cpu:>6.0%}"
+    waits = [percentile(cost.waits_us, 0.99) for cost in (before, during)]
+    return f"{name:22}{p50}{p99}{more}{waits[0]:>7.0f} ->{waits[1]:>4.0f}{during.cpu:>6.0%}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""vchan-host on the test driver, with the processor time that each VM's turns take of its loop.
+"""vchan-host on the test driver, with the processor time that its loop takes for each channel.
 
     python -m tests.attack.timed_host --config-file FILE
 
-At SIGUSR1 it writes them to FILE.turns, as JSON, microseconds by the channel's path, and begins
-anew. Processor time, not time: what else runs on the machine does not count.
+At SIGUSR1 it writes to FILE.times, as JSON, and begins anew:
+
+    turns     of each channel's turn, how long it took
+    waits     of each channel's turn, how long it had to wait for those of others, at most: since
+              the loop last looked, if it has not slept since
+
+in microseconds by the channel's path. Processor time, not time: what else runs on the machine does
+not count.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from resource import RUSAGE_THREAD, getrusage
+from select import epoll
 from time import thread_time
 from typing import Any
 
@@ -23,38 +31,73 @@ import tests.rig.undriven_host  # noqa: F401  # makes libvirt's test driver fit
 from vchan.host.channels import Channel
 from vchan.host.daemon import main as run
 from vchan.link import Link
+from vchan.loop import Loop
 
-_turns: dict[str, array[float]] = defaultdict(lambda: array("d"))
+Times = dict[str, "array[float]"]
+_turns: Times = defaultdict(lambda: array("d"))
+_waits: Times = defaultdict(lambda: array("d"))
 
 
-def _time(kind: type, name: str, path: Callable[[Any], str]) -> None:
-    """Measure each call of a method that the loop calls."""
+class _Watch:
+    """The loop's epoll. Notes since when what it has found may have been there."""
+
+    def __init__(self, real: epoll) -> None:
+        self._real = real
+        self._looked_s = 0.0
+        self.ready_s = 0.0
+
+    def poll(self, *args: Any) -> list[tuple[int, int]]:
+        """See epoll."""
+        slept_before = getrusage(RUSAGE_THREAD).ru_nvcsw
+        found = self._real.poll(*args)
+        now_s = thread_time()
+        has_slept = getrusage(RUSAGE_THREAD).ru_nvcsw != slept_before
+        self.ready_s = now_s if has_slept else self._looked_s
+        self._looked_s = now_s
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _time_turns(kind: type, name: str, path: Callable[[Any], str]) -> None:
+    """Time each call of a method that the loop calls."""
     method = getattr(kind, name)
 
     @wraps(method)
     def timed(self: Any) -> None:
-        where = path(self)
+        where, watch = path(self), self._loop._epoll
         began_s = thread_time()
         method(self)
         _turns[where].append((thread_time() - began_s) * 1e6)
+        if name == "_readable":
+            _waits[where].append((began_s - watch.ready_s) * 1e6)
 
     setattr(kind, name, timed)
 
 
 def main() -> None:
     """The command."""
-    for name in ("_readable", "_go_on", "_timed_out", "_writable", "_planned_flush", "_resume"):
-        if hasattr(Link, name):
-            _time(Link, name, lambda link: link.stream.path)
-    _time(Channel, "_relay_timed_out", lambda channel: channel._path)
-    target = Path(sys.argv[2] + ".turns")
+    for name in ("_readable", "_take_turn", "_timed_out", "_writable", "_planned_flush"):
+        _time_turns(Link, name, lambda link: link.stream.path)
+    _time_turns(Channel, "_relay_timed_out", lambda channel: channel._path)
+    make = Loop.__init__
+
+    def make_watched(loop: Loop) -> None:
+        make(loop)
+        loop._epoll = _Watch(loop._epoll)  # type: ignore[assignment]
+
+    setattr(Loop, "__init__", make_watched)  # noqa: B010
+    target = Path(sys.argv[2] + ".times")
 
     def write(*_: object) -> None:
-        values = {path: list(turns) for path, turns in _turns.items()}
-        _turns.clear()
         new = target.with_suffix(".new")
-        new.write_text(json.dumps(values))
+        kinds = {"turns": _turns, "waits": _waits}
+        lists = {kind: {path: [*us] for path, us in kinds[kind].items()} for kind in kinds}
+        new.write_text(json.dumps(lists))
         new.rename(target)
+        for times in kinds.values():
+            times.clear()
 
     signal.signal(signal.SIGUSR1, write)
     run()
