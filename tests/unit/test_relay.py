@@ -18,6 +18,7 @@ from vchan.host.envelope import BrokerRequest
 from vchan.host.relay import (
     _REASONS,
     LOCAL_REQUESTS_MAX,
+    OPEN_BYTES_MAX,
     REPLY_KEPT_S,
     RETRY_S,
     SETTLE_S,
@@ -104,6 +105,7 @@ class Rig:
 
     def __init__(self, *, with_broker: bool = True) -> None:
         self.now_s = 1000.0
+        self.too_large = TOO_LARGE
         self._said: list[Any] = []
         self.broker = FakeBroker()
         self.gate = OpenGate(lambda topic: topic != FORBIDDEN, may_send=False)
@@ -119,8 +121,8 @@ class Rig:
 
     def _send(self, data: bytes, stream: int) -> None:
         assert stream >= 0
-        if len(data) > TOO_LARGE:
-            raise LimitExceeded("message", len(data), TOO_LARGE, "MESSAGE_BYTES_MAX")
+        if len(data) > self.too_large:
+            raise LimitExceeded("message", len(data), self.too_large, "MESSAGE_BYTES_MAX")
         self._said.append(decode(data))
 
     def said(self) -> list[Any]:
@@ -606,6 +608,77 @@ def test_a_vm_serves_as_many_topics_as_its_limit_says(rig: Rig) -> None:
     assert rig.relay.topics == {A, B}
     assert Topic("x", "over") in rig.relay.denied
     assert rig.relay.counters["topics_over_limit"] == 1
+
+
+LARGE = OPEN_BYTES_MAX // 4
+
+
+def large(number: int) -> BrokerRequest:
+    return cast(number, args={"x": "y" * (LARGE - 200)})
+
+
+@pytest.fixture
+def roomy(rig: Rig) -> Rig:
+    rig.too_large = OPEN_BYTES_MAX
+    return rig
+
+
+def test_what_a_guest_does_not_read_the_broker_keeps(roomy: Rig) -> None:
+    rig = roomy
+    for number in range(1, 5):
+        rig.deliver(f"t{number}", large(number))
+    assert rig.broker.take() == []
+    rig.deliver("t5", large(5))
+    assert rig.broker.take() == [("release",)]
+    rig.deliver("t6", cast(6))  # on its way already: it must not overtake
+    rig.relay.released()
+    rig.subscribe(A)
+    rig.relay.opened(resumed=True, now_s=rig.now_s)
+    rig.wait(60.0)
+    rig.guest(Receipt(identity(1)))
+    rig.wait(10.0)
+    assert rig.broker.take() == []
+    rig.guest(Receipt(identity(2)))
+    rig.wait(SUBSCRIBE_S)
+    assert rig.broker.take() == [("consume", A)]  # it has said so since
+    assert [each.id for each in rig.said() if isinstance(each, Request)] == [
+        identity(number) for number in range(1, 5)
+    ]
+    rig.deliver("t3b", large(3))  # again, as all that was not acknowledged
+    rig.deliver("t5b", large(5))
+    (again,) = [each for each in rig.said() if isinstance(each, Request)]
+    assert again.id == identity(5)
+    assert rig.relay.counters["held_up"] == 1
+
+
+def test_programs_are_refused_what_has_no_room(roomy: Rig) -> None:
+    rig = roomy
+    for number in range(1, 5):
+        rig.local(number, body=b"x" * LARGE)
+    with pytest.raises(LimitExceeded, match="OPEN_BYTES_MAX"):
+        rig.local(5)
+    assert rig.relay.summary()["open_bytes"] == OPEN_BYTES_MAX
+    rig.relay.cancel_local(identity(1))
+    rig.local(5)
+    rig.relay.release("gone")
+    assert rig.relay.summary()["open_bytes"] == 0
+
+
+def test_answers_that_are_not_published_count(roomy: Rig) -> None:
+    rig = roomy
+    for number in range(1, 6):
+        rig.deliver(f"t{number}", call(number))
+    for number in range(1, 6):
+        rig.guest(Reply(identity(number), FINAL, b'"' + b"x" * (LARGE - 1000) + b'"'))
+    assert rig.relay.summary()["open_bytes"] > OPEN_BYTES_MAX
+    rig.broker.take()
+    rig.deliver("t6", call(6))
+    assert rig.broker.take() == [("release",)]
+    for number in range(1, 6):
+        rig.relay.published(identity(number), ok=True, now_s=rig.now_s)
+    assert rig.relay.summary()["open_bytes"] == 0
+    rig.wait(SUBSCRIBE_S)
+    assert ("consume", A, B) in rig.broker.take()
 
 
 def many(name: str) -> list[Topic]:

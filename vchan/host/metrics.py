@@ -70,6 +70,7 @@ COUNTERS: Final = {
     "discarded": "Messages of the guest's that its policy leaves unheard.",
     "replies_denied": "Replies that the policy denied.",
     "topics_over_limit": "Topics over the limit of the VM.",
+    "held_up": "Times that the broker kept a VM's requests, because it does not take what it has.",
     # Requests from the guest.
     "guest_requests": "Requests of the guest's.",
     "guest_published": "Requests of the guest's that the broker has confirmed.",

@@ -70,6 +70,9 @@ caller that lost its broker too makes its queue anew. oslo.messaging's own serve
 (kombu_missing_consumer_retry_timeout)."""
 LOCAL_REQUESTS_MAX: Final = 256
 """Requests of local programs open at a time, for one VM."""
+OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Bodies of a VM's requests that are not over, and of its answers that are not published: a guest
+need not read. What would be more, programs of this host are refused, and the broker keeps."""
 TOPICS_SEEN_MAX: Final = 256
 """Topics a VM's agents may ever serve: each leaves a queue with the broker."""
 SUBSCRIBE_S: Final = 1.0
@@ -107,15 +110,27 @@ class BrokerPort(Port, Protocol):
 class _Entry:
     """A request that is not over."""
 
-    __slots__ = ("answer", "beat_s", "kept_until_s", "local", "origin", "reply", "tokens", "topic")
+    __slots__ = (
+        "answer",
+        "beat_s",
+        "bytes",
+        "kept_until_s",
+        "local",
+        "origin",
+        "reply",
+        "tokens",
+        "topic",
+    )
 
     def __init__(
         self,
         topic: Topic,
         origin: BrokerRequest | None,
         local: Callable[[Outcome], None] | None,
+        size: int,
     ) -> None:
         self.topic = topic
+        self.bytes = size
         self.origin = origin
         self.local = local
         self.tokens: list[Hashable] = []
@@ -156,6 +171,8 @@ class Relay:
         self.outbound = Outbound(vm, send, broker, gate, offer, host)
         self._requester = Requester(send)
         self._entries: dict[bytes, _Entry] = {}
+        self._bytes = 0  # of all entries
+        self._is_full = False  # the broker keeps what there is, until half of it is over
         self._local_open = 0
         self._named: tuple[Topic, ...] | None = None  # by the guest, last
         self._verdicts: dict[Topic, bool] = {}  # of what it named when that was judged
@@ -188,6 +205,7 @@ class Relay:
             "discarded": 0,
             "replies_denied": 0,
             "topics_over_limit": 0,
+            "held_up": 0,  # by OPEN_BYTES_MAX
         }
 
     @property
@@ -304,7 +322,7 @@ class Relay:
     def _consume_in_time(self, now_s: float) -> None:
         """Consume the topics served now, or as soon as the consumers may change again."""
         self._consume_at_s = None
-        if self._suspended or self._topics == self._consumed:
+        if self._suspended or self._is_full or self._topics == self._consumed:
             return
         if now_s >= self._consume_not_before_s:
             self._consume(now_s)
@@ -344,8 +362,7 @@ class Relay:
     def _finish_local(self, outcome: Outcome, entry: _Entry) -> None:
         assert entry.local is not None
         if not isinstance(outcome, Heartbeat):
-            del self._entries[outcome.id]
-            self._local_open -= 1
+            self._drop(outcome.id)
             self._requester.settle((outcome.id,))
         entry.local(outcome)
 
@@ -364,10 +381,27 @@ class Relay:
 
     def _hand_to_broker(self, request_id: bytes, now_s: float) -> None:
         """A cast nobody can take now. Closing the channel keeps it in its place in the queue."""
-        del self._entries[request_id]
+        self._drop(request_id)
         if self._consumed:
             self._release()
             self._consume_at_s = now_s + RETRY_S
+
+    def _add(self, request_id: bytes, entry: _Entry) -> None:
+        self._entries[request_id] = entry
+        self._bytes += entry.bytes
+
+    def _drop(self, request_id: bytes) -> _Entry:
+        entry = self._entries.pop(request_id)
+        self._bytes -= entry.bytes
+        if entry.local is not None:
+            self._local_open -= 1
+        if self._is_full and self._bytes <= OPEN_BYTES_MAX // 2:
+            self._is_full = False
+            self._consume_at_s = self._consume_not_before_s
+        return entry
+
+    def _has_room(self, size: int) -> bool:
+        return not self._bytes or self._bytes + size <= OPEN_BYTES_MAX
 
     # ---------------------------------------------------------------- the broker
 
@@ -394,13 +428,19 @@ class Relay:
             self.counters["redelivered"] += 1
             entry.tokens.append(token)
             return
+        request = self._make_request(origin, topic, fanout=fanout, redelivered=redelivered)
+        if not self._has_room(len(request.body)):
+            self.counters["held_up"] += 1
+            self._is_full = True
+            self._release()  # keeps it in its place in the queue
+            return
         self.counters["requests"] += 1
-        entry = self._entries[origin.id] = _Entry(topic, origin, None)
+        entry = _Entry(topic, origin, None, len(request.body))
+        self._add(origin.id, entry)
         entry.tokens.append(token)
         if self._mute and origin.is_call:
             self._publish(origin.id, entry, True, encode_failure("Rejected", DENIED_REPLY), now_s)
             return
-        request = self._make_request(origin, topic, fanout=fanout, redelivered=redelivered)
         try:
             self._requester.submit(request, now_s)
         except LimitExceeded as error:
@@ -442,6 +482,8 @@ class Relay:
             )
         else:
             entry.reply = encode_reply(origin.msg_id, result_json=body)
+        self._bytes += len(entry.reply) - entry.bytes
+        entry.bytes = len(entry.reply)
         entry.kept_until_s = now_s + REPLY_KEPT_S
         self._publish_again(request_id, entry)
 
@@ -482,7 +524,7 @@ class Relay:
     def _finish(self, request_id: bytes, now_s: float) -> None:
         """It is over: let the broker forget it, and by and by the guest."""
         assert self._broker is not None
-        entry = self._entries.pop(request_id)
+        entry = self._drop(request_id)
         for token in entry.tokens:
             self._broker.ack(token)
         if entry.tokens:
@@ -536,22 +578,24 @@ class Relay:
         if request.id in self._entries:
             return  # the client repeats itself; it is told when there is news
         request = request._replace(body=cut_context(request.body, self._context_allow))
-        self._entries[request.id] = _Entry(request.target, None, answer)
+        size = len(request.body)
+        if not self._has_room(size):
+            total = self._bytes + size
+            raise LimitExceeded("bytes of open requests", total, OPEN_BYTES_MAX, "OPEN_BYTES_MAX")
+        self._add(request.id, _Entry(request.target, None, answer, size))
         self._local_open += 1
         try:
             self._requester.submit(request, now_s)
         except LimitExceeded:
             self._requester.forget(request.id)
-            del self._entries[request.id]
-            self._local_open -= 1
+            self._drop(request.id)
             raise
 
     def cancel_local(self, request_id: bytes) -> None:
         """The program no longer waits."""
         entry = self._entries.get(request_id)
         if entry is not None and entry.local is not None:
-            del self._entries[request_id]
-            self._local_open -= 1
+            self._drop(request_id)
             self._requester.cancel(request_id)
 
     # ---------------------------------------------------------------- a VM that is mute
@@ -592,7 +636,8 @@ class Relay:
         self._judge_at_s = None
         self._topics = self._asked = frozenset()
         entries, self._entries = self._entries, {}
-        self._local_open = 0
+        self._local_open = self._bytes = 0
+        self._is_full = False
         for request_id, entry in entries.items():
             self._requester.forget(request_id)
             if entry.local is not None:
@@ -634,14 +679,14 @@ class Relay:
         if self._judge_at_s is not None and now_s >= self._judge_at_s:
             self._judge_in_time(now_s)
         if self._consume_at_s is not None and now_s >= self._consume_at_s:
-            self._consume_at_s = None
-            self._consume(now_s)
+            self._consume_in_time(now_s)
 
     def summary(self) -> dict[str, Any]:
         """What `vchan status` shows of this VM's requests."""
         return {
             **self.counters,
             "open": len(self._entries),
+            "open_bytes": self._bytes,
             "topics": sorted(f"{t.exchange}/{t.name}" for t in self._topics),
             "denied_topics": sorted(f"{t.exchange}/{t.name}" for t in self.denied),
             "from_guest": self.outbound.summary(),
