@@ -20,6 +20,7 @@ class OpenGate:
     calls_max = 64
     requests_max = 256
     topics_max = 64
+    values_max = 20_000
 
     def __init__(
         self, may_listen: Callable[[Topic], bool] = lambda _: True, *, may_send: bool = True

@@ -149,10 +149,13 @@ def test_replies_that_are_allowed_are_not_on_record(place: Place) -> None:
 
 def test_a_gate_knows_its_vms_limits_context_and_exceptions(place: Place) -> None:
     place.configure("failure_modules = trove.*", "guest_context_allow = request_id")
-    place.write("limit name:vm1 calls_up=3 requests_up=5 topics=7 bytes_per_s=1M\n")
+    place.write(
+        "limit name:vm1 calls_up=3 requests_up=5 topics=7 json_values=9000 bytes_per_s=1M\n"
+    )
     authority = place.authority()
     gate = authority.gate(VM)
     assert (gate.calls_max, gate.requests_max, gate.topics_max) == (3, 5, 7)
+    assert gate.values_max == 9000
     assert authority.guard(VM).limits.bytes_per_s == 1024 * 1024
     assert gate.may_raise("trove.x") and not gate.may_raise("builtins")
     given = {"request_id": "r", "global_request_id": "g", "is_admin": True}

@@ -13,6 +13,7 @@ from vchan.host.envelope import (
     CONTEXT_ALLOW_ALL,
     DEPTH_MAX,
     FAILURE_BYTES_MAX,
+    INT_DIGITS_MAX,
     REASON_CHARS_MAX,
     REQUEST_BYTES_MAX,
     RESULT_BYTES_MAX,
@@ -303,6 +304,36 @@ class TestEncodeReply:
     def test_how_much_a_reply_can_grow(self, result: bytes) -> None:
         assert len(result) < RESULT_BYTES_MAX
         assert len(encode_reply("1", result_json=result)) < REQUEST_BYTES_MAX
+
+    @pytest.mark.parametrize(
+        ("result", "passes"),
+        [
+            (b"[" + b"0," * 98 + b"0]", True),
+            (b"[" + b"0," * 200 + b"0]", False),
+            (b"[" + b"[]," * 98 + b"[]]", False),  # brackets count
+            (b"{" + b",".join(b'"%d":"x"' % number for number in range(99)) + b"}", True),
+            (b"{" + b",".join(b'"%d":"x"' % number for number in range(200)) + b"}", False),
+            (b'["' + b'","' * 200 + b'"]', False),
+            (b"[" + b'"",' * 500 + b'""]', False),
+            (b'"' + b"1,[{" * 1000 + b'"', True),  # a text
+            (b'"' + b'\\",[' * 1000 + b'"', True),
+            (b'["' + b"\\\\" * 500 + b'",[' + b"0," * 200 + b"0]]", False),
+        ],
+    )
+    def test_values_have_a_limit_and_texts_are_one(self, result: bytes, passes: bool) -> None:
+        assert opened(encode_reply("1", result_json=result))["failure"] is None
+        message = opened(encode_reply("1", result_json=result, values_max=100))
+        if passes:
+            assert message["result"] == json.loads(result)
+        else:
+            assert "over 100 values (json_values)" in message["failure"]
+
+    def test_integers_have_a_limit(self) -> None:
+        longest = b"9" * INT_DIGITS_MAX
+        message = opened(encode_reply("1", result_json=longest, values_max=100))
+        assert message["result"] == int(longest)
+        failure = failure_of(encode_reply("1", result_json=longest + b"9", values_max=100))
+        assert "an integer of 310 digits, 309 are allowed" in failure["message"]
 
     def test_a_failure_passes_verbatim(self) -> None:
         text = json.dumps(FAILURE, indent=1)

@@ -415,6 +415,15 @@ def test_a_request_that_is_malformed(rig: Rig) -> None:
     assert rig.out.counters["guest_refused"] == 2
 
 
+def test_values_have_a_limit(rig: Rig) -> None:
+    rig.gate.values_max = 100
+    body = json.dumps({"method": "m", "args": {"x": [0] * 200}}).encode()
+    rig.ask(1, body=body)
+    (returned,) = rig.take_said()
+    assert returned.reason == REFUSED
+    assert "the request has over 100 values (json_values)" in returned.text
+
+
 def test_calls_have_a_limit(rig: Rig) -> None:
     rig.gate.calls_max = 2
     for number in (1, 2, 3):

@@ -762,6 +762,14 @@ def test_exceptions_of_modules_that_may_not_pass_are_text(rig: Rig) -> None:
     assert [failure["module"] for failure in failures] == ["vchan.guest.raised", "fine"]
 
 
+def test_an_answer_of_too_many_values_is_a_failure(rig: Rig) -> None:
+    rig.gate.values_max = 100
+    rig.deliver("t1", call())
+    rig.guest(reply(body=json.dumps([0] * 200).encode()))
+    (answer,) = rig.broker.replies
+    assert "the agent's reply has over 100 values (json_values)" in answer["failure"]
+
+
 # -------------------------------------------------------------------- suspend, opened, release
 
 

@@ -39,6 +39,9 @@ FAILURE_BYTES_MAX: Final = 256 * 1024
 DEPTH_MAX: Final = 100
 """Arrays and objects inside each other. Python's own parsers, the callers' among them, give up at
 some 1000, less what is on the stack already: what passes here must not break a caller there."""
+INT_DIGITS_MAX: Final = 309
+"""Digits of an integer from a guest: as many as the largest float has. What they cost grows with
+their square."""
 REASON_CHARS_MAX: Final = 200
 UNKNOWN_MODULE: Final = "vchan.guest.raised"
 """What stands for the module of an exception that no caller may rebuild. There is no such module:
@@ -182,6 +185,7 @@ def encode_reply(
     ending: bool = True,
     unique_id: str = "",
     may_raise: Callable[[str], object] = lambda _: True,
+    values_max: int | None = None,
 ) -> bytes:
     """The AMQP body of a reply or, with `ending` false, of a heartbeat.
 
@@ -197,13 +201,14 @@ def encode_reply(
             seen. "" leaves it out, which clients accept.
         may_raise: Whether the caller may rebuild exceptions of this module. Of others it gets a
             RemoteError with class, message and traceback as text.
+        values_max: Values in the result. None: any number.
     """
     result, failure = None, None
     try:
         if failure_json is not None:
             failure = _checked_failure(failure_json, may_raise)
         else:
-            result = bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX)
+            result = bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX, values_max)
     except EnvelopeError as error:
         failure = make_failure("BadReply", "vchan.errors", str(error))
     message = {"result": result, "failure": failure, "ending": ending, "_msg_id": msg_id}
@@ -377,17 +382,26 @@ def _is_dotted_name(value: object) -> bool:
     )
 
 
-def bounded_json(data: bytes, what: str, bytes_max: int = REQUEST_BYTES_MAX) -> Any:
+def bounded_json(
+    data: bytes, what: str, bytes_max: int = REQUEST_BYTES_MAX, values_max: int | None = None
+) -> Any:
     """JSON of a bounded size and depth.
+
+    Args:
+        values_max: What has more values is not even parsed: numbers, strings, lists, and objects'
+            entries. Nor are integers over INT_DIGITS_MAX. None: any number, of any size.
 
     Raises:
         EnvelopeError: It is none. `what` is what the reason calls it.
     """
     if len(data) > bytes_max:
         raise EnvelopeError(f"{what} has {len(data)} bytes, {bytes_max} are allowed")
+    if values_max is not None and _has_more_values(data, values_max):
+        raise EnvelopeError(f"{what} has over {values_max} values (json_values)")
     try:
         # surrogatepass, because Python's own encoders write a lone surrogate that way.
-        value = json.loads(data.decode("utf-8", "surrogatepass"))
+        text = data.decode("utf-8", "surrogatepass")
+        value = json.loads(text) if values_max is None else _decode_bounded(text)
     except RecursionError as error:
         raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep") from error
     except ValueError as error:
@@ -396,6 +410,31 @@ def bounded_json(data: bytes, what: str, bytes_max: int = REQUEST_BYTES_MAX) -> 
     if data.count(b"[") + data.count(b"{") > DEPTH_MAX and _deeper_than(value, DEPTH_MAX):
         raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep")
     return value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > INT_DIGITS_MAX:
+        raise ValueError(f"an integer of {len(text)} digits, {INT_DIGITS_MAX} are allowed")
+    return int(text)
+
+
+_decode_bounded: Final = json.JSONDecoder(parse_int=_bounded_int).decode
+
+
+def _has_more_values(data: bytes, most: int) -> bool:
+    """What a parser takes its time for. Told from what stands between values, in C and without
+    parsing: 4 MiB of text take it a moment, of numbers and keys half a second."""
+    if len(data) <= 2 * most or _separators(data) <= most:
+        return False
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 4 * most:  # two for a key, and two for its value
+        return True
+    outside_strings = plain.split(b'"')[::2]
+    return sum(map(_separators, outside_strings)) > most
+
+
+def _separators(data: bytes) -> int:
+    return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
 def _deeper_than(value: object, depth_max: int) -> bool:

@@ -40,6 +40,10 @@ class Gate(Protocol):
         """Topics that its agents may serve at a time."""
 
     @property
+    def values_max(self) -> int:
+        """Values in the JSON of one of the guest's requests or answers."""
+
+    @property
     def may_send(self) -> bool:
         """Whether the policy lets this VM send any request at all."""
 
@@ -115,6 +119,11 @@ class VmGate:
     def topics_max(self) -> int:
         """See `Gate`."""
         return self._policy().limits(self.facts).topics
+
+    @property
+    def values_max(self) -> int:
+        """See `Gate`."""
+        return self._policy().limits(self.facts).json_values
 
     @property
     def may_send(self) -> bool:

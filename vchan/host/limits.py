@@ -75,6 +75,12 @@ class Limits:
         REASSEMBLY_BYTES_MAX,
         "Bytes of messages that have begun to arrive: two of the largest, one behind the other.",
     )
+    json_values: int = _limit(
+        20_000,
+        1000,
+        10_000_000,
+        "Values in one request or answer: 20,000 take the daemon some 15 ms, in one piece.",
+    )
     topics: int = _limit(
         TOPICS_MAX,
         0,

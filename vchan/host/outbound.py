@@ -284,7 +284,7 @@ class Outbound:
     def _admit(self, request: Request, now_s: float) -> None:
         self.counters["guest_requests"] += 1
         try:
-            asked = read(request)
+            asked = read(request, self._gate.values_max)
         except EnvelopeError as error:
             self.counters["guest_refused"] += 1
             self._responder.give_back(request.id, REFUSED, str(error))

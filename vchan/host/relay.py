@@ -481,7 +481,9 @@ class Relay:
                 origin.msg_id, failure_json=body, may_raise=self._gate.may_raise
             )
         else:
-            entry.reply = encode_reply(origin.msg_id, result_json=body)
+            entry.reply = encode_reply(
+                origin.msg_id, result_json=body, values_max=self._gate.values_max
+            )
         self._bytes += len(entry.reply) - entry.bytes
         entry.bytes = len(entry.reply)
         entry.kept_until_s = now_s + REPLY_KEPT_S

@@ -63,13 +63,16 @@ class Invocation(NamedTuple):
     context: Mapping[str, Any]
 
 
-def read(request: Request) -> Invocation:
+def read(request: Request, values_max: int | None = None) -> Invocation:
     """What a guest's request asks for.
+
+    Args:
+        values_max: See `envelope.bounded_json`.
 
     Raises:
         EnvelopeError: It is not well formed; says how.
     """
-    body = bounded_json(request.body, "the request", REQUEST_BYTES_MAX)
+    body = bounded_json(request.body, "the request", REQUEST_BYTES_MAX, values_max)
     if not isinstance(body, dict):
         raise EnvelopeError("the request is not a JSON object")
     method = name_of(body, "method")
