@@ -332,8 +332,13 @@ class TestEncodeReply:
         longest = b"9" * INT_DIGITS_MAX
         message = opened(encode_reply("1", result_json=longest, values_max=100))
         assert message["result"] == int(longest)
-        failure = failure_of(encode_reply("1", result_json=longest + b"9", values_max=100))
-        assert "an integer of 310 digits, 309 are allowed" in failure["message"]
+        for before in range(INT_DIGITS_MAX):  # wherever it stands
+            result = b" " * before + longest + b"9"
+            failure = failure_of(encode_reply("1", result_json=result, values_max=100))
+            assert "an integer of 310 digits, 309 are allowed" in failure["message"]
+        text = b'"' + longest + b'9"'
+        message = opened(encode_reply("1", result_json=text, values_max=100))
+        assert message["result"] == json.loads(text)
 
     def test_a_failure_passes_verbatim(self) -> None:
         text = json.dumps(FAILURE, indent=1)

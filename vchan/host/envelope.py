@@ -401,7 +401,8 @@ def bounded_json(
     try:
         # surrogatepass, because Python's own encoders write a lone surrogate that way.
         text = data.decode("utf-8", "surrogatepass")
-        value = json.loads(text) if values_max is None else _decode_bounded(text)
+        is_plain = values_max is None or not _may_have_long_int(data)
+        value = json.loads(text) if is_plain else _decode_bounded(text)
     except RecursionError as error:
         raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep") from error
     except ValueError as error:
@@ -410,6 +411,14 @@ def bounded_json(
     if data.count(b"[") + data.count(b"{") > DEPTH_MAX and _deeper_than(value, DEPTH_MAX):
         raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep")
     return value
+
+
+_DIGITS: Final = re.compile(rb"[0-9]{10}")
+
+
+def _may_have_long_int(data: bytes) -> bool:
+    """A look at a part of the bytes: to be asked about each integer makes parsing slow."""
+    return _DIGITS.search(data[:: INT_DIGITS_MAX // 10]) is not None
 
 
 def _bounded_int(text: str) -> int:
