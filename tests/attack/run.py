@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -324,28 +324,40 @@ def _flat(values: dict[str, Any]) -> Iterable[tuple[str, int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack.run")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each attack [5]")
-    parser.add_argument("--rounds", type=int, default=1, help="of each attack [1]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each attack [3]")
+    parser.add_argument("--rounds", type=int, default=3, help="of each attack [3]")
     parser.add_argument("attacks", nargs="*", help="[all]")
     options = parser.parse_args(arguments)
-    print_table(options.attacks or [*ATTACKS], seconds=options.seconds, rounds=options.rounds)
+    print(HEAD)
+    with rig_directory() as directory:
+        for row in measure(
+            directory, seconds=options.seconds, rounds=options.rounds, names=options.attacks
+        ):
+            print(line(row), flush=True)
     return 0
 
 
-def print_table(names: Sequence[str], *, seconds: float, rounds: int) -> None:
-    """Attack, and print a line for each."""
-    print(HEAD)
+def measure(
+    directory: Path, *, seconds: float, rounds: int, names: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Attack. Yields a row of the table for each attack, and one for none.
+
+    Args:
+        seconds: Of each attack in each round, and before it.
+        names: By default all.
+    """
+    names = names or [*ATTACKS]
     vms = {name: [f"{name}.{number}" for number in range(rounds)] for name in names}
     everyone = [vm for vm_names in vms.values() for vm in vm_names]
-    with rig_directory() as directory, Scene(directory, everyone) as scene:
+    with Scene(directory, everyone) as scene:
         scene.measure(2.0)  # until it is warm
         measured = [(scene.measure(seconds), scene.measure(seconds)) for _ in range(rounds)]
         before, during = zip(*measured, strict=True)
-        print(_costs("none", together(before), together(during)), flush=True)
+        yield _row("none", together(before), together(during))
         for name in names:
             word = word_for(scene, name)
             results = [scene.attack(name, seconds, vm=vm, word=word) for vm in vms[name]]
-            print(line(results), flush=True)
+            yield _row_of(results)
 
 
 def word_for(scene: Scene, name: str) -> str:
@@ -355,36 +367,57 @@ def word_for(scene: Scene, name: str) -> str:
     return os.urandom(16).hex() if name == "replies_for_others" else ""
 
 
+def _row(name: str, before: Cost, during: Cost) -> dict[str, Any]:
+    return {
+        "attack": name,
+        "p50_ms": [before.p50_ms, during.p50_ms],
+        "p99_ms": [before.p99_ms, during.p99_ms],
+        "wait_p99_us": [percentile(cost.waits_us, 0.99) for cost in (before, during)],
+        "cpu": during.cpu,
+        "turn_p99_us": percentile(during.turns_us, 0.99),
+        "turn_max_us": max(during.turns_us, default=0.0),
+        "rss_mib": 0.0,
+        "failed": before.failed + during.failed,
+        "sent_mib": 0.0,
+        "outcome": {},
+    }
+
+
+def _row_of(results: Sequence[Result]) -> dict[str, Any]:
+    """All rounds of one attack."""
+    row = _row(
+        results[0].name,
+        together([result.before for result in results]),
+        together([result.during for result in results]),
+    )
+    outcome = Counter[str]()
+    for result in results:
+        outcome.update(result.outcome)
+    sent = sum(result.attacker.get("bytes_sent", 0) for result in results)
+    return row | {
+        "rss_mib": max(result.rss_peak_kib for result in results) / 1024,
+        "failed": row["failed"] + sum(result.after_failed for result in results),
+        "sent_mib": sent / 2**20,
+        "outcome": dict(outcome),
+    }
+
+
 HEAD = (
     f"{'attack':22}{'p50 ms':>14}{'p99 ms':>17}{'':>6}{'wait p99 us':>14}{'CPU':>6}"
     f"{'turn p99':>10}{'max us':>8}{'RSS MiB':>9}{'failed':>7}  outcome"
 )
 
 
-def line(results: Sequence[Result]) -> str:
-    """A line of the table: all rounds of one attack."""
-    before = together([result.before for result in results])
-    during = together([result.during for result in results])
-    outcome = Counter[str]()
-    for result in results:
-        outcome.update(result.outcome)
-    mib = sum(result.attacker.get("bytes_sent", 0) for result in results) / 2**20
+def line(row: Mapping[str, Any]) -> str:
+    """A line of the table."""
+    p50, p99, wait = row["p50_ms"], row["p99_ms"], row["wait_p99_us"]
+    outcome = ", ".join(f"{key} {value}" for key, value in row["outcome"].items())
     return (
-        _costs(results[0].name, before, during)
-        + f"{percentile(during.turns_us, 0.99):>10.0f}{max(during.turns_us, default=0.0):>8.0f}"
-        + f"{max(result.rss_peak_kib for result in results) / 1024:>9.1f}"
-        + f"{during.failed + sum(result.after_failed for result in results):>7}"
-        + f"  {mib:.1f} MiB sent; "
-        + (", ".join(f"{key} {value}" for key, value in outcome.items()) or "nothing")
+        f"{row['attack']:22}{p50[0]:>6.2f} ->{p50[1]:>5.2f}{p99[0]:>8.2f} ->{p99[1]:>6.2f}"
+        f"{p99[1] / p99[0] - 1:>+6.0%}{wait[0]:>7.0f} ->{wait[1]:>4.0f}{row['cpu']:>6.0%}"
+        f"{row['turn_p99_us']:>10.0f}{row['turn_max_us']:>8.0f}{row['rss_mib']:>9.1f}"
+        f"{row['failed']:>7}  {row['sent_mib']:.1f} MiB sent; {outcome or 'nothing'}"
     )
-
-
-def _costs(name: str, before: Cost, during: Cost) -> str:
-    p50 = f"{before.p50_ms:>6.2f} ->{during.p50_ms:>5.2f}"
-    p99 = f"{before.p99_ms:>8.2f} ->{during.p99_ms:>6.2f}"
-    more = f"{during.p99_ms / before.p99_ms - 1:>+6.0%}"
-    waits = [percentile(cost.waits_us, 0.99) for cost in (before, during)]
-    return f"{name:22}{p50}{p99}{more}{waits[0]:>7.0f} ->{waits[1]:>4.0f}{during.cpu:>6.0%}"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,16 @@ from tests.bench import counting, starting, suite
 from tests.bench.machine import machine
 from tests.bench.suite import GA, IN_AGENT, IN_DAEMON, RAW_ASYNCIO, RAW_C, RAW_PYTHON, RAW_RELAY
 from tests.rig import RigError, oslo_image, rig_directory
-from tests.rig.requirements import missing_for_peers, missing_for_qemu, missing_for_rabbit
+from tests.rig.requirements import (
+    missing_for_libvirt,
+    missing_for_peers,
+    missing_for_qemu,
+    missing_for_rabbit,
+)
 
 EXIT_CANNOT = 3
+ATTACK_S = 3.0
+"""Of each attack, in each round, and before it."""
 
 EPILOG = """\
 exit status: 0 measured; 2 wrong arguments; 3 this machine lacks a part, or a part failed
@@ -118,6 +125,11 @@ def main() -> int:
         help="through RabbitMQ, agents in one guest: on rabbit:// over its network card, on vchan",
     )
     parser.add_argument(
+        "--attacks",
+        action="store_true",
+        help="named attacks on a host's daemon: what another VM's calls take before and during",
+    )
+    parser.add_argument(
         "--vms", default="300,1000", help="with --broker: numbers of VMs, or none [%(default)s]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -135,6 +147,8 @@ def main() -> int:
                 report = measure_broker(directory, options, vms)
             elif options.broker_guest:
                 report = measure_broker_guest(directory, options)
+            elif options.attacks:
+                report = measure_attacks(directory, options)
             elif options.start:
                 report = measure_start(directory)
             else:
@@ -150,6 +164,8 @@ def main() -> int:
 def _missing(options: argparse.Namespace) -> str | None:
     if options.broker_guest:
         return missing_for_rabbit() or missing_for_qemu() or oslo_image.can_carry()
+    if options.attacks:
+        return missing_for_libvirt()
     return missing_for_rabbit() if options.broker else missing_for_peers()
 
 
@@ -177,6 +193,18 @@ def measure_broker_guest(directory: Path, options: argparse.Namespace) -> tuple[
     result = broker_guest.run(directory, rounds=options.rounds, calls=options.calls)
     result["load"] = (before, suite.load())
     return result, broker_guest.table(result)
+
+
+def measure_attacks(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:
+    """Measure what attacks cost."""
+    from tests.attack import run  # here: it needs the host's side
+
+    before = suite.load()
+    rows = list(run.measure(directory, seconds=ATTACK_S, rounds=options.rounds))
+    load = (before, suite.load())
+    lines = [run.HEAD, *map(run.line, rows)]
+    lines.append(f"machine's load: {load[0]:.1f} before, {load[1]:.1f} after")
+    return {"attacks": rows, "load": load}, "\n".join(lines)
 
 
 def measure_start(directory: Path) -> tuple[Any, str]:
