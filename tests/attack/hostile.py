@@ -9,6 +9,8 @@ request that is another's, or a module. Prints what it did, as JSON.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import select
@@ -51,6 +53,8 @@ WHOLE = layout.FLAG_FIRST | layout.FLAG_LAST
 READ_BYTES = 1 << 16
 BLOB_BYTES = 1 << 16
 """Written at a time."""
+ASKED_BEFORE = 20
+"""Requests whose answers the host has to keep, and to send again."""
 STAND_S = 0.05
 """How often a guest that waits looks at the clock."""
 
@@ -219,6 +223,7 @@ class Hostile:
         self.credit = 0
         self.cost = 0
         self.heard: list[Message] = []
+        self.acknowledges = True
         self._decoder = Decoder()
 
     def attack(self, name: str, word: str) -> dict[str, int]:
@@ -356,8 +361,9 @@ class Hostile:
         if kind == layout.KIND_DATA:
             self.seq += 1
             self.cost += len(payload) + OVERHEAD_BYTES
-        acked = self.recv_next if ack is None else ack
-        return encode_frame(self.key, kind, flags, stream, total, seq, acked, credit, payload)
+        if ack is None:
+            ack = self.recv_next if self.acknowledges else 0
+        return encode_frame(self.key, kind, flags, stream, total, seq, ack, credit, payload)
 
     def message(self, data: bytes, stream: int = 0) -> bytes:
         """A whole small message."""
@@ -498,14 +504,39 @@ def acks_of_unsent(guest: Hostile, word: str) -> None:
         guest.shake_hands()
 
 
+def holes(guest: Hostile, word: str) -> None:
+    """Frames out of their order, so that the host misses one after the other; and asks for all that
+    the host has sent, again and again."""
+    guest.acknowledges = False
+    guest.flow([_request(guest) for _ in range(ASKED_BEFORE)])
+    while True:
+        blob = bytearray()
+        while len(blob) < BLOB_BYTES and guest.cost + 1000 <= guest.credit:
+            first, second = (guest.message(encode(Receipt(bytes(16)))) for _ in range(2))
+            blob += second + first + second + guest.frame(layout.KIND_REWIND)
+        if blob:
+            guest.write(bytes(blob))
+        else:
+            guest.stand()
+
+
 def credit_games(guest: Hostile, word: str) -> None:
-    """Grants the host everything and nothing, and goes on when the host grants no more: it reads
-    nothing, and what it asks for has long answers."""
+    """Grants the host everything and nothing; acknowledges nothing, and asks for what has long
+    answers; goes on when the host grants no more."""
+    guest.acknowledges = False
+    request = functools.partial(_request, guest, topic=f"forbidden{'x' * 240}")
     while True:
         for credit in (0, 2**64 - 1, 0):
             guest.write(guest.frame(layout.KIND_ACK, credit=credit))
-        asked = [_request(guest, topic=f"forbidden{'x' * 240}") for _ in range(8000)]
-        guest.write(b"".join(guest.message(request) for request in asked), deaf=True)
+        granted, patience = guest.credit, 20
+        while patience:
+            if guest.cost + BLOB_BYTES // 2 < guest.credit:
+                guest.write(b"".join(guest.message(request()) for _ in range(50)))
+            else:
+                guest.stand()
+                patience = patience - 1 if guest.credit == granted else 20
+                granted = guest.credit
+        guest.write(b"".join(guest.message(request()) for _ in range(2000)), deaf=True)
         guest.shake_hands()
 
 
@@ -571,7 +602,7 @@ def exception_injection(guest: Hostile, word: str) -> None:
     args = ["touch /tmp/pwned"]
     named = {"class": "system", "module": word or "os", "message": "x"}
     failure = {**named, "tb": [], "args": args, "kwargs": {}}
-    _answer(guest, json.dumps(failure).encode(), FINAL | FAILURE)
+    _answer(guest, [json.dumps(failure).encode()], FINAL | FAILURE)
 
 
 def json_bombs(guest: Hostile, word: str) -> None:
@@ -579,6 +610,7 @@ def json_bombs(guest: Hostile, word: str) -> None:
     bombs = [
         b"[" * 15_000,
         b'{"method":"m","args":' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}",
+        b'{"method":"m","args":' + b'{"a":' * 500 + b"1" + b"}" * 501,
         b'{"method":"m","args":{"n":' + b"9" * 10_000 + b"}}",
         b'{"method":"m","args":{"n":1e' + b"9" * 10 + b"}}",
         b'{"method":"m","args":{' + b",".join([b'"a":1'] * 2000) + b"}}",
@@ -593,7 +625,7 @@ def json_bombs(guest: Hostile, word: str) -> None:
 
 def json_bombs_in_answers(guest: Hostile, word: str) -> None:
     """The same, to who called."""
-    _answer(guest, b"[" * 15_000, FINAL)
+    _answer(guest, [b"[" * 15_000, b"[" * 500 + b"]" * 500], FINAL)
 
 
 def audit_injection(guest: Hostile, word: str) -> None:
@@ -605,10 +637,11 @@ def audit_injection(guest: Hostile, word: str) -> None:
 
 
 def stops_reading(guest: Hostile, word: str) -> None:
-    """Serves a topic, and then reads nothing any more."""
+    """Serves a topic, and then reads nothing any more; but it goes on speaking, as who is there."""
     guest.send(encode(Subscribe((Topic("openstack", "agent"),))))
     while True:
         guest.stand(deaf=True)
+        guest.write(guest.frame(layout.KIND_ACK), deaf=True)
 
 
 def garbage(guest: Hostile, word: str) -> None:
@@ -618,15 +651,16 @@ def garbage(guest: Hostile, word: str) -> None:
         guest.write(blob)
 
 
-def _answer(guest: Hostile, body: bytes, flags: int) -> None:
-    """Serve a topic, and answer every call like this."""
+def _answer(guest: Hostile, bodies: list[bytes], flags: int) -> None:
+    """Serve a topic, and answer every call with the next of these."""
     guest.send(encode(Subscribe((Topic("openstack", "agent"),))))
+    bodies_in_turn = itertools.cycle(bodies)
     while True:
         guest.stand()
         asked, guest.heard = guest.heard, []
         for message in asked:
             if isinstance(message, Request):
-                guest.send(encode(Reply(message.id, flags, body)))
+                guest.send(encode(Reply(message.id, flags, next(bodies_in_turn))))
 
 
 ATTACKS: dict[str, Attack] = {
@@ -641,6 +675,7 @@ ATTACKS: dict[str, Attack] = {
         tiny_fragments,
         unread_replies,
         acks_of_unsent,
+        holes,
         credit_games,
         id_forgery,
         replies_for_others,

@@ -241,11 +241,13 @@ class SimulatedHost:
         self._process.enter(submit)
         return told
 
-    def deliver(self, name: str, number: int) -> None:
+    def deliver(
+        self, name: str, number: int, *, size: int = 10_000, timeout_s: float = CALL_S
+    ) -> None:
         """A service's call to the topic `agent`, from the broker, if that is consumed."""
-        request_id = number.to_bytes(16)
+        request_id, args = number.to_bytes(16), {"x": "y" * size}
         origin = BrokerRequest(
-            request_id, "m", {"x": "y" * 10_000}, None, None, {}, f"{number}", "reply", None, CALL_S
+            request_id, "m", args, None, None, {}, f"{number}", "reply", None, timeout_s
         )
         channel = self.channels[name]
 

@@ -91,6 +91,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "tiny_fragments": ("throttled",),
     "unread_replies": ("guest_requests",),
     "acks_of_unsent": ("quarantines", f"{VIOLATIONS}it acknowledged frame"),
+    "holes": ("throttled", "losses"),
     "credit_games": ("throttled", "guest_denied"),
     "id_forgery": ("throttled", "guest_requests"),
     "replies_for_others": ("throttled",),

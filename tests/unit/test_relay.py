@@ -13,10 +13,12 @@ from tests.rig.gates import OpenGate, offer_nothing
 from vchan import errors
 from vchan.errors import LimitExceeded, Rejected
 from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
+from vchan.guest.router import OWN_EXCHANGE, OWN_TOPIC
 from vchan.host.broker_events import Publication
 from vchan.host.envelope import BrokerRequest
 from vchan.host.relay import (
     _REASONS,
+    GUEST_TOPIC,
     LOCAL_REQUESTS_MAX,
     OPEN_BYTES_MAX,
     REPLY_KEPT_S,
@@ -106,6 +108,7 @@ class Rig:
     def __init__(self, *, with_broker: bool = True) -> None:
         self.now_s = 1000.0
         self.too_large = TOO_LARGE
+        self.unread = 0
         self._said: list[Any] = []
         self.broker = FakeBroker()
         self.gate = OpenGate(lambda topic: topic != FORBIDDEN, may_send=False)
@@ -116,6 +119,7 @@ class Rig:
             self.gate,
             frozenset({"request_id"}),
             offer_nothing,
+            unread=lambda: self.unread,
         )
         self.relay.opened(resumed=False, now_s=self.now_s)
 
@@ -511,6 +515,16 @@ def test_what_the_guest_cannot_take_fails_and_is_acknowledged(rig: Rig) -> None:
 # -------------------------------------------------------------------- topics
 
 
+def test_what_the_guests_daemon_serves_itself_is_not_denied_to_its_agents(rig: Rig) -> None:
+    assert (GUEST_TOPIC.exchange, GUEST_TOPIC.name) == (OWN_EXCHANGE, OWN_TOPIC)
+    rig.gate.may_listen = lambda topic: topic == A
+    rig.subscribe(A, GUEST_TOPIC, FORBIDDEN)
+    rig.wait(SUBSCRIBE_S)
+    assert rig.relay.topics == {A}
+    assert rig.relay.denied == {FORBIDDEN}
+    assert rig.relay.summary()["denied_topics"] == ["nova/forbidden"]
+
+
 def test_the_first_topics_are_consumed_at_once() -> None:
     """After a release: what an earlier relay of this VM was given may still be on its way."""
     rig = Rig()
@@ -662,6 +676,21 @@ def test_programs_are_refused_what_has_no_room(roomy: Rig) -> None:
     rig.local(5)
     rig.relay.release("gone")
     assert rig.relay.summary()["open_bytes"] == 0
+
+
+def test_requests_whose_time_is_up_count_until_the_guest_has_read_them(rig: Rig) -> None:
+    rig.unread = OPEN_BYTES_MAX - 1
+    rig.deliver("t1", call(1, timeout_s=1.0))
+    assert rig.broker.take() == [("release",)]
+    with pytest.raises(LimitExceeded, match="OPEN_BYTES_MAX"):
+        rig.local(2)
+    rig.relay.released()
+    rig.wait(60.0)
+    assert rig.broker.take() == []
+    rig.unread = OPEN_BYTES_MAX // 2
+    rig.wait(RETRY_S)
+    assert rig.broker.take() == [("consume", A, B)]
+    rig.local(3)
 
 
 def test_answers_that_are_not_published_count(roomy: Rig) -> None:

@@ -129,7 +129,16 @@ class Channel:
             os.urandom,
         )
         self._metered = _Metered(0, 0, 0, 0)
-        self.relay = Relay(vm, self._send, broker, gate, context_allow, offer, host[1].hex())
+        self.relay = Relay(
+            vm,
+            self._send,
+            broker,
+            gate,
+            context_allow,
+            offer,
+            host[1].hex(),
+            lambda: self._session.backlog_bytes,
+        )
         self._path = ""
         self._link: Link | None = None
         self._speaks = False

@@ -81,6 +81,8 @@ TOPICS_JUDGED_PER_S: Final = 256
 """Topics judged at once, and then in a second: a guest may name others at will. Of what it says it
 serves meanwhile, the last counts, as soon as it can be judged."""
 
+GUEST_TOPIC: Final = Topic("openstack", "vchan.guest")
+"""What every guest's daemon serves itself."""
 DENIED_REPLY: Final = "the host's policy does not let this VM answer"
 
 _REASONS: Final = {
@@ -151,6 +153,8 @@ class Relay:
         context_allow: The context keys that may enter a guest.
         offer: The programs on this host that guests' requests may be for.
         host: A name of this daemon's run, which no other has.
+        unread: Bytes that were sent to the guest and still wait here, for it reads none: they stay
+            when their request is over.
     """
 
     def __init__(
@@ -162,9 +166,11 @@ class Relay:
         context_allow: frozenset[str],
         offer: Offer,
         host: str = "",
+        unread: Callable[[], int] = lambda: 0,
     ) -> None:
         self.vm = vm
         self._send = send
+        self._unread = unread
         self._broker = broker
         self._gate = gate
         self._context_allow = context_allow
@@ -193,6 +199,7 @@ class Relay:
         self._settle_at_s: float | None = None
         self._republish_at_s: float | None = None
         self._consume_at_s: float | None = None
+        self._look_at_s: float | None = None  # whether there is room again
         self.counters = {
             "requests": 0,
             "redelivered": 0,
@@ -222,8 +229,9 @@ class Relay:
 
     @property
     def denied(self) -> frozenset[Topic]:
-        """The topics this VM's agents asked for and may not serve."""
-        return self._asked - self._topics
+        """The topics this VM's agents asked for and may not serve. That its daemon's own does not
+        come from the broker is nobody's fault: programs here reach it all the same."""
+        return self._asked - self._topics - {GUEST_TOPIC}
 
     def opened(self, *, resumed: bool, now_s: float, before: str = "") -> None:
         """The guest's session is open, or the guest speaks again after `suspend`.
@@ -395,13 +403,22 @@ class Relay:
         self._bytes -= entry.bytes
         if entry.local is not None:
             self._local_open -= 1
-        if self._is_full and self._bytes <= OPEN_BYTES_MAX // 2:
-            self._is_full = False
-            self._consume_at_s = self._consume_not_before_s
+        self._look_for_room()
         return entry
 
+    @property
+    def _held_bytes(self) -> int:
+        return max(self._bytes, self._unread())
+
     def _has_room(self, size: int) -> bool:
-        return not self._bytes or self._bytes + size <= OPEN_BYTES_MAX
+        held = self._held_bytes
+        return not held or held + size <= OPEN_BYTES_MAX
+
+    def _look_for_room(self) -> None:
+        if self._is_full and self._held_bytes <= OPEN_BYTES_MAX // 2:
+            self._is_full = False
+            self._look_at_s = None
+            self._consume_at_s = self._consume_not_before_s
 
     # ---------------------------------------------------------------- the broker
 
@@ -432,6 +449,7 @@ class Relay:
         if not self._has_room(len(request.body)):
             self.counters["held_up"] += 1
             self._is_full = True
+            self._look_at_s = now_s + RETRY_S
             self._release()  # keeps it in its place in the queue
             return
         self.counters["requests"] += 1
@@ -582,7 +600,7 @@ class Relay:
         request = request._replace(body=cut_context(request.body, self._context_allow))
         size = len(request.body)
         if not self._has_room(size):
-            total = self._bytes + size
+            total = self._held_bytes + size
             raise LimitExceeded("bytes of open requests", total, OPEN_BYTES_MAX, "OPEN_BYTES_MAX")
         self._add(request.id, _Entry(request.target, None, answer, size))
         self._local_open += 1
@@ -640,6 +658,7 @@ class Relay:
         entries, self._entries = self._entries, {}
         self._local_open = self._bytes = 0
         self._is_full = False
+        self._look_at_s = None
         for request_id, entry in entries.items():
             self._requester.forget(request_id)
             if entry.local is not None:
@@ -655,6 +674,7 @@ class Relay:
                 self._settle_at_s,
                 self._republish_at_s,
                 self._consume_at_s,
+                self._look_at_s,
                 self._judge_at_s,
                 self._requester.next_timeout(),
                 self.outbound.next_timeout(),
@@ -680,6 +700,9 @@ class Relay:
                     self._publish_again(request_id, entry)
         if self._judge_at_s is not None and now_s >= self._judge_at_s:
             self._judge_in_time(now_s)
+        if self._look_at_s is not None and now_s >= self._look_at_s:
+            self._look_at_s = now_s + RETRY_S
+            self._look_for_room()
         if self._consume_at_s is not None and now_s >= self._consume_at_s:
             self._consume_in_time(now_s)
 
