@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -34,7 +35,6 @@ HOST_PART = re.compile(r"vchan/(host/|conductor/|cli\.py)")
 """What the host's package holds of the library; the guest's holds the rest."""
 UNUSED = re.compile(r"vchan/protocol\.py")
 """The wire's definition: what runs is generated from it."""
-SERVICES = ("vchan-guest", "vchan-http")
 LAUNCHER = """\
 #!/usr/bin/python3 -I
 from {module} import main
@@ -180,8 +180,8 @@ class Debian:
         for name in ("METADATA", "entry_points.txt"):
             tree.copy(metadata / name, f"{LIBRARY}/{metadata.name}/{name}")
         source = HERE / "guest"
-        for name in SERVICES:
-            tree.copy(source / f"{name}.service", f"lib/systemd/system/{name}.service")
+        for unit in sorted(source.glob("*.service")):
+            tree.copy(unit, f"lib/systemd/system/{unit.name}")
         self._commands(tree, lambda module: module.startswith("vchan.guest."))
         tree.copy(source / "60-vchan-guest.rules", "lib/udev/rules.d/60-vchan-guest.rules")
         tree.copy(source / "sysusers.conf", "usr/lib/sysusers.d/vchan.conf")
@@ -204,14 +204,18 @@ class Debian:
                 tree.copy(path, f"{LIBRARY}/{name}")
         self._commands(tree, lambda module: not module.startswith("vchan.guest."))
         source = HERE / "host"
-        tree.copy(source / "vchan-host.service", "lib/systemd/system/vchan-host.service")
-        tree.copy(source / "vchan.conf", "etc/vchan/vchan.conf")
+        for unit in sorted(source.glob("*.service")):
+            tree.copy(unit, f"lib/systemd/system/{unit.name}")
+        tree.write("etc/vchan/vchan.conf", host_configuration().encode())
         tree.copy(source / "logrotate", "etc/logrotate.d/vchan-host")
         policy = "policy.d/90-default.policy"
         tree.copy(ROOT / "etc" / policy, f"etc/vchan/{policy}")
+        tree.directory("etc/vchan/conductor.d")
+        tree.directory("etc/vchan/relay")
+        tree.copy_documents("vchan-host", "relay.conf", source / "relay.conf")
         for example in sorted((ROOT / "libvirt").iterdir()):
             tree.copy_documents("vchan-host", f"libvirt/{example.name}", example)
-        tree.manual("vchan.conf.5", OPTIONS=host_options())
+        tree.manual("vchan.conf.5", OPTIONS=host_options(), HONOURED=host_honoured())
         return self._finish(tree, "vchan-host")
 
     def _commands(self, tree: "Tree", wanted: Callable[[str], bool]) -> None:
@@ -368,6 +372,27 @@ def guest_configuration() -> str:
     return filled((HERE / "guest" / "guest.conf").read_text(), {"ALLOW": DEFAULT_ALLOW})
 
 
+def host_configuration() -> str:
+    """vchan-host's file, with its defaults."""
+    from vchan.host.broker_config import HONOURED
+    from vchan.host.config import OPTIONS
+
+    comment = textwrap.TextWrapper(100, initial_indent="# ", subsequent_indent="# ")
+    options = (
+        f"{comment.fill(option.help)}\n#{option.name} = {written(option)}".rstrip()
+        for option in OPTIONS
+    )
+    values = {"OPTIONS": "\n\n".join(options), "HONOURED": comment.fill(", ".join(HONOURED))}
+    return filled((HERE / "host" / "vchan.conf").read_text(), values)
+
+
+def host_honoured() -> str:
+    """The options of oslo.messaging's that are read, for roff."""
+    from vchan.host.broker_config import HONOURED
+
+    return "\n".join(f".Ic {name} ," for name in HONOURED).removesuffix(" ,") + " ."
+
+
 def host_options() -> str:
     """Every option of vchan-host's own, from the list it parses."""
     from vchan.host.config import list_opts
@@ -383,11 +408,16 @@ def host_options() -> str:
 
 
 def default_of(option: Any) -> str:
+    """An option's default, for people."""
+    return written(option) or "none"
+
+
+def written(option: Any) -> str:
     """An option's default, as one would write it."""
     value = option.default if option.sample_default is None else option.sample_default
     if isinstance(value, list):
         value = ", ".join(value)
-    return "none" if value in (None, "") else str(value)
+    return "" if value is None else str(value)
 
 
 def sentences(text: str) -> Iterable[str]:

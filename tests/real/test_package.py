@@ -18,7 +18,13 @@ import pytest
 
 from tests.rig import debian_image, rig_directory
 from tests.rig.cloud import Cloud
-from tests.rig.debian_image import BOOT_TIMEOUT_S, chroot_command, copy_of_tree, in_chroot
+from tests.rig.debian_image import (
+    BOOT_TIMEOUT_S,
+    GuestAgent,
+    chroot_command,
+    copy_of_tree,
+    in_chroot,
+)
 from tests.rig.hosting import HostEnd
 from tests.rig.packages import ROOT, Artefacts, package
 from tests.unit.cable import Cable
@@ -29,8 +35,17 @@ pytestmark = [
     pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
 ]
 
-EXPOSURE_MAX = {"vchan-host.service": 1.5, "vchan-guest.service": 0.5, "vchan-http.service": 1.5}
+EXPOSURE_MAX = {
+    "vchan-host.service": 1.5,
+    "vchan-relay@.service": 1.5,
+    "vchan-conductor.service": 1.3,
+    "vchan-guest.service": 0.5,
+    "vchan-http.service": 1.5,
+    "vchan-zmq.service": 0.5,
+}
 """systemd-analyze security's, of 10; the guest's with the drop-in relay-only.conf."""
+HOST_UNITS = ("vchan-host.service", "vchan-relay@control.service", "vchan-conductor.service")
+GUEST_UNITS = ("vchan-guest.service", "vchan-http.service", "vchan-zmq.service")
 CHECK_CONFIGURATION = """
 from vchan.guest.daemon import parse_options
 assert parse_options(["--config", "/root/guest.conf"]) == parse_options([])
@@ -42,6 +57,7 @@ path = "/usr/share/doc/vchan-guest/examples/agents.d/standard.toml"
 unit = parse_unit("standard", path, tomllib.load(open(path, "rb")))
 assert unit.command[0] == "/usr/bin/vchan-guest", unit
 """
+NO_BROKER = "rabbit://nobody:x@127.0.0.1:9/"
 OUR_FILES = "find / -xdev -iname '*vchan*' -not -path '/proc/*' -not -path '/root/*'"
 
 
@@ -131,6 +147,7 @@ def test_the_manual_has_every_option(unpacked: Path) -> None:
     for section, group in list_opts():
         assert f"[{section}]" in options
         assert [option.name for option in group if option.name not in options] == []
+    assert "--use-journal" in page("vchan-host.8").replace("\N{HYPHEN}", "-")
     for name, usage in (("vchan-guest.8", USAGE), ("vchan-http.8", http.USAGE)):
         flat = " ".join(page(name).split())
         assert " ".join(usage.split()) in flat.replace("\N{HYPHEN}", "-")
@@ -190,6 +207,7 @@ def test_systemd_finds_no_fault(debian: Path, unpacked: Path, directory: Path) -
     drop_in = units / "vchan-guest.service.d"
     drop_in.mkdir()
     shutil.copy(unpacked / "usr/share/doc/vchan-guest/examples/relay-only.conf", drop_in)
+    assert {path.name for path in units.glob("*.service")} == set(EXPOSURE_MAX)
     for name, exposure in EXPOSURE_MAX.items():
         threshold = f"--threshold={exposure * 10:.0f}"
         said = run("systemd-analyze", "security", "--offline=true", threshold, str(units / name))
@@ -297,8 +315,8 @@ def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -
     in_chroot(debian, "python3", "-c", CHECK_CONFIGURATION)
     in_chroot(debian, "python3", "-c", CHECK_UNIT)
     assert "vchan" in in_chroot(debian, "getent", "group", "vchan").output
-    verified = in_chroot(debian, "systemd-analyze", "verify", "--man=no", "vchan-guest.service")
-    assert verified.output == ""
+    verify = ("systemd-analyze", "verify", "--man=no", *GUEST_UNITS)
+    assert in_chroot(debian, *verify).output == ""
     in_chroot(debian, "dpkg", "--install", deb)
     in_chroot(debian, "dpkg", "--remove", "vchan-guest")
     left = in_chroot(debian, "sh", "-c", OUR_FILES).output.split()
@@ -314,7 +332,8 @@ def debian_host(debian: Path, artefacts: Artefacts) -> Iterator[Path]:
     before = in_chroot(debian, "sh", "-c", OUR_FILES).output
     in_chroot(debian, "apt-get", "update", "--quiet")
     install = ("apt-get", "install", "--quiet", "--yes", "--no-install-recommends")
-    in_chroot(debian, *install, *give(debian, artefacts.guest, artefacts.host))
+    packages = give(debian, artefacts.guest, artefacts.host)
+    in_chroot(debian, *install, *packages, "python3-zmq")
     yield debian
     in_chroot(debian, "dpkg", "--purge", "vchan-host", "vchan-guest")
     assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
@@ -322,7 +341,7 @@ def debian_host(debian: Path, artefacts: Artefacts) -> Iterator[Path]:
 
 def test_the_hosts_package_is_whole(debian_host: Path) -> None:
     assert in_chroot(debian_host, "dpkg", "--verify", "vchan-host").output == ""
-    verify = ("systemd-analyze", "verify", "--man=no", "vchan-host.service", "vchan-http.service")
+    verify = ("systemd-analyze", "verify", "--man=no", *HOST_UNITS, *GUEST_UNITS)
     assert in_chroot(debian_host, *verify).output == ""
     # A password may come to stand in it.
     status = (debian_host / "etc/vchan/vchan.conf").stat()
@@ -356,16 +375,22 @@ def test_the_hosts_package_works_with_debians_own_libraries(
         daemon.start()
 
 
-def test_the_hosts_service_runs_confined(debian_host: Path, directory: Path) -> None:
-    """Booted, with all that its unit forbids; neither libvirt nor a broker is there."""
+def test_the_services_run_confined(
+    debian_host: Path, artefacts: Artefacts, directory: Path
+) -> None:
+    """Booted, with all that their units forbid; neither libvirt nor a broker is there."""
     image = debian_image.build()
     disk = directory / "host.disk"
     (debian_host / "etc/cloud/cloud-init.disabled").touch()
     configuration = debian_host / "etc/vchan/vchan.conf"
     default = configuration.read_text()
-    configuration.write_text("[DEFAULT]\ntransport_url = rabbit://nobody:x@127.0.0.1:9/\n")
+    configuration.write_text(f"[DEFAULT]\ntransport_url = {NO_BROKER}\n")
+    relay = debian_host / "etc/vchan/relay/control.conf"
+    example = (debian_host / "usr/share/doc/vchan-host/examples/relay.conf").read_text()
+    relay.write_text(re.sub(r"(?m)^transport_url = .*", f"transport_url = {NO_BROKER}", example))
     debian_image.make_disk(debian_host, disk)
     configuration.write_text(default)
+    relay.unlink()
     booted = debian_image.DebianImage(image.kernel, disk, debian_host)
     with debian_image.DebianGuest(directory / "host", booted, {}) as guest:
         shell = guest.agent()
@@ -380,5 +405,35 @@ def test_the_hosts_service_runs_confined(debian_host: Path, directory: Path) -> 
         shell.check("systemctl reload vchan-host")
         assert shell.check("stat -c '%U %a' /var/log/vchan/audit.log").startswith("vchan ")
         assert shell.check("systemctl show --value -p MainPID vchan-host").strip() == pid
+        _others_run_confined(shell, artefacts)
         shell.check("systemctl stop vchan-host")
         assert shell.check("systemctl show --value -p Result vchan-host") == "success\n"
+
+
+def _others_run_confined(shell: GuestAgent, artefacts: Artefacts) -> None:
+    """Those that are installed and run where somebody enables them."""
+    others = ("vchan-relay@control", "vchan-conductor", "vchan-http", "vchan-zmq")
+    pids = {}
+    for name in others:
+        assert "disabled" in shell.run(f"systemctl is-enabled {name}").output
+        shell.check(f"systemctl enable --now {name} || {{ journalctl -b -u {name}; false; }}")
+        pids[name] = shell.check(f"systemctl show --value -p MainPID {name}").strip()
+        assert shell.check(f"ps -o user= -p {pids[name]}") == "vchan\n"
+    shell.check("test -S /run/vchan/zmq.sock -a -S /run/vchan/http.sock")
+    status = json.loads(shell.check("vchan --socket /run/vchan/control.sock --json status"))
+    assert (status["libvirt"], status["channels"]) == ("none configured", 1)
+    shell.wait("systemctl status vchan-conductor | grep -q 'waiting for the broker'")
+    shell.check("systemctl reload vchan-relay@control vchan-conductor")
+    shell.check("stat /var/log/vchan/relay-control.log /var/log/vchan/conductor-audit.log")
+    shell.check("logrotate --force /etc/logrotate.d/vchan-host 2>&1 || ! command -v logrotate")
+    # An upgrade starts them anew; what is disabled stays so.
+    shell.check("systemctl disable --now vchan-http && rm /usr/sbin/policy-rc.d")
+    for deb in (artefacts.guest, artefacts.host):
+        shell.check(f"dpkg --install /root/{deb.name} 2>&1", timeout_s=BOOT_TIMEOUT_S)
+    for name in ("vchan-relay@control", "vchan-conductor", "vchan-zmq"):
+        shell.check(f"systemctl is-active {name}")
+        assert shell.check(f"systemctl show --value -p MainPID {name}").strip() != pids[name]
+    assert "inactive" in shell.run("systemctl is-active vchan-http").output
+    for name in others:
+        shell.check(f"systemctl disable --now {name}")
+        assert shell.check(f"systemctl show --value -p Result {name}") == "success\n"

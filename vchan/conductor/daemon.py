@@ -140,11 +140,10 @@ class Conductor:
         """Serve until SIGTERM or SIGINT; SIGHUP reads the policy again."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.loop.stop())
-        signal.signal(
-            signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self._reload_for_manager)
-        )
+        signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self.reload))
         # It waits for the broker, for ever if need be: not in this thread, which hears signals.
         threading.Thread(target=self._start, name="start", daemon=True).start()
+        self._manager.ready("waiting for the broker")  # it is no reason to hold up a boot
         self.loop.run()
         self._manager.stopping()
         self._stop()
@@ -156,11 +155,7 @@ class Conductor:
     def _started(self) -> None:
         self._is_serving = True
         LOG.info("vchan-conductor %s: serving %s/%s", __version__, *CONDUCTOR)
-        self._manager.ready("serving")
-
-    def _reload_for_manager(self) -> None:
-        self.reload()
-        self._manager.ready("serving")
+        self._manager.status("serving")
 
     def _stop(self) -> None:
         if self._is_serving:

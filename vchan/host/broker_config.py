@@ -19,6 +19,29 @@ LOG = logging.getLogger(__name__)
 
 PREFETCH: Final = 64
 
+HONOURED: Final = (
+    "amqp_auto_delete",
+    "amqp_durable_queues",
+    "heartbeat_rate",
+    "heartbeat_timeout_threshold",
+    "rabbit_interval_max",
+    "rabbit_login_method",
+    "rabbit_qos_prefetch_count",
+    "rabbit_quorum_delivery_limit",
+    "rabbit_quorum_max_memory_bytes",
+    "rabbit_quorum_max_memory_length",
+    "rabbit_quorum_queue",
+    "rabbit_retry_interval",
+    "rabbit_transient_queues_ttl",
+    "rabbit_transient_quorum_queue",
+    "ssl",
+    "ssl_ca_file",
+    "ssl_cert_file",
+    "ssl_enforce_hostname_verification",
+    "ssl_key_file",
+)
+"""The options in [oslo_messaging_rabbit] that are read, and no others."""
+
 
 @dataclass(frozen=True, slots=True)
 class BrokerHost:
@@ -164,6 +187,7 @@ class _OsloOptions:
 
     def get(self, name: str, default: Any) -> Any:
         """The URL's value, else the file's, else (an older oslo.messaging) the default."""
+        assert name in HONOURED
         if name not in self._types:
             return default
         text = self.url.query.get(name)

@@ -1,0 +1,108 @@
+"""What can be set is in the documents, the manual and the samples: none is forgotten."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip install "vchan[host]"')
+pytest.importorskip("oslo_messaging", reason="oslo.messaging is not installed")
+
+from oslo_config import cfg
+
+from vchan.conductor import config as conductor_config
+from vchan.guest import daemon, http, zeromq
+from vchan.guest.port import KINDS
+from vchan.host import broker_config, config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def build() -> Any:
+    """What makes the packages' files."""
+    spec = importlib.util.spec_from_file_location("vchan_build", ROOT / "packaging" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def names(options: list[Any]) -> set[str]:
+    return {option.name for option in options}
+
+
+def in_code(text: str) -> set[str]:
+    """Every word that stands as code in a document."""
+    return set(re.findall(r"[\w.-]+", " ".join(re.findall(r"`([^`]+)`", text))))
+
+
+def test_the_documents_have_every_option() -> None:
+    host = in_code((ROOT / "docs" / "host.md").read_text())
+    assert names(config.OPTIONS) - host == set()
+    assert set(broker_config.HONOURED) - host == set()
+    conductor = in_code((ROOT / "docs" / "conductor.md").read_text())
+    assert names(conductor_config.OPTIONS) - conductor == set()
+
+
+def test_the_documents_have_every_option_of_a_guests_programs() -> None:
+    guest, shapes = ((ROOT / "docs" / name).read_text() for name in ("guest.md", "shapes.md"))
+    for program, text in ((daemon, guest), (http, shapes), (zeromq, shapes)):
+        options = set(re.findall(r"--[a-z-]+", program.USAGE)) - {"--version", "--help"}
+        assert {option for option in options if option not in text} == set()
+
+
+def test_the_documents_have_every_kind_of_port() -> None:
+    guest = (ROOT / "docs" / "guest.md").read_text()
+    kinds = re.findall(r"(\w+):", KINDS)
+    assert len(kinds) >= 7
+    assert [kind for kind in kinds if f"`{kind}:" not in guest] == []
+
+
+def test_the_sample_has_every_option_and_changes_none(build: Any, tmp_path: Path) -> None:
+    sample = build.host_configuration()
+    set_there = re.findall(r"(?m)^#(\w+) = ?(.*)$", sample)
+    given = {name for name, _ in set_there}
+    assert given == names(config.OPTIONS) | {"transport_url"}
+    for name in broker_config.HONOURED:
+        assert re.search(rf"\b{name}\b", sample.partition("[oslo_messaging_rabbit]")[2])
+    assert all(len(line) <= 100 for line in sample.splitlines())
+
+    plain = tmp_path / "plain.conf"
+    plain.write_text(sample)
+    as_is = config.load(["--config-file", str(plain)])
+    all_set = re.sub(r"(?m)^#(?!transport_url|host )(\w+ = ?.*)$", r"\1", sample)
+    plain.write_text(all_set)
+    loaded = config.load(["--config-file", str(plain)])
+    for option in config.OPTIONS:
+        assert loaded.vchan[option.name] == as_is.vchan[option.name], option.name
+    assert config.unknown_options(loaded) == []
+
+
+def test_the_manual_has_every_option(build: Any) -> None:
+    page = build.host_options()
+    assert set(re.findall(r"(?m)^\.It Ic (\w+)$", page)) >= names(config.OPTIONS)
+    assert set(re.findall(r"(?m)^\.Ic (\w+) [,.]$", build.host_honoured())) == set(
+        broker_config.HONOURED
+    )
+    used = set(re.findall(r"@([A-Z]+)@", (ROOT / "packaging/man/vchan.conf.5").read_text()))
+    assert used == {"DATE", "OPTIONS", "HONOURED"}
+
+
+def test_the_brokers_options_are_those_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    get = broker_config._OsloOptions.get
+
+    def noting(self: Any, name: str, default: Any) -> Any:
+        read.add(name)
+        return True if name == "ssl" else get(self, name, default)
+
+    monkeypatch.setattr(broker_config._OsloOptions, "get", noting)
+    conf = cfg.ConfigOpts()
+    conf([], default_config_files=[], default_config_dirs=[])
+    broker_config.BrokerConfig.from_oslo(conf)
+    assert read == set(broker_config.HONOURED)
