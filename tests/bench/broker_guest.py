@@ -28,7 +28,7 @@ from tests.bench.broker import (
     compare,
     host_daemon,
 )
-from tests.bench.machine import DAEMON, DAEMON_SCRIPT, IN_GUEST, PORTS, read_until
+from tests.bench.machine import DAEMON, DAEMON_SCRIPT, IN_GUEST, PORTS, read_until, wait_for_port
 from tests.rig import RigError, oslo_image, wait_until
 from tests.rig.guest import GuestSpec, QemuGuest
 from tests.rig.guest_image import NETWORK_GATEWAY, NETWORK_UP, PYTHON, Service, build
@@ -133,6 +133,7 @@ def booted(broker: Broker) -> Iterator[tuple[Guest, dict[str, Subject]]]:
     with QemuGuest(broker.directory / "guest", spec) as qemu:
         guest = Guest(qemu, broker.rabbit)
         guest.run(NETWORK_UP)
+        guest.run(wait_for_port(STARTED))
         channels = {name: qemu.port(f"bench.{name}") for name in CHANNELS.values()}
         with host_daemon(broker, channels) as host:
             for name, server in SERVERS.items():

@@ -52,6 +52,11 @@ def services() -> tuple[Service, ...]:
     )
 
 
+def wait_for_port(name: str) -> str:
+    """A shell script: init makes ports' links as they appear, and who is early makes a file."""
+    return f"until [ -e {PORTS / name} ]; do sleep 0.02; done"
+
+
 class Taken(NamedTuple):
     """Time that passed, and CPU time that QEMU used, which other load disturbs less."""
 
@@ -106,6 +111,7 @@ class Machine:
         with self.connect(STARTED) as started:
             run = command.format(port=PORTS / START)
             self.guest.shell(
+                f"{wait_for_port(START)}; {wait_for_port(STARTED)}\n"
                 f"(echo >{PORTS / STARTED}; exec {run}) >/run/start.log 2>&1 & echo $! >/run/start"
             )
             read_until(started, b"\n")
