@@ -4,16 +4,18 @@
 
 The neighbour's calls are timed before and during each attack, in each of the rounds; the table has
 the percentiles of all rounds' calls together. Daemon, neighbour, caller and attacker share this
-machine's processors with whatever else it does. So the attacker runs at the lowest priority: a VM's
-processor time is not taken from the daemon's, here it would be. `none` is no attack: what the
-machine's noise makes of it. Three columns do not depend on that; they are the daemon's processor
-time: `wait` is how long the neighbour and its caller waited for the daemon to look at them, 99 of
-100 times at most, and `turn` how long its turns took that served the attacker.
+machine's processors with whatever else it does. So the first three go before everybody else, where
+this program may arrange that, and the attacker behind: a VM's processor time is not taken from the
+daemon's, here it would be. `none` is no attack: what the machine's noise makes of it. Three columns
+do not depend on that; they are the daemon's processor time: `wait` is how long the neighbour and
+its caller waited for the daemon to look at them, 99 of 100 times at most, and `turn` how long its
+turns took that served the attacker.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -175,6 +177,14 @@ class Scene:
             channel.close()
 
     # ---------------------------------------------------------------- measuring
+
+    def go_first(self) -> None:
+        """Daemon, neighbour and caller run before everything else on this machine."""
+        assert self._neighbour is not None
+        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK  # no attacker inherits it
+        with contextlib.suppress(PermissionError):
+            for pid in (self.host.daemon.pid, self._neighbour.pid, 0):
+                os.sched_setscheduler(pid, policy, os.sched_param(1))
 
     def measure(self, seconds: float, attacker: str = "") -> Cost:
         """Call the neighbour for so long.
@@ -350,6 +360,7 @@ def measure(
     vms = {name: [f"{name}.{number}" for number in range(rounds)] for name in names}
     everyone = [vm for vm_names in vms.values() for vm in vm_names]
     with Scene(directory, everyone) as scene:
+        scene.go_first()
         scene.measure(2.0)  # until it is warm
         measured = [(scene.measure(seconds), scene.measure(seconds)) for _ in range(rounds)]
         before, during = zip(*measured, strict=True)
