@@ -337,7 +337,6 @@ FROM_GUEST = (
     "stops_reading",
     "subscription_bomb",  # after which this VM may serve no other topic
     "hello_storm",
-    "giant_lengths",
 )
 """What means most, with QEMU and the virtio rings between."""
 
@@ -448,7 +447,11 @@ def test_attack_from_a_real_vm(vms: VmScene, name: str) -> None:
 
 
 def test_a_vm_that_was_closed_off_is_served_again_when_it_behaves(vms: VmScene) -> None:
-    """The last attack has ended in quarantine. The operator ends that."""
+    """By the operator's word."""
+    vms.release()
+    with vms.attacking("giant_lengths", SECONDS_IN_VM):
+        vms.call_neighbour()
+    check_outcome("giant_lengths", vms.status())
     assert vms.status()["state"] == "quarantined"
     vms.release()
     vms.guests["bad"].shell("python3.11 -m vchan.guest.daemon >/dev/console 2>&1 &")
