@@ -78,6 +78,7 @@ class Link:
         self._unread = b""  # taken from the stream of a metered peer, and handled up to ...
         self._unread_at = 0
         self._turn_planned = False
+        self._was_long = False  # the last turn of a metered peer
         self._hold = hold
         self._pause_timer: Timer | None = None
         self._may_write = not silent
@@ -147,7 +148,11 @@ class Link:
     # ---------------------------------------------------------------- reading
 
     def _readable(self) -> None:
-        if not self._turn_planned:
+        if self._turn_planned:
+            return
+        if self._was_long:
+            self._plan_turn()  # behind whoever else is ready
+        else:
             self._take_turn()
 
     def _take_turn(self) -> None:
@@ -194,6 +199,7 @@ class Link:
         self._unread_at = at
         if at == len(self._unread):
             self._unread, self._unread_at = b"", 0
+        self._was_long = took_s >= TURN_S
         if not self._pause(meter(at - begin, took_s)) and self._unread:
             self._plan_turn()
 

@@ -213,6 +213,31 @@ def test_a_metered_peer_gets_no_more_of_a_turn_than_its_share(both: Both) -> Non
     assert max(took_s for _, took_s in spending.told) == pytest.approx(0.001)
 
 
+def test_a_metered_peer_whose_turn_was_long_goes_behind_the_others(both: Both) -> None:
+    spending = Spending(both)
+    both.open()
+    order: list[str] = []
+
+    def react(event: Event) -> None:
+        order.append("peer")
+        spending._react(event)
+
+    both.host.react = react
+    both.guest.link.send(b"first", 1)
+    both.until(lambda: order == ["peer"])
+    both.for_s(0.1)
+    ours, theirs = socket.socketpair()
+    both.loop.add_reader(ours.fileno(), lambda: order.append("other" + str(ours.recv(1))))
+    both.guest.session.send(b"second", 1)
+    both.guest.link.flush()
+    theirs.send(b"x")  # ready after it
+    both.until(lambda: len(order) == 3)
+    assert order == ["peer", "otherb'x'", "peer"]
+    both.loop.remove_reader(ours.fileno())
+    ours.close()
+    theirs.close()
+
+
 def test_what_costs_a_metered_peer_nothing_is_handled_as_it_is_read(both: Both) -> None:
     spending = Spending(both)
     both.host.react = lambda _: None
