@@ -28,7 +28,7 @@ class LimitInfo(NamedTuple):
         return self.reason.startswith("Bytes")
 
 
-# The least rates are what one read of 64 KiB can bring in, with the longest pause between two.
+# The least rates are those of a guest that works: slower, its own daemon could not keep up its end.
 
 
 def _limit(default: int, minimum: int, maximum: int, reason: str) -> Any:
@@ -43,7 +43,7 @@ class Limits:
         2000,
         600,
         1_000_000,
-        "Messages from the guest: each costs the daemon some 30 us, so one VM gets 6% of its time.",
+        "Messages from the guest: an answer costs the daemon some 30 us, a request 100.",
     )
     frames_per_s: int = _limit(
         4000,
