@@ -173,10 +173,17 @@ def parse_values(words: list[str]) -> dict[str, Any]:
 
 
 def _show(value: Any, as_json: bool) -> None:
+    """What a guest may have chosen: all of it, but nothing that a terminal obeys."""
     if as_json or not isinstance(value, str):
-        print(json.dumps(value, indent=None if as_json else 2, ensure_ascii=False))
+        text = json.dumps(value, indent=None if as_json else 2, ensure_ascii=False)
+        if not text.replace("\n", "").isprintable():  # then it is within strings
+            odd = {c for c in text if not c.isprintable() and c != "\n"}
+            text = text.translate({ord(c): json.dumps(c)[1:-1] for c in odd})
+    elif sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in value)
     else:
-        print(value)
+        text = value.encode("utf-8", "backslashreplace").decode()
+    print(text)
 
 
 def _list(client: Client, options: argparse.Namespace) -> None:

@@ -55,6 +55,24 @@ def test_a_call_prints_the_result(host: LocalHost, run: Run) -> None:
     assert run("cast", "vm", "agent", "echo") == (cli.EXIT_OK, "", "")
 
 
+def test_a_result_does_not_steer_a_terminal(
+    host: LocalHost, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is what a guest says. As JSON it is the same value; as a text, the same in a pipe."""
+    text = "ä\n\x1b[2J\x9b2J\u202e\ud800\U000e0001"
+    for words in ((), ("--json",)):
+        status, out, _ = run(*words, "call", "vm", "agent", "echo", f"text={json.dumps(text)}")
+        assert status == cli.EXIT_OK
+        assert "ä" in out
+        assert out.replace("\n", "").isprintable()
+        assert json.loads(out) == {"text": text}
+    cli._show(text, as_json=False)
+    assert capsys.readouterr().out == text.replace("\ud800", "\\ud800") + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    cli._show(text, as_json=False)
+    assert capsys.readouterr().out == "ä\n?[2J?2J???\n"
+
+
 def test_list_status_and_ping(host: LocalHost, run: Run) -> None:
     status, out, _ = run("list")
     assert status == cli.EXIT_OK
