@@ -619,6 +619,7 @@ class Agent(_Caller):
         self._inbox: deque[Request] = deque()
         self._is_working = False
         self._thread = 0  # who runs the loop
+        self._told = ""
         self._stopped = False
         self._pool: Any = None
         if workers:
@@ -681,7 +682,10 @@ class Agent(_Caller):
     # ---------------------------------------------------------------- serving
 
     def _changed(self, up: bool, reason: str) -> None:
-        self._log("connected" if up else reason)
+        news = "connected" if up else reason
+        if news != self._told:  # not at every attempt
+            self._told = news
+            self._log(news)
         if not up:
             self._drop_untaken()
 

@@ -82,14 +82,17 @@ class Conductor:
 
     def reload(self) -> None:
         """Read the policy again, and go on in a new audit log if the old one was moved."""
+        problem = ""
         try:
             policy = config.policy(self._conf)
         except ConfigError as error:
+            problem = str(error)
+        if problem:
             kept = "the policy before it holds"
             if self._desk.policy.problem:
-                self._desk.policy = Policy.denying(str(error))
+                self._desk.policy = Policy.denying(problem)
                 kept = "everything is denied"
-            LOG.warning("policy: %s: %s", error, kept)
+            LOG.warning("policy: %s: %s", problem, kept)
         else:
             self._desk.policy = policy
             LOG.info("policy: %d rules", len(policy.rules))
@@ -104,12 +107,15 @@ class Conductor:
             Rejected: It may not pass, and is a call: otherwise nobody waits to hear it.
             Exception: What the target raised.
         """
+        request, problem = None, ""
         try:
             request = read(kind, context, handed)
         except EnvelopeError as error:
+            problem = str(error)
+        if request is None:
             host = str(context.get("vchan_host"))[:255]
-            LOG.warning("host %r handed in what is no request: %s", host, error)
-            raise Rejected(f"the conductor cannot read the request: {error}") from None
+            LOG.warning("host %r handed in what is no request: %s", host, problem)
+            raise Rejected(f"the conductor cannot read the request: {problem}")
         with self._lock:
             record = self._desk.judge(request, self.loop.time())
             lines_per_s = self._desk.policy.limits(request.facts).audit_lines_per_s
@@ -201,9 +207,11 @@ class _Endpoint:
         try:
             return self._conductor.handle(kind, context, handed)
         except Exception as error:  # noqa: BLE001  # the caller's to know, without a traceback here
-            if kind is not Kind.CALL:
-                LOG.warning("a %s was lost: %s", kind.value, str(error)[:500])
-            raise oslo_messaging.ExpectedException from None
+            expected = oslo_messaging.ExpectedException()  # holds what is being handled now
+            problem = str(error)[:500]
+        if kind is not Kind.CALL:
+            LOG.warning("a %s was lost: %s", kind.value, problem)
+        raise expected
 
 
 def main() -> None:

@@ -440,8 +440,9 @@ class Gateway:
         self._set_timer()
 
     def _changed(self, up: bool, problem: str) -> None:
+        if up or problem != self._problem:  # not at every attempt
+            self._log("connected to the daemon" if up else problem)
         self._problem = problem
-        self._log("connected to the daemon" if up else problem)
         if not up:
             self.desk.lost()
 

@@ -57,17 +57,19 @@ class Authority:
 
     def reload(self) -> None:
         """Read the files again, and go on in a new audit log if the old one was moved."""
+        self.problem = ""
         try:
             policy = config.policy(self._conf)
         except ConfigError as error:
             self.problem = str(error)
+        if self.problem:
             kept = "the policy before it holds"
             if self.policy.problem:
                 self.policy = Policy.denying(self.problem)
                 kept = "everything is denied"
             LOG.warning("policy: %s: %s", self.problem, kept)
         else:
-            self.policy, self.problem = policy, ""
+            self.policy = policy
             directory = self._conf[config.GROUP].policy_dir
             LOG.info("policy: %d rules of %s", len(policy.rules), directory)
             if not policy_files.is_there(directory):

@@ -101,6 +101,7 @@ class Broker:
             random.shuffle(self._hosts)
         self._host_index = 0
         self._tried = 0  # hosts in a row that could not be connected to
+        self._problems: dict[str, str] = {}  # by their address, as the log has it
         self._attempts = 0
         self._connected_at_s = 0.0
         self._stopping = False
@@ -361,12 +362,16 @@ class Broker:
         if self._stopping:
             return
         host = self._hosts[self._host_index]
+        problem = ""
         try:
             link = Link(self.config, host, self.loop, self._on_lost, self._on_blocked)
             link.connect()
         except BROKEN as error:
-            self._on_no_connection(f"{host.address}: {explain(error, self.config)}")
+            problem = explain(error, self.config)
+        if problem:
+            self._on_no_connection(host.address, problem)
             return
+        self._problems.clear()
         LOG.info("connected to the broker at %s", host.address)
         self.link = link
         self._connected_at_s = self.loop.time()
@@ -392,9 +397,11 @@ class Broker:
         self._publisher.on_blocked(reason)
         self._requests.on_blocked(reason)
 
-    def _on_no_connection(self, reason: str) -> None:
-        LOG.warning("no connection to the broker: %s", reason)
-        self.post(Disconnected(reason))
+    def _on_no_connection(self, address: str, problem: str) -> None:
+        if self._problems.get(address) != problem:  # it may be away for hours: once is enough
+            self._problems[address] = problem
+            LOG.warning("no connection to the broker: %s: %s; it is tried again", address, problem)
+        self.post(Disconnected(f"{address}: {problem}"))
         self._next_host()
         self._tried += 1
         if self._tried < len(self._hosts):

@@ -49,10 +49,13 @@ class Publisher(Owner):
         link = self._broker.link
         if link is None or self._channel is not None:
             return
+        problem = ""
         try:
             self._channel = link.channel(self)
         except ResourceError as error:
-            LOG.warning("no AMQP channel left for replies: %s", error)
+            problem = str(error)
+        if self._channel is None:
+            LOG.warning("no AMQP channel left for replies: %s", problem)
             self._broker.loop.call_later(REOPEN_S, self.open)
             return
         self._next_number = 1

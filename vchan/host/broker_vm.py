@@ -264,10 +264,13 @@ class Vm(Owner):
         self._phase = _Phase.IDLE
         if not self._is_wanted:
             return False
+        problem = None
         try:
             self._channel = link.channel(self)
         except ResourceError as error:
-            LOG.warning("%s: no AMQP channel left: %s", self.vm, error)
+            problem = str(error)
+        if problem is not None:
+            LOG.warning("%s: no AMQP channel left: %s", self.vm, problem)
             self._retry_later()
             return False
         self._phase = _Phase.OPENING

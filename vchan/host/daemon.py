@@ -365,6 +365,7 @@ class Daemon:
                     LOG.warning("%s (%s): dropped mail: %s", channel.name, channel.vm, problem)
 
     def _deliver(self, channel: Channel, event: broker_events.Delivered) -> None:
+        problem = None
         try:
             channel.relay.delivered(
                 event.token,
@@ -375,7 +376,9 @@ class Daemon:
                 now_s=self.loop.time(),
             )
         except LimitExceeded as error:
-            LOG.warning("%s (%s): refused: %s", channel.name, channel.vm, error)
+            problem = str(error)
+        if problem is not None:
+            LOG.warning("%s (%s): refused: %s", channel.name, channel.vm, problem)
 
     # ---------------------------------------------------------------- local programs
 

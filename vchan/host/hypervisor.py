@@ -332,9 +332,10 @@ class Hypervisor:
                 return _Unread.GONE
             if not domain.connect().isAlive():
                 raise
-            LOG.warning("Cannot read domain %s: %s", domain.name(), explain(error))
+            problem = explain(error)
         except (DomainXmlError, LimitExceeded) as error:
-            LOG.warning("Cannot read domain %s: %s", domain.name(), error)
+            problem = str(error)
+        LOG.warning("Cannot read domain %s: %s", domain.name(), problem)
         return _Unread.UNREADABLE
 
 
