@@ -148,7 +148,12 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         "--vm", default="", metavar="KEY=VALUE,...", help="uuid, name, project, user, flavor, image"
     )
     check.add_argument("kind", nargs="?", help="listen, reply, cast, fanout, call, notify or http")
-    check.add_argument("target", nargs="?", metavar="EXCHANGE/TOPIC")
+    check.add_argument(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help=f"TOPIC (of exchange {EXCHANGE}), EXCHANGE/TOPIC",
+    )
     check.add_argument("details", nargs="*", metavar="KEY=VALUE", help="server, namespace, method")
 
 
@@ -375,7 +380,10 @@ def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
     from vchan.host.policy import Effect, make_ask, make_facts
 
     facts = make_facts(_pairs(options.vm.split(",") if options.vm else []))
-    ask = make_ask(options.kind, options.target or "", _pairs(options.details))
+    target = options.target or ""
+    if target and "/" not in target:
+        target = f"{EXCHANGE}/{target}"  # as agents and their callers have it
+    ask = make_ask(options.kind, target, _pairs(options.details))
     verdict, steps = policy.explain(facts, ask)
     if options.json:
         rows = [

@@ -106,12 +106,19 @@ def test_all_the_details(run: Run) -> None:
     assert (status, out.splitlines()[-1]) == (0, "conductor: 50-a.policy:1")
 
 
+def test_a_topic_alone_is_of_the_default_exchange(run: Run) -> None:
+    rules = "listen any openstack/agent allow\nlisten any other/agent deny\n"
+    assert run(rules, "check", "listen", "agent")[0] == cli.EXIT_OK
+    assert run(rules, "check", "listen", "other/agent")[0] == cli.EXIT_FAILED
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (("shout", "a/b"), "'shout': is no kind; expected listen"),
-        (("call", "a"), "'a': is no target; expected EXCHANGE/TOPIC"),
-        (("call",), "'': is no target; expected EXCHANGE/TOPIC"),
+        (("call", "/a"), "'/a': is no target; expected TOPIC or EXCHANGE/TOPIC"),
+        (("call", "a/"), "'a/': is no target; expected TOPIC or EXCHANGE/TOPIC"),
+        (("call",), "'': is no target; expected TOPIC or EXCHANGE/TOPIC"),
         (("call", "a/b", "color=red"), "color=: expected server, namespace, method"),
         (("call", "a/b", "method"), "expected KEY=VALUE"),
         (("--vm", "color=red", "call", "a/b"), "color=: is no fact; expected uuid"),

@@ -408,7 +408,7 @@ def make_ask(kind: str, target: str, values: Mapping[str, str]) -> Ask:
     if kind not in KINDS:
         raise ConfigError(repr(kind), f"is no kind; expected {', '.join(KINDS)}")
     if not slash or not exchange or not topic:
-        raise ConfigError(repr(target), "is no target; expected EXCHANGE/TOPIC")
+        raise ConfigError(repr(target), "is no target; expected TOPIC or EXCHANGE/TOPIC")
     for key in values:
         if key not in TARGET_KEYS:
             raise ConfigError(f"{key}=", f"expected {', '.join(TARGET_KEYS)}")
