@@ -286,6 +286,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         ("vchan-guest --exit", {"--exit-without-port"}),
         ("vchan-guest --so", {"--socket", "--socket-mode"}),
         ("vchan-host --config-", {"--config-dir", "--config-file"}),
+        ("vchan-zmq --li", {"--listen"}),
     ],
 )
 def test_bash_completes(line: str, expected: set[str]) -> None:
