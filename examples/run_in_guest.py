@@ -10,6 +10,7 @@ import base64
 import sys
 
 from vchan.client import Client
+from vchan.errors import VchanError
 
 TOPIC = "vchan.standard"
 NEWS_S = 10
@@ -17,7 +18,10 @@ NEWS_S = 10
 
 def main() -> int:
     """Run it; returns its exit status."""
-    vm, *argv = sys.argv[1:]
+    vm, *argv = sys.argv[1:] or [""]
+    if not argv or vm.startswith("-"):
+        sys.stderr.write("usage: run_in_guest.py VM /PROGRAM [ARGUMENT ...]\n")
+        return 2
     with Client() as client:
         run = client.call(TOPIC, "exec", {"argv": argv}, server=vm)["id"]
         out = err = 0
@@ -35,4 +39,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except VchanError as error:  # nobody is there, or it is refused: the text says why
+        sys.exit(f"run_in_guest.py: {error}")

@@ -131,6 +131,20 @@ def test_calls_reach_the_agent(host: HostEnd, agent: Program) -> None:
     assert json.loads(host.call("vchan.guest", "ping")) == {}
 
 
+def test_how_long_the_daemon_and_its_machine_have_been_up(cable: Cable, directory: Path) -> None:
+    before_s = time.monotonic()
+    daemon = guest_daemon(directory, f"unix:{cable.guest}")
+    daemon.start()
+    try:
+        with HostEnd(cable.host) as host:
+            info = json.loads(host.call("vchan.guest", "info"))
+    finally:
+        daemon.kill()
+    assert 0 <= info["uptime_s"] <= time.monotonic() - before_s + 0.1
+    up_s = float(Path("/proc/uptime").read_text().split()[0])
+    assert up_s - WAIT_S <= info["machine_uptime_s"] <= up_s + 0.1
+
+
 def test_no_agent(host: HostEnd) -> None:
     outcome = host.submit("demo", "echo").result(WAIT_S)
     assert isinstance(outcome, HandedBack)

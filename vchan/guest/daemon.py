@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from time import CLOCK_BOOTTIME, clock_gettime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vchan import __version__
@@ -224,6 +225,7 @@ class Daemon:
 
     def __init__(self, options: Options) -> None:
         self.loop = Loop()
+        self._started_s = self.loop.time()
         self._quiet = options.quiet
         self._manager = ServiceManager(self.loop)
         instance = os.urandom(16)
@@ -430,7 +432,8 @@ class Daemon:
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "uptime_s": round(self.loop.time(), 1),
+            "uptime_s": round(self.loop.time() - self._started_s, 1),
+            "machine_uptime_s": round(clock_gettime(CLOCK_BOOTTIME), 1),  # as /proc/uptime
             "port_reopened": self._port.reopened,
             "session": self._session.counters.as_dict(),
             **self._router.summary(),
