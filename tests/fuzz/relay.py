@@ -177,7 +177,7 @@ class _World:
             return None
         assert request.id not in self.local_asked
         self.local_asked[request.id] = told
-        return lambda: None
+        return lambda: self.local_asked.pop(request.id, None)
 
     def check(self) -> None:
         """Every table is within its limit."""
