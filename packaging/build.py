@@ -1,6 +1,6 @@
 """Builds what users install: Debian packages, a zipapp, the wheel, cloud-init's data.
 
-    scripts/package [--output DIR] [--deb-version VERSION] [--url URL]
+    scripts/package [--output DIR] [--deb-version VERSION] [--maintainer WHO] [--url URL]
 
 Everything is made from the wheel, so that no file is in one and forgotten in another. With the same
 tree, the same SOURCE_DATE_EPOCH (default: the last commit's date) and the same Python, the same
@@ -29,7 +29,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-MAINTAINER = "vchan developers <vchan@example.org>"
+NO_MAINTAINER = "unnamed maintainer <unnamed@vchan.invalid>"
+"""Debian wants somebody to write to. That is who builds the packages and hands them out: if they do
+not say, nobody can mistake this for an address (RFC 2606)."""
 LIBRARY = "usr/lib/python3/dist-packages"
 HOST_PART = re.compile(r"vchan/(host/|conductor/|cli\.py)")
 """What the host's package holds of the library; the guest's holds the rest."""
@@ -49,6 +51,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="[%(default)s]")
     parser.add_argument("--deb-version", help="of the Debian packages [the project's]")
     parser.add_argument(
+        "--maintainer",
+        default=maintainer(),
+        metavar="'NAME <ADDRESS>'",
+        help="of the Debian packages, as DEBFULLNAME and DEBEMAIL [%(default)s]",
+    )
+    parser.add_argument(
         "--url",
         default="http://packages.example.org",
         help="where VMs fetch the .deb [%(default)s]",
@@ -58,7 +66,13 @@ def main() -> None:
     os.environ["SOURCE_DATE_EPOCH"] = str(source_date())
     os.environ["COLUMNS"] = "78"  # of what programs say of themselves
     with tempfile.TemporaryDirectory(prefix="vchan-package-") as directory:
-        build(Path(directory), options.output, options.deb_version, options.url)
+        build(Path(directory), options)
+
+
+def maintainer() -> str:
+    """Who is to be written to, as Debian's own tools are told it."""
+    name, address = os.environ.get("DEBFULLNAME"), os.environ.get("DEBEMAIL")
+    return f"{name} <{address}>" if name and address else NO_MAINTAINER
 
 
 def source_date() -> int:
@@ -69,18 +83,18 @@ def source_date() -> int:
     return int(run("git", "log", "-1", "--format=%ct") or 0)
 
 
-def build(work: Path, output: Path, deb_version: str | None, url: str) -> None:
+def build(work: Path, options: argparse.Namespace) -> None:
     """Make every artefact; prints their names."""
     wheel = build_wheel(work)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work / "wheel")
     version = wheel.name.split("-")[1]
-    debian = Debian(work, deb_version or version)
+    debian = Debian(work, options.deb_version or version, options.maintainer)
     made = [wheel, build_zipapp(work), debian.guest(), debian.host()]
-    made += cloud_init(work, made[1], made[2], url)
+    made += cloud_init(work, made[1], made[2], options.url)
     for artefact in made:
-        shutil.copy(artefact, output / artefact.name)
-        print(output / artefact.name)
+        shutil.copy(artefact, options.output / artefact.name)
+        print(options.output / artefact.name)
 
 
 def build_wheel(work: Path) -> Path:
@@ -163,12 +177,14 @@ class Debian:
 
     Args:
         version: Of both packages; one needs exactly the other.
+        maintainer: Who is to be written to about them.
     """
 
-    def __init__(self, work: Path, version: str) -> None:
+    def __init__(self, work: Path, version: str, maintainer: str) -> None:
         self._work = work
         self._wheel = work / "wheel"
         self._version = version
+        self._maintainer = maintainer
 
     def guest(self) -> Path:
         """vchan-guest: the daemon in a VM, and the library, which the host's package uses too."""
@@ -239,7 +255,7 @@ class Debian:
         size_kib = tree.size_kib()
         source = HERE / name.removeprefix("vchan-")
         control = (source / "control").read_text()
-        values = {"VERSION": self._version, "MAINTAINER": MAINTAINER, "SIZE": str(size_kib)}
+        values = {"VERSION": self._version, "MAINTAINER": self._maintainer, "SIZE": str(size_kib)}
         tree.write("DEBIAN/control", filled(control, values).encode())
         for script in ("postinst", "prerm", "postrm"):
             tree.copy(source / script, f"DEBIAN/{script}", mode=0o755)
@@ -254,7 +270,7 @@ class Debian:
         date = datetime.fromtimestamp(source_date(), UTC).strftime("%a, %d %b %Y %H:%M:%S +0000")
         return (
             f"{name} ({self._version}) unstable; urgency=medium\n\n"
-            f"  * See the project's history.\n\n -- {MAINTAINER}  {date}\n"
+            f"  * See the project's history.\n\n -- {self._maintainer}  {date}\n"
         )
 
 

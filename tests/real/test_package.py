@@ -120,6 +120,8 @@ def give(tree: Path, *files: Path) -> list[str]:
 def test_lintian_has_nothing_against_the_packages(artefacts: Artefacts) -> None:
     options = ["--allow-root", "--tag-display-limit", "0", "--fail-on", "error,warning"]
     run("lintian", *options, str(artefacts.guest), str(artefacts.host))
+    for deb in (artefacts.guest, artefacts.host):
+        assert run("dpkg-deb", "-f", str(deb), "Maintainer").endswith(".invalid>\n")
 
 
 def test_the_manual_is_well_formed(unpacked: Path, directory: Path) -> None:

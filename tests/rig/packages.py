@@ -47,7 +47,7 @@ def package(directory: Path, *options: str) -> Artefacts:
     """
     builder = ROOT / "packaging" / "build.py"
     command = [sys.executable, str(builder), "--output", str(directory), *options]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": DATE}
+    environment = os.environ | {"SOURCE_DATE_EPOCH": DATE, "DEBFULLNAME": "", "DEBEMAIL": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RigError(f"{builder} gave {done.returncode}:\n{done.stdout}{done.stderr}")
