@@ -98,9 +98,11 @@ TIMEOUT_S: Final = 60.0
 OPEN_CALLS_MAX: Final = 1024
 """Requests of one client that wait for an answer."""
 RECONNECT_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
-GRACE_S: Final = 0.5
+GRACE_S: Final = 1.0
 """When a request's time is over the daemon's word is waited for so long: it knows whether the
 request was delivered, and so may have run."""
+LATE_S: Final = GRACE_S + 1.0
+"""A thread that waits for the loop, whose own deadline comes first, gives up so late."""
 ACK_LOOK_S: Final = 0.005
 """How often `when_acknowledged` looks: an acknowledgement comes after 20 ms at the latest."""
 
@@ -527,7 +529,7 @@ class Client(_Caller):
             raise LinkDown(self._connection.path, self._problem or "the daemon does not answer")
         pending = _Pending()
         self._loop.call_soon_threadsafe(lambda: pending.submit(self._connection, request))
-        if not pending.done.wait(timeout_s + 1.0):  # the loop's own deadline comes first
+        if not pending.done.wait(timeout_s + LATE_S):  # the loop's own deadline comes first
             raise CallTimeout(f"no answer within {timeout_s:g} s")
         return pending.result()
 
@@ -673,7 +675,7 @@ class Agent(_Caller):
                 self.loop.run_once()
         else:  # of a worker, or of a thread of the program's own
             self.loop.call_soon_threadsafe(lambda: pending.submit(self._connection, request))
-            pending.done.wait(timeout_s + 1.0)  # the loop's own deadline comes first
+            pending.done.wait(timeout_s + LATE_S)  # the loop's own deadline comes first
         if not pending.done.is_set():
             problem = "the agent is stopping" if self._stopped else "the agent is not running"
             raise LinkDown(self._connection.path, problem)

@@ -50,7 +50,7 @@ if eventletutils.is_monkey_patched("thread"):  # before what needs epoll, which 
     )
 
 from vchan.bodies import Invocation, decode_failure, decode_invocation, encode_failure
-from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, Connection
+from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, LATE_S, Connection
 from vchan.errors import BadBody, LimitExceeded, LinkError
 from vchan.exchange import (
     Answered,
@@ -464,7 +464,7 @@ class _Sending:
             self._engine.run(self._begin)
             while True:
                 # The loop's own deadline comes first; this is for when it cannot.
-                until_s = self._deadline_s + 1.0
+                until_s = self._deadline_s + LATE_S
                 if monitor:
                     until_s = min(until_s, heard_s + monitor)
                 outcome = self._next(until_s)

@@ -67,7 +67,7 @@ PATIENCE_MS: Final = 60_000
 a VM without an agent is refused at once."""
 ADMIN_METHODS: Final = frozenset({"attach", "detach", "release"})
 """The daemon's own methods that change something for others."""
-GRACE_S: Final = 0.25
+GRACE_S: Final = 0.5
 """When a request's time is over, who has it says what became of it; if that takes longer, nobody
 is told. Programs wait for it a little longer (`client.GRACE_S`)."""
 TICK_S: Final = 0.1
