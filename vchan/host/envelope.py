@@ -417,8 +417,8 @@ _DIGITS: Final = re.compile(rb"[0-9]{10}")
 
 
 def _may_have_long_int(data: bytes) -> bool:
-    """A look at every 31st byte: of one digit more than are allowed, it sees ten. (Being asked about
-    each integer makes parsing slow. An even step would take "0,0,0" for digits.)"""
+    """A look at every 31st byte: of one digit more than are allowed, it sees ten. To be asked about
+    each integer makes parsing slow; and an even step would take "0,0,0" for digits."""
     return _DIGITS.search(data[:: (INT_DIGITS_MAX + 1) // 10]) is not None
 
 
