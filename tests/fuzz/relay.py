@@ -177,7 +177,10 @@ class _World:
             return None
         assert request.id not in self.local_asked
         self.local_asked[request.id] = told
-        return lambda: self.local_asked.pop(request.id, None)
+        return lambda: self._forget(request.id)
+
+    def _forget(self, request_id: bytes) -> None:
+        self.local_asked.pop(request_id, None)
 
     def check(self) -> None:
         """Every table is within its limit."""

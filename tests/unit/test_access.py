@@ -50,5 +50,5 @@ def test_the_guests_options() -> None:
     assert parse_options([]).access is None
     options = parse_options(["--agent-users", "root, 1001", "--agent-groups", "2001"])
     assert options.access == Access(frozenset({0, 1001}), frozenset({2001}))
-    with pytest.raises(ConfigError, match="command line: agent-users: there is no user 'nobdy'"):
+    with pytest.raises(ConfigError, match="--agent-users: there is no user 'nobdy'"):
         parse_options(["--agent-users=nobdy"])

@@ -188,8 +188,8 @@ def test_options() -> None:
     [
         (["--listen", "tcp://127.0.0.1:5555"], "expected ipc:///PATH"),
         (["--listen", "ipc://x"], "expected ipc:///PATH"),
-        (["--socket-mode", "x"], "is no octal mode"),
-        (["--agent-socket", "x"], "is no absolute path"),
+        (["--socket-mode", "x"], "expected an octal mode"),
+        (["--agent-socket", "x"], "expected an absolute path"),
         (["--dance"], "see vchan-zmq --help"),
     ],
 )

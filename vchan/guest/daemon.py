@@ -17,6 +17,15 @@ from vchan.access import Access, Credentials, make_access
 from vchan.errors import ConfigError, LinkError, PortAbsent
 from vchan.guest.allowed import DEFAULT_ALLOW, UNIT_METHODS, Allowed, running_directory
 from vchan.guest.journal import log
+from vchan.guest.options import (
+    EXIT_CONFIG,
+    EXIT_OK,
+    EXIT_SOCKET,
+    SWITCH,
+    Given,
+    read_options,
+    run_program,
+)
 from vchan.guest.port import DEFAULT_PORT, Port, goes_one_way, port_opener, session_maker
 from vchan.guest.router import Router
 from vchan.link import Link
@@ -40,15 +49,20 @@ from vchan.streams import Stream
 if TYPE_CHECKING:  # imported where there are units: it costs start-up time
     from vchan.guest.agents import Agents
 
-EXIT_OK: Final = 0
-EXIT_CONFIG: Final = 2
-"""A wrong argument or configuration value: starting again does not help."""
-EXIT_SOCKET: Final = 3
-"""The agents' socket cannot be made."""
-
 DEFAULT_SOCKET: Final = "/run/vchan/agent.sock"
 DEFAULT_CONFIG: Final = "/etc/vchan/guest.conf"
 DEFAULT_UNITS: Final = "/etc/vchan/agents.d"
+DEFAULTS: Final = {
+    "port": DEFAULT_PORT,
+    "exit-without-port": "0",
+    "socket": DEFAULT_SOCKET,
+    "socket-mode": "0660",
+    "agent-users": "",
+    "agent-groups": "",
+    "units": DEFAULT_UNITS,
+    "allow": DEFAULT_ALLOW,
+    "quiet": SWITCH,
+}
 
 GARBAGE_OBJECTS: Final = 20_000
 """Objects more than at the last look for garbage, until the next."""
@@ -112,108 +126,34 @@ def parse_options(arguments: list[str]) -> Options:
     Raises:
         ConfigError: One of them is wrong; says which, where, and what was expected.
     """
-    given = _read_arguments(arguments)
-    path = given.pop("config", "")
-    values = _read_file(path or DEFAULT_CONFIG, required=bool(path))
-    values.update({name: ("command line", value) for name, value in given.items()})
-    mode_where, mode_text = values.get("socket-mode", ("", "0660"))
+    values = read_options(arguments, DEFAULTS, DEFAULT_CONFIG, "vchan-guest")
+    port, absence, allow = (values[name] for name in ("port", "exit-without-port", "allow"))
     try:
-        mode = int(mode_text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise ConfigError(f"{mode_where}: socket-mode", f"{mode_text!r} is no octal mode: try 0660")
-    where, port = values.get("port", ("", DEFAULT_PORT))
-    try:
-        port_opener(port)
+        port_opener(port.value)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error.where}", error.problem) from error
-    where, absence = values.get("exit-without-port", ("", "0"))
-    if not absence.isdecimal():
-        problem = f"{absence!r} is no whole number of seconds"
-        raise ConfigError(f"{where}: exit-without-port", problem)
-    where, socket = values.get("socket", ("", DEFAULT_SOCKET))
-    if not socket.startswith("/"):
-        raise ConfigError(f"{where}: socket", f"{socket!r} is no absolute path")
-    where, quiet = values.get("quiet", ("", "no"))
-    if quiet not in ("yes", "no"):
-        raise ConfigError(f"{where}: quiet", f"{quiet!r} is neither yes nor no")
-    where, units = values.get("units", ("", DEFAULT_UNITS))
-    if not units.startswith("/"):
-        raise ConfigError(f"{where}: units", f"{units!r} is no absolute path")
-    where, allow = values.get("allow", ("", DEFAULT_ALLOW))
+        raise ConfigError(f"{port.where}: {error.where}", error.problem) from error
+    if not absence.value.isdecimal():
+        raise absence.wrong("expected a whole number of seconds")
     try:
-        Allowed(allow)
+        Allowed(allow.value)
     except ValueError as error:
-        raise ConfigError(f"{where}: allow", str(error)) from error
-    return Options(port, socket, mode, quiet == "yes", int(absence), units, allow, _access(values))
-
-
-def _access(values: Mapping[str, tuple[str, str]]) -> Access | None:
-    users_where, users = values.get("agent-users", ("", ""))
-    groups_where, groups = values.get("agent-groups", ("", ""))
-    if not users and not groups:
-        return None
-    return make_access(
-        filter(None, map(str.strip, users.split(","))),
-        filter(None, map(str.strip, groups.split(","))),
-        f"{users_where}: agent-users",
-        f"{groups_where}: agent-groups",
+        raise ConfigError(allow.where, str(error)) from error
+    return Options(
+        port.value,
+        values["socket"].path(),
+        values["socket-mode"].mode(),
+        values["quiet"].is_yes,
+        int(absence.value),
+        values["units"].path(),
+        allow.value,
+        _access(values["agent-users"], values["agent-groups"]),
     )
 
 
-_NAMES: Final = (
-    "port",
-    "exit-without-port",
-    "socket",
-    "socket-mode",
-    "agent-users",
-    "agent-groups",
-    "units",
-    "allow",
-    "quiet",
-)
-
-
-def _read_arguments(arguments: list[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in (*_NAMES, "config"):
-            raise ConfigError("command line", f"{word!r} is no option: see vchan-guest --help")
-        if name == "quiet":
-            value = "yes"
-        elif not equals:
-            if not rest:
-                raise ConfigError("command line", f"{word} needs a value")
-            value = rest.pop(0)
-        given[name] = value
-    return given
-
-
-def _read_file(path: str, *, required: bool) -> dict[str, tuple[str, str]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        if required:
-            raise ConfigError(path, "no such file") from None
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, f"cannot be read: {error}") from error
-    values = {}
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or name not in _NAMES:
-            known = ", ".join(_NAMES)
-            raise ConfigError(f"{path}:{number}", f"expected OPTION = VALUE, one of {known}")
-        values[name] = (f"{path}:{number}", value)
-    return values
+def _access(users: Given, groups: Given) -> Access | None:
+    if not users.value and not groups.value:
+        return None
+    return make_access(users.words(), groups.words(), users.where, groups.where)
 
 
 class Daemon:
@@ -455,21 +395,7 @@ def main() -> None:
 
         standard.main(arguments[1:])
         return
-    if "--help" in arguments:
-        os.write(1, USAGE.encode())
-        return
-    if "--version" in arguments:
-        os.write(1, f"vchan-guest {__version__}\n".encode())
-        return
-    try:
-        daemon = Daemon(parse_options(arguments))
-    except ConfigError as error:
-        log(_ERROR, f"vchan-guest: {error}")
-        sys.exit(EXIT_CONFIG)
-    except LinkError as error:
-        log(_ERROR, f"vchan-guest: {error}")
-        sys.exit(EXIT_SOCKET)
-    daemon.run()
+    run_program("vchan-guest", USAGE, arguments, lambda words: Daemon(parse_options(words)).run)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from vchan import __version__, httpcall
 from vchan.bodies import decode_json
 from vchan.client import AGENT_SOCKET
-from vchan.errors import ConfigError, LinkError, VchanError
+from vchan.errors import VchanError
 from vchan.guest.desk import Leased, Receiver
 from vchan.guest.gateway import LEASE_S, Done, Gateway, Members, Problem, describe
 from vchan.guest.http_wire import (
@@ -37,13 +37,18 @@ from vchan.guest.http_wire import (
     problem_body,
 )
 from vchan.guest.journal import log
-from vchan.guest.options import SWITCH, Given, read_options
+from vchan.guest.options import (
+    EXIT_CONFIG,
+    EXIT_SOCKET,
+    SWITCH,
+    Given,
+    read_options,
+    run_program,
+)
 from vchan.loop import Loop, Timer
 from vchan.notify import ServiceManager
 from vchan.streams import explain, listen_unix
 
-EXIT_CONFIG: Final = 2
-EXIT_SOCKET: Final = 3
 DEFAULT_LISTEN: Final = "unix:/run/vchan/http.sock"
 DEFAULT_CONFIG: Final = "/etc/vchan/http.conf"
 DEFAULTS: Final = {
@@ -126,30 +131,17 @@ def parse_options(arguments: list[str]) -> Options:
             raise listen.wrong("needs a token-file: anybody on this machine can connect to tcp")
     elif kind != "unix" or not name.startswith("/"):
         raise listen.wrong("expected unix:/PATH or tcp:127.0.0.1:PORT")
-    mode = values["socket-mode"]
-    if not mode.value.isdecimal() or not 0 <= _octal(mode.value) <= 0o777:
-        raise mode.wrong("is no octal mode: try 0660")
     uids = values["allow-uids"]
-    if uids.value and not all(word.strip().isdecimal() for word in uids.value.split(",")):
+    if not all(word.isdecimal() for word in uids.words()):
         raise uids.wrong("expected numbers of users, with commas")
-    agent_socket = values["agent-socket"]
-    if not agent_socket.value.startswith("/"):
-        raise agent_socket.wrong("is no absolute path")
     return Options(
         listen.value,
-        _octal(mode.value),
+        values["socket-mode"].mode(),
         _read_token(values["token-file"]),
-        frozenset(int(word) for word in uids.value.split(",") if word),
-        agent_socket.value,
-        values["quiet"].value == "yes",
+        frozenset(map(int, uids.words())),
+        values["agent-socket"].path(),
+        values["quiet"].is_yes,
     )
-
-
-def _octal(text: str) -> int:
-    try:
-        return int(text, 8)
-    except ValueError:
-        return -1
 
 
 def _tcp_address(text: str) -> tuple[str, int]:
@@ -610,22 +602,7 @@ class Program:
 
 def main() -> None:
     """The command."""
-    arguments = sys.argv[1:]
-    if "--help" in arguments:
-        os.write(1, USAGE.encode())
-        return
-    if "--version" in arguments:
-        os.write(1, f"vchan-http {__version__}\n".encode())
-        return
-    try:
-        program = Program(parse_options(arguments))
-    except ConfigError as error:
-        log(_ERROR, f"vchan-http: {error}")
-        sys.exit(EXIT_CONFIG)
-    except LinkError as error:
-        log(_ERROR, f"vchan-http: {error}")
-        sys.exit(EXIT_SOCKET)
-    program.run()
+    run_program("vchan-http", USAGE, sys.argv[1:], lambda words: Program(parse_options(words)).run)
 
 
 if __name__ == "__main__":

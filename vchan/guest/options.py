@@ -1,13 +1,26 @@
-"""Command lines and configuration files of the guest's programs.
+"""Command lines and configuration files of the guest's programs, and how these start.
 
 Both have the same options: `--name value` or `--name=value` there, lines of `name = value` here.
 Not argparse and configparser: they cost a tenth of a second of a small guest's start-up each.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from vchan.errors import ConfigError
+from vchan import __version__
+from vchan.errors import ConfigError, LinkError
+from vchan.guest.journal import log
+
+EXIT_OK: Final = 0
+EXIT_CONFIG: Final = 2
+"""A wrong argument or configuration value: starting again does not help."""
+EXIT_SOCKET: Final = 3
+"""The program's own socket cannot be made."""
+
+_ERROR: Final = 3
+"""systemd's priority."""
 
 SWITCH: Final = "no"
 """The default of an option that is yes or no, and needs no value on a command line."""
@@ -22,6 +35,39 @@ class Given(NamedTuple):
     def wrong(self, problem: str) -> ConfigError:
         """What to raise."""
         return ConfigError(self.where, f"{self.value!r}: {problem}")
+
+    @property
+    def is_yes(self) -> bool:
+        """A SWITCH's value."""
+        return self.value == "yes"
+
+    def path(self) -> str:
+        """The value, an absolute path.
+
+        Raises:
+            ConfigError: It is none.
+        """
+        if not self.value.startswith("/"):
+            raise self.wrong("expected an absolute path")
+        return self.value
+
+    def mode(self) -> int:
+        """The value, permissions.
+
+        Raises:
+            ConfigError: It is none.
+        """
+        try:
+            mode = int(self.value, 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            raise self.wrong("expected an octal mode, as in 0660")
+        return mode
+
+    def words(self) -> list[str]:
+        """The value, with commas between."""
+        return [word for word in map(str.strip, self.value.split(",")) if word]
 
 
 def read_options(
@@ -45,6 +91,32 @@ def read_options(
         if default == SWITCH and values[name].value not in ("yes", "no"):
             raise values[name].wrong("expected yes or no")
     return values
+
+
+def run_program(
+    name: str,
+    usage: str,
+    arguments: list[str],
+    start: Callable[[list[str]], Callable[[], object]],
+) -> None:
+    """A program from its command line to its end.
+
+    Args:
+        start: Given the arguments, makes what runs it. What is wrong with them, or with the socket,
+            is logged, and the program ends.
+    """
+    if "--help" in arguments:
+        os.write(1, usage.encode())
+        return
+    if "--version" in arguments:
+        os.write(1, f"{name} {__version__}\n".encode())
+        return
+    try:
+        run = start(arguments)
+    except (ConfigError, LinkError) as error:
+        log(_ERROR, f"{name}: {error}")
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_SOCKET)
+    run()
 
 
 def _read_arguments(

@@ -21,10 +21,16 @@ from vchan.bodies import decode_json, encode_json
 from vchan.client import AGENT_SOCKET
 from vchan.errors import ConfigError, LinkError
 from vchan.guest.gateway import Done, Gateway, Problem
-from vchan.guest.http import EXIT_CONFIG, EXIT_SOCKET, GARBAGE_OBJECTS
+from vchan.guest.http import GARBAGE_OBJECTS
 from vchan.guest.http_wire import BODY_BYTES_MAX, problem_body
 from vchan.guest.journal import log
-from vchan.guest.options import SWITCH, read_options
+from vchan.guest.options import (
+    EXIT_CONFIG,
+    EXIT_SOCKET,
+    SWITCH,
+    read_options,
+    run_program,
+)
 from vchan.loop import Loop
 from vchan.notify import ServiceManager
 
@@ -75,19 +81,16 @@ def parse_options(arguments: list[str]) -> Options:
         ConfigError: One of them is wrong.
     """
     values = read_options(arguments, DEFAULTS, DEFAULT_CONFIG, "vchan-zmq")
-    listen, agent_socket = values["listen"], values["agent-socket"]
+    listen = values["listen"]
     path = listen.value.removeprefix("ipc://")
     if path == listen.value or not path.startswith("/"):
         raise listen.wrong("expected ipc:///PATH: who may connect is the file's permissions' word")
-    try:
-        mode = int(values["socket-mode"].value, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise values["socket-mode"].wrong("is no octal mode: try 0660")
-    if not agent_socket.value.startswith("/"):
-        raise agent_socket.wrong("is no absolute path")
-    return Options(path, mode, agent_socket.value, values["quiet"].value == "yes")
+    return Options(
+        path,
+        values["socket-mode"].mode(),
+        values["agent-socket"].path(),
+        values["quiet"].is_yes,
+    )
 
 
 def import_zmq() -> Any:
@@ -253,22 +256,7 @@ class Program:
 
 def main() -> None:
     """The command."""
-    arguments = sys.argv[1:]
-    if "--help" in arguments:
-        os.write(1, USAGE.encode())
-        return
-    if "--version" in arguments:
-        os.write(1, f"vchan-zmq {__version__}\n".encode())
-        return
-    try:
-        program = Program(parse_options(arguments))
-    except ConfigError as error:
-        log(_ERROR, f"vchan-zmq: {error}")
-        sys.exit(EXIT_CONFIG)
-    except LinkError as error:
-        log(_ERROR, f"vchan-zmq: {error}")
-        sys.exit(EXIT_SOCKET)
-    program.run()
+    run_program("vchan-zmq", USAGE, sys.argv[1:], lambda words: Program(parse_options(words)).run)
 
 
 if __name__ == "__main__":
