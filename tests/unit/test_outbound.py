@@ -449,13 +449,25 @@ def test_bytes_have_a_limit_until_they_are_published(rig: Rig) -> None:
     assert rig.take_said() == []
 
 
-def test_requests_have_a_limit(rig: Rig) -> None:
+def test_requests_have_a_limit_that_a_reload_may_change(rig: Rig) -> None:
     rig.gate.requests_max = 2
-    rig = Rig(gate=rig.gate)
-    rig.arrive()
     for number in (1, 2, 3):
         rig.ask(number)
-    assert [said.reason for said in rig.take_said()] == [BUSY]
+    (returned,) = rig.take_said()
+    assert returned == Returned(id_of(3), BUSY, "2 requests of this VM are not over")
+    assert rig.gate.record == [returned.text]
+    rig.gate.requests_max = 3
+    rig.ask(3)
+    assert rig.numbers() == [1, 2, 3]
+
+
+def test_what_is_over_the_limit_here_may_have_run_by_another_host(rig: Rig) -> None:
+    rig.gate.requests_max = 1
+    rig.ask(1)
+    rig.ask(2, REDELIVERED)
+    (returned,) = rig.take_said()
+    assert (returned.id, returned.reason) == (id_of(2), AGENT_GONE)
+    assert returned.text.endswith("are not over; it may have run before")
 
 
 def test_the_conductor_gets_what_is_for_it(rig: Rig) -> None:

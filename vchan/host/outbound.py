@@ -195,7 +195,7 @@ class Outbound:
         self._broker = broker
         self._gate = gate
         self._offer = offer
-        self._responder = Responder(send, requests_max=gate.requests_max)
+        self._responder = Responder(send)
         self._items: dict[bytes, _Item] = {}
         self._queue: deque[_Item] = deque()
         self._sending: OrderedDict[bytes, _Item] = OrderedDict()
@@ -318,6 +318,8 @@ class Outbound:
         self._responder.give_back(request_id, reason, text)
 
     def _over_limit(self, request: Request) -> str:
+        if len(self._responder) > self._gate.requests_max:
+            return f"{len(self._responder) - 1} requests of this VM are not over"
         if request.is_call and self._calls >= self._gate.calls_max:
             return f"{self._calls} calls of this VM wait for their answers already"
         if self._bytes + len(request.body) > OPEN_BYTES_MAX:
