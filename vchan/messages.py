@@ -40,6 +40,8 @@ _REPLY: Final = Struct(layout.REPLY)
 _RETURNED: Final = Struct(layout.RETURNED)
 _ID_LIST: Final = Struct(layout.ID_LIST)
 _SUBSCRIPTION: Final = Struct(layout.SUBSCRIPTION)
+_SUBSCRIBE: Final = bytes([layout.MESSAGE_SUBSCRIBE])
+SUBSCRIBE_BYTES_MAX: Final = _ID_LIST.size + TOPICS_MAX * (_SUBSCRIPTION.size + 2 * NAME_BYTES_MAX)
 
 CALL: Final = layout.REQUEST_FLAG_CALL
 FANOUT: Final = layout.REQUEST_FLAG_FANOUT
@@ -260,6 +262,11 @@ def _decode_ids(data: bytes) -> tuple[bytes, ...] | None:
     if count > IDS_MAX or len(data) != start + count * ID_BYTES:
         return None
     return tuple([data[at : at + ID_BYTES] for at in range(start, len(data), ID_BYTES)])
+
+
+def is_subscribe(data: bytes) -> bool:
+    """Whether it may be a Subscribe, without a look into it."""
+    return data[:1] == _SUBSCRIBE and len(data) <= SUBSCRIBE_BYTES_MAX
 
 
 def _decode_subscribe(data: bytes) -> Subscribe | BadMessage:

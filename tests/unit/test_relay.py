@@ -41,6 +41,7 @@ from vchan.messages import (
     REDELIVERED,
     REFUSED,
     RELEASED,
+    SUBSCRIBE_BYTES_MAX,
     TOPICS_MAX,
     Cancel,
     Holding,
@@ -995,6 +996,61 @@ def test_a_mute_vm_is_given_its_topics_and_not_listened_to() -> None:
     assert rig.relay.topics == frozenset({A})
     assert rig.said() == []
     assert rig.relay.counters["discarded"] == 3
+
+
+def speak(rig: Rig) -> None:
+    """The policy lets it, now."""
+    rig.gate.is_mute = False
+    rig.relay.policy_changed(rig.now_s)
+    rig.relay.released()
+
+
+def test_what_a_mute_vm_serves_is_heard_when_the_policy_lets_it_speak() -> None:
+    rig = Rig()
+    mute(rig)
+    rig.subscribe(A)
+    rig.subscribe(A, B)
+    assert rig.relay.topics == frozenset({A})
+    speak(rig)
+    assert rig.relay.topics == frozenset({A, B})
+    rig.wait(2)
+    assert ("consume", A, B) in rig.broker.take()
+    assert rig.relay.counters["bad_messages"] == 0
+
+
+def test_a_vm_that_was_mute_for_a_while_serves_what_its_agents_do(rig: Rig) -> None:
+    rig.gate.is_mute = True
+    rig.gate.given_topics = frozenset({FORBIDDEN})
+    rig.relay.policy_changed(rig.now_s)
+    assert rig.relay.topics <= {FORBIDDEN}
+    speak(rig)
+    assert rig.relay.topics == frozenset({A, B})
+
+
+def test_a_mute_vm_that_says_nothing_serves_nothing_later() -> None:
+    rig = Rig()
+    mute(rig)
+    speak(rig)
+    assert rig.relay.topics == frozenset()
+
+
+def test_nonsense_of_a_mute_vm_is_found_when_it_is_heard() -> None:
+    rig = Rig()
+    mute(rig)
+    rig.relay.receive(encode(Subscribe((A,))) + b"x", rig.now_s)
+    rig.relay.receive(encode(Subscribe((A,))) + bytes(SUBSCRIBE_BYTES_MAX), rig.now_s)
+    speak(rig)
+    assert rig.relay.topics == frozenset()
+    assert rig.relay.counters["bad_messages"] == 1
+
+
+def test_what_a_mute_vm_served_in_an_earlier_session_counts_no_more() -> None:
+    rig = Rig()
+    mute(rig)
+    rig.subscribe(B)
+    rig.relay.opened(resumed=False, now_s=rig.now_s)
+    speak(rig)
+    assert rig.relay.topics == frozenset()
 
 
 def test_casts_to_a_mute_vm_are_over_when_its_session_has_them() -> None:

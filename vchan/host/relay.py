@@ -58,6 +58,7 @@ from vchan.messages import (
     Subscribe,
     Topic,
     decode,
+    is_subscribe,
 )
 
 SETTLE_S: Final = 1.0
@@ -181,6 +182,7 @@ class Relay:
         self._is_full = False  # the broker keeps what there is, until half of it is over
         self._local_open = 0
         self._named: tuple[Topic, ...] | None = None  # by the guest, last
+        self._unheard = b""  # what a mute guest named last, for when it may be heard
         self._verdicts: dict[Topic, bool] = {}  # of what it named when that was judged
         self._judging = TokenBucket(TOPICS_JUDGED_PER_S, TOPICS_JUDGED_PER_S)
         self._judge_not_before_s = 0.0
@@ -243,7 +245,7 @@ class Relay:
         self.outbound.opened(resumed=resumed, now_s=now_s, before=before)
         self._mute = self._gate.is_mute
         if not resumed:
-            self._named = None
+            self._named, self._unheard = None, b""
             self._verdicts.clear()
             self._requester.opened(now_s)
         else:
@@ -261,15 +263,29 @@ class Relay:
     def policy_changed(self, now_s: float) -> None:
         """Other topics may be allowed now."""
         self._mute = self._gate.is_mute
-        asked = sorted(self._gate.given_topics if self._mute else self._asked)
         self._verdicts.clear()
-        if asked or self._topics:
-            self._subscribe(asked, now_s)
+        self._judge_at_s = None
+        if self._mute:
+            self._subscribe(sorted(self._gate.given_topics), now_s)
+            return
+        if self._unheard:
+            self._named, self._unheard = self._read_topics(self._unheard), b""
+        if self._named or self._topics:
+            self._subscribe(self._named or (), now_s)
+
+    def _read_topics(self, data: bytes) -> tuple[Topic, ...]:
+        message = decode(data)
+        if isinstance(message, Subscribe):
+            return message.topics
+        self.counters["bad_messages"] += 1
+        return ()
 
     def receive(self, data: bytes, now_s: float) -> None:
         """Take a message of the guest's: any bytes at all."""
         if self._mute:
             self.counters["discarded"] += 1
+            if is_subscribe(data):
+                self._unheard = data
             return
         message = decode(data)
         match message:
