@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.rig import debian_image, rig_directory
 from tests.rig.cloud import Cloud
@@ -193,6 +195,29 @@ def test_cloud_init_finds_its_data_valid(artefacts: Artefacts, debian: Path) -> 
     for path in give(debian, *files):
         said = in_chroot(debian, "cloud-init", "schema", "--config-file", path).output
         assert "Valid cloud-config" in said
+
+
+@pytest.mark.parametrize("is_true", [True, False])
+def test_a_package_is_not_installed_but_with_its_checksum(
+    artefacts: Artefacts, tmp_path: Path, is_true: bool
+) -> None:
+    words = yaml.safe_load(artefacts.one("user-data-network.yaml").read_text())["runcmd"]
+    package = tmp_path / "vchan-guest.deb"
+    lines = [word if isinstance(word, str) else shlex.join(word) for word in words]
+    script = "\n".join(["#!/bin/sh", *lines]).replace("/run/vchan-guest.deb", str(package))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("apt-get", "systemctl"):
+        (programs / name).write_text(f"#!/bin/sh\necho $0 >> {tmp_path}/ran\n")
+    from_where = artefacts.guest if is_true else "/bin/sh"
+    (programs / "curl").write_text(f"#!/bin/sh\ncp {from_where} {package}\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    (tmp_path / "runcmd").write_text(script)
+    path = f"{programs}:/usr/bin:/bin"
+    done = subprocess.run(["sh", tmp_path / "runcmd"], env={"PATH": path}, capture_output=True)
+    assert (done.returncode == 0) is is_true, done.stderr
+    assert (tmp_path / "ran").exists() is is_true
 
 
 def test_novas_vendor_data_is_the_script(artefacts: Artefacts) -> None:

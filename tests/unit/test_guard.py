@@ -74,6 +74,16 @@ def test_handshakes() -> None:
     assert not any(patient.handshake(number * 10.1) for number in range(100))
 
 
+def test_a_release_forgives_handshakes_too() -> None:
+    guard = Guard(LIMITS)
+    for _ in range(7):
+        guard.handshake(0.0)
+    guard.release()
+    assert guard.breaker.quarantined_until(0.0) is None
+    assert not any(guard.handshake(0.0) for _ in range(6))
+    assert guard.handshake(0.0)
+
+
 def test_violations() -> None:
     guard = Guard(LIMITS)
     assert [guard.violation("bad ack", 0.0) for _ in range(4)] == [False, False, True, False]

@@ -381,7 +381,7 @@ class Channel:
         """The operator's word. False if there is none."""
         if self.guard.breaker.quarantined_until(self._loop.time()) is None:
             return False
-        self.guard.breaker.release()
+        self.guard.release()
         if not self._released and self._reconnect_timer is not None:
             self._reconnect_timer.cancel()
             self._open()

@@ -47,7 +47,11 @@ class Guard:
         )
         busy = limits.busy_ms_per_s / 1000
         self._busy = TokenBucket(busy, busy * BUSY_BURST_S)
-        self._handshakes = TokenBucket(limits.handshakes_per_min / 60, limits.handshakes_per_min)
+        self._make_handshakes()
+
+    def _make_handshakes(self) -> None:
+        per_min = self.limits.handshakes_per_min
+        self._handshakes = TokenBucket(per_min / 60, per_min)
 
     def received(self, size: int, frames: int, messages: int, took_s: float, now_s: float) -> float:
         """The guest has sent so much: how many seconds not to read from it.
@@ -76,6 +80,11 @@ class Guard:
     def violation(self, reason: str, now_s: float) -> bool:
         """The guest broke the protocol. True if it is to be put into quarantine now."""
         return self._count(self.breaker.violation(reason, now_s))
+
+    def release(self) -> None:
+        """The operator says that it is over, and forgiven: with what led to it."""
+        self.breaker.release()
+        self._make_handshakes()
 
     def _count(self, tripped: bool) -> bool:
         self.counters["quarantines"] += tripped
