@@ -21,6 +21,7 @@ from vchan.errors import (
     ConfigError,
     LimitExceeded,
     LinkError,
+    PortAbsent,
     RemoteError,
     RequestError,
     VchanError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vchan.host.doctor import Finding
     from vchan.host.policy import Policy
 
+TIMEOUT_S: Final = 10.0
 TIMEOUT_S_MAX: Final = 86400
 
 EXIT_OK: Final = 0
@@ -49,6 +51,7 @@ VM is a domain's UUID or name. A VALUE that is JSON is taken as such, anything e
 exit status: {EXIT_OK} done; {EXIT_FAILED} refused, not delivered, or the method raised;
 {EXIT_USAGE} wrong arguments; {EXIT_UNREACHABLE} vchan-host cannot be reached;
 {EXIT_TIMEOUT} no answer in time: the method may have run
+doctor: {EXIT_FAILED} if there is a problem
 """
 
 
@@ -91,11 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--socket", default=HOST_SOCKET, help="vchan-host's socket [%(default)s]")
-    parser.add_argument(
-        "--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="[%(default)s]"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(parser)
+    parser.set_defaults(socket=HOST_SOCKET, timeout=TIMEOUT_S, json=False)
     parser.add_argument("--version", action="version", version=f"vchan {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="the host's domains and their channels")
@@ -110,10 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("vm", metavar="VM")
-        command.add_argument("topic", metavar="TOPIC")
+        command.add_argument("topic", metavar="TOPIC", help="or EXCHANGE/TOPIC")
         command.add_argument("method", metavar="METHOD")
-        command.add_argument("args", nargs="*", metavar="KEY=VALUE")
-        command.add_argument("--exchange", default=EXCHANGE, help="[%(default)s]")
+        command.add_argument("args", nargs="*", default=[], metavar="KEY=VALUE")
+        command.add_argument("--exchange", help=f"[{EXCHANGE}]")
         command.add_argument("--namespace")
         command.add_argument("--rpc-version", type=_version, metavar="MAJOR.MINOR")
     for name, text in (
@@ -134,7 +134,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="serve them over HTTP, until stopped, in place of printing them",
     )
     _add_policy(commands.add_parser("policy", help="check the policy's files, without the daemon"))
+    for command in commands.choices.values():
+        _add_common(command)
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """What may stand before the command and after it."""
+    none = argparse.SUPPRESS  # so that a default after the command undoes nothing before it
+    parser.add_argument("--socket", default=none, help=f"vchan-host's socket [{HOST_SOCKET}]")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=none, metavar="SECONDS", help=f"[{TIMEOUT_S:g}]"
+    )
+    parser.add_argument("--json", action="store_true", default=none, help="print JSON")
 
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +184,7 @@ def parse_values(words: list[str]) -> dict[str, Any]:
             raise ConfigError(f"argument {word!r}", f"{key} is given twice")
         try:
             values[key] = json.loads(text)
+            json.dumps(values[key], allow_nan=False)  # Python's reader takes more than JSON has
         except (ValueError, RecursionError):
             values[key] = text
     return values
@@ -235,18 +248,27 @@ def _ping(client: Client, options: argparse.Namespace) -> None:
 def _request(client: Client, options: argparse.Namespace) -> None:
     arguments = parse_values(options.args)
     _say_if_away(client, options)
+    exchange, topic = _target(options)
     names = {
         "server": options.vm,
         "timeout_s": options.timeout,
-        "exchange": options.exchange,
+        "exchange": exchange,
         "namespace": options.namespace,
         "version": options.rpc_version,
     }
     if options.command == "call":
-        value = client.call(options.topic, options.method, arguments, **names)
+        value = client.call(topic, options.method, arguments, **names)
         _show(value, options.json)
     else:
-        client.cast(options.topic, options.method, arguments, **names)
+        client.cast(topic, options.method, arguments, **names)
+
+
+def _target(options: argparse.Namespace) -> tuple[str, str]:
+    """(exchange, topic), as `vchan list` shows them too."""
+    if options.exchange is not None:
+        return options.exchange, options.topic
+    exchange, slash, topic = options.topic.partition("/")
+    return (exchange, topic) if slash else (EXCHANGE, options.topic)
 
 
 def _status(client: Client, options: argparse.Namespace) -> None:
@@ -304,12 +326,14 @@ def _examine_files(options: argparse.Namespace) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding(Level.PROBLEM, error.where, error.problem)
         return
+    directory = conf[config.GROUP].policy_dir
     for text in unknown:
         yield Finding(Level.WARNING, "vchan.conf", text)
     for where, code, text in findings:
-        yield Finding(Level.WARNING, where or "policy", f"{code}: {text}")
+        yield Finding(Level.WARNING, where or directory, f"{code}: {text}")
     if not unknown and not findings:
-        yield Finding(Level.OK, "files", "vchan.conf and the policy: nothing suspicious")
+        files = ", ".join([*(conf.config_file or ()), directory])
+        yield Finding(Level.OK, "files", f"{files}: nothing suspicious")
 
 
 def _examine_host(options: argparse.Namespace) -> Iterator[Finding]:
@@ -433,6 +457,12 @@ def run(arguments: list[str]) -> int:
     except VchanError as error:
         print(f"vchan: {_explain(error)}", file=sys.stderr)
         return _status_of(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "vchan":
+            raise
+        text = f"{options.command} needs {error.name}: pip install 'vchan[host]'"
+        print(f"vchan: {text}, or the package vchan-host", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_OK
 
 
@@ -443,7 +473,7 @@ def _printable(text: str) -> str:
 
 def _explain(error: VchanError) -> str:
     text = _printable(" ".join(str(error).split()))
-    if isinstance(error, LinkError):
+    if isinstance(error, PortAbsent):
         return f"{text} (is vchan-host running?)"
     if isinstance(error, CallTimeout):
         return f"{text}: the method may have run; --timeout waits longer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.unit.local_host import LocalHost
 from vchan import cli
 from vchan.errors import ConfigError
+from vchan.messages import Topic
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -71,6 +73,38 @@ def test_a_result_does_not_steer_a_terminal(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     cli._show(text, as_json=False)
     assert capsys.readouterr().out == "ä\n?[2J?2J???\n"
+
+
+def test_options_may_follow_the_command(host: LocalHost, run: Run) -> None:
+    status, out, _ = run("call", "vm", "agent", "echo", "x=1", "--json", "--timeout", "5")
+    assert (status, out) == (cli.EXIT_OK, '{"x": 1}\n')
+    assert run("--json", "call", "vm", "agent", "echo", "x=1")[1] == '{"x": 1}\n'
+    assert run("--timeout", "0.1", "call", "vm", "agent", "sleep")[0] == cli.EXIT_TIMEOUT
+
+
+def test_a_topic_may_be_named_as_list_shows_it(host: LocalHost, run: Run) -> None:
+    for words in (("nova/agent",), ("agent", "--exchange", "nova")):
+        assert run("cast", "vm", words[0], "echo", *words[1:])[0] == cli.EXIT_OK
+        assert host.requests[-1].target == Topic("nova", "agent")
+    run("cast", "vm", "agent", "echo")
+    assert host.requests[-1].target == Topic("openstack", "agent")
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "[NaN]"])
+def test_what_only_python_takes_for_json_is_text(host: LocalHost, run: Run, text: str) -> None:
+    assert json.loads(run("--json", "call", "vm", "agent", "echo", f"x={text}")[1]) == {"x": text}
+
+
+def test_a_command_that_lacks_a_package_says_which(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "oslo_config", None)
+    for name in ("config", "config_files"):
+        monkeypatch.delitem(sys.modules, f"vchan.host.{name}", raising=False)
+        monkeypatch.delattr(f"vchan.host.{name}", raising=False)
+    status, out, err = run("policy", "check")
+    assert (status, out) == (cli.EXIT_FAILED, "")
+    assert err.startswith("vchan: policy needs oslo_config: pip install 'vchan[host]'")
 
 
 def test_list_status_and_ping(host: LocalHost, run: Run) -> None:

@@ -57,6 +57,7 @@ def test_the_defaults(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
+        (["[vchan]", "queues_expire_after = x"], "vchan.conf is not valid: invalid literal"),
         (["[vchan]", "socket_mode = 999"], "[vchan] socket_mode: '999' is no octal mode"),
         (["[vchan]", "socket = relative"], "[vchan] socket: 'relative' is no absolute path"),
         (["[vchan]", "select = color:red"], "[vchan] select"),

@@ -51,7 +51,7 @@ class Authority:
         self._may_raise = config.failure_rule(conf)
         self.audit = AuditLog(loop, conf[config.GROUP].audit_log, self._host, LOG.warning)
         self.problem = ""
-        """Why the policy files are not what holds; "" if they are."""
+        """Why the policy files are not what holds, and what does; "" if they are."""
         self.policy = Policy.denying("it has not been read")
         self.reload()
 
@@ -61,13 +61,14 @@ class Authority:
         try:
             policy = config.policy(self._conf)
         except ConfigError as error:
-            self.problem = str(error)
-        if self.problem:
+            problem = str(error)
             kept = "the policy before it holds"
             if self.policy.problem:
-                self.policy = Policy.denying(self.problem)
+                self.policy = Policy.denying(problem)
                 kept = "everything is denied"
-            LOG.warning("policy: %s: %s", self.problem, kept)
+            self.problem = f"{problem}: {kept}"
+        if self.problem:
+            LOG.warning("policy: %s", self.problem)
         else:
             self.policy = policy
             directory = self._conf[config.GROUP].policy_dir

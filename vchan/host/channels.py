@@ -327,7 +327,7 @@ class Channel:
 
     def _absent(self) -> None:
         self._absent_timer = None
-        self._tell(f"away for {ABSENT_S:.0f} s: the broker keeps its requests")
+        self._tell(f"away for {ABSENT_S:.0f} s: the broker, if there is one, keeps its requests")
         self.relay.suspend()
 
     # ---------------------------------------------------------------- limits

@@ -3,6 +3,7 @@ told."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -47,12 +48,18 @@ def read(
     except cfg.ConfigFilesNotFoundError as error:
         raise ConfigError(", ".join(error.config_files), "no such file, or not readable") from error
     except (cfg.Error, ValueError) as error:
-        raise ConfigError("configuration", " ".join(str(error).split())) from error
+        raise ConfigError("configuration", _readable(error)) from error
     for option in options:
         try:
             conf[group][option.name]
         except (cfg.Error, ValueError) as error:
-            raise ConfigError(f"[{group}] {option.name}", str(error)) from error
+            raise ConfigError(f"[{group}] {option.name}", _readable(error)) from error
+
+
+def _readable(error: Exception) -> str:
+    """oslo.config's text, with the file where it has an object's inner life."""
+    text = re.sub(r"LocationInfo\(.*?detail='([^']*)'\)", r"\1", str(error))
+    return " ".join(text.split())
 
 
 def check_paths(conf: Any, group: str, names: Iterable[str]) -> None:

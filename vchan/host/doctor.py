@@ -38,8 +38,8 @@ _CHANNELS: Final = {
     "connecting": (
         Level.WARNING,
         "the channel's socket cannot be opened",
-        "see vchan-host's log; the daemon's user must be in QEMU's groups (docs/host.md, "
-        "Permissions)",
+        "if permission is denied: the daemon's user must be in QEMU's groups, on Debian kvm and "
+        "libvirt-qemu",
     ),
     "waiting": (
         Level.WARNING,
@@ -108,7 +108,8 @@ def _examine_audit(audit: Mapping[str, Any]) -> Finding:
     lost = f"{audit['lost']} lines lost" if audit["lost"] else ""
     if audit["problem"]:
         text = "; ".join(filter(None, (audit["problem"], lost)))
-        return Finding(Level.PROBLEM, "audit log", text, "see audit_log in vchan.conf, and df")
+        remedy = "see audit_log in vchan.conf, and df; then systemctl reload vchan-host"
+        return Finding(Level.PROBLEM, "audit log", text, remedy)
     if lost:
         return Finding(Level.WARNING, "audit log", f"{lost} since the daemon started")
     return Finding(Level.OK, "audit log", f"{audit['written']} lines written")

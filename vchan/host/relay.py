@@ -85,6 +85,7 @@ serves meanwhile, the last counts, as soon as it can be judged."""
 GUEST_TOPIC: Final = Topic("openstack", "vchan.guest")
 """What every guest's daemon serves itself."""
 DENIED_REPLY: Final = "the host's policy does not let this VM answer"
+MUTE: Final = "this VM is not listened to, by the host's policy or as its channel has no way back"
 
 _REASONS: Final = {
     NO_AGENT: "NoSuchAgent",
@@ -473,7 +474,7 @@ class Relay:
         self._add(origin.id, entry)
         entry.tokens.append(token)
         if self._mute and origin.is_call:
-            self._publish(origin.id, entry, True, encode_failure("Rejected", DENIED_REPLY), now_s)
+            self._publish(origin.id, entry, True, encode_failure("Rejected", MUTE), now_s)
             return
         try:
             self._requester.submit(request, now_s)
@@ -607,7 +608,7 @@ class Relay:
             Rejected: It is a call, and the VM may not answer.
         """
         if self._mute and request.is_call:
-            raise Rejected(DENIED_REPLY)
+            raise Rejected(MUTE)
         if self._local_open >= LOCAL_REQUESTS_MAX:
             limit = LOCAL_REQUESTS_MAX
             raise LimitExceeded("open local requests", limit + 1, limit, "LOCAL_REQUESTS_MAX")
