@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sized
+from math import inf
 from typing import Any
 
 from tests.fuzz.script import Script
 from vchan.bodies import encode_failure, encode_json
 from vchan.errors import LimitExceeded, Rejected
-from vchan.exchange import Outcome, Taken
+from vchan.exchange import SETTLED_KEEP_S, Outcome, Taken
 from vchan.host.broker_events import Form, Publication
 from vchan.host.envelope import BrokerRequest
 from vchan.host.gate import REDELIVERED_KEY, VmGate
@@ -73,12 +74,13 @@ _BODIES = (
 class _Broker:
     """Does what it is told, and holds it to what it may be told."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.live: dict[int, Any] = {}  # deliveries not acknowledged, by token
         self.dead: set[int] = set()
         self.unconfirmed: list[tuple[bytes, Publication]] = []
         self.mailbox: list[bytes] = []  # what is in the VM's own queue, but answers
-        self.published: set[bytes] = set()
+        self.published: dict[bytes, float] = {}  # when
         self.replies: list[bytes] = []
         self.reply_queues: set[str] = set()
         self.barriers: list[tuple[bytes, ...]] = []
@@ -136,8 +138,10 @@ class _Broker:
         message = json.loads(json.loads(publication.body)["oslo.message"])
         assert message["_context_vchan_instance_uuid"] == VM
         assert "_context_is_admin" not in message
-        assert request_id not in self.published or message.get(f"_context_{REDELIVERED_KEY}")
-        self.published.add(request_id)
+        now_s = self._clock()
+        if now_s - self.published.get(request_id, -inf) < SETTLED_KEEP_S:  # it is remembered
+            assert message.get(f"_context_{REDELIVERED_KEY}")
+        self.published[request_id] = now_s
 
     def listen_for_answers(self, vm: str) -> None:
         assert vm == VM
@@ -153,7 +157,7 @@ class _World:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
-        self.broker = _Broker()
+        self.broker = _Broker(lambda: self.now_s)
         self.said_bytes = 0
         self.local_told: list[Outcome] = []
         self.local_asked: dict[bytes, Callable[[Outcome, float], None]] = {}
@@ -304,7 +308,7 @@ def _confirm(script: Script, world: _World) -> None:
         )
         request_id, publication = world.broker.unconfirmed.pop(0)
         if not ok and not doubtful:
-            world.broker.published.discard(request_id)
+            world.broker.published.pop(request_id, None)
         elif publication.form is Form.MAIL:
             world.broker.mailbox.append(publication.body)
         world.relay.outbound.sent(
