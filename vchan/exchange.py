@@ -313,7 +313,9 @@ class Requester:
                 self._close(request_id)
                 outcomes.append(HandedBack(request_id, REFUSED, item.problem))
         for request_id in self._deadlines.due(now_s):
-            was_sent = self.has_sent(request_id)
+            item = self._open[request_id]
+            # Before us, perhaps, by who asks us: to a daemon that is no more.
+            was_sent = item.sent or item.request.flags & REDELIVERED != 0
             self.cancel(request_id)
             outcomes.append(Overdue(request_id, was_sent))
         return outcomes

@@ -420,6 +420,16 @@ def test_who_waited_is_told_whether_it_was_sent() -> None:
     assert [item.request.id for item in line.deliveries if isinstance(item, Deliver)] == [number(1)]
 
 
+def test_what_somebody_sent_before_us_may_have_run_though_we_did_not_send_it() -> None:
+    """Who asks us repeats what it asked a daemon that is no more."""
+    line = Line()
+    line.requester.hold()
+    again = call(1, timeout_s=5)
+    line.requester.submit(again._replace(flags=again.flags | REDELIVERED), line.now_s)
+    line.wait(5)
+    assert line.outcomes == [Overdue(number(1), was_sent=True)]
+
+
 def test_the_peers_word_is_waited_for_when_the_time_is_up() -> None:
     line = Line()
     line.requester._grace_s, line.responder._grace_s = 0.5, 0.25

@@ -15,10 +15,14 @@ from vchan.exchange import HandedBack, Outcome, Overdue, Taken
 from vchan.host.local import Answer, LocalService
 from vchan.loop import Loop
 from vchan.messages import (
+    AGENT_GONE,
     BUSY,
     CALL,
+    EXPIRED,
     FANOUT,
     NO_AGENT,
+    REDELIVERED,
+    REFUSED,
     Receipt,
     Request,
     Returned,
@@ -170,6 +174,18 @@ def test_who_sent_it_hears_it_if_nobody_took_it(host: Host) -> None:
     assert [reason for reason, _ in caller.refusals] == [NO_AGENT, BUSY]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_who_sent_it_hears_that_one_may_have_run_it(host: Host, is_first: bool) -> None:
+    """Though another was not even given it."""
+    caller = host.program()
+    wanted = caller.fan_out()
+    not_run = HandedBack(wanted, NO_AGENT, "not delivered: VM b is waiting")
+    outcomes: list[tuple[str, Outcome]] = [("a", Overdue(wanted)), ("b", not_run)]
+    for name, outcome in outcomes if is_first else reversed(outcomes):
+        host.vms.told[name](outcome)
+    assert caller.refusals == [(EXPIRED, "no answer in time")]
+
+
 def test_a_fanout_to_nobody_is_refused_at_once(host: Host) -> None:
     host.vms.names.clear()
     caller = host.program()
@@ -201,6 +217,27 @@ def test_a_request_for_one_is_never_given_to_a_vm_by_chance(host: Host) -> None:
     assert [reason for reason, _ in caller.refusals] == [NO_AGENT, NO_AGENT]
     assert all("name one of them as its server" in text for _, text in caller.refusals)
     assert not any(host.vms.given.values())
+
+
+@pytest.mark.parametrize("flags", [CALL, FANOUT])
+def test_what_is_sent_again_may_have_run_before_whatever_becomes_of_it_here(
+    host: Host, flags: int
+) -> None:
+    """A daemon before this one may have passed it on."""
+    caller = host.program()
+    host.vms.refuse["b"] = Rejected("b: it is shut off")
+    caller.fan_out(1, server="b", flags=flags | REDELIVERED)
+    caller.fan_out(2, server="a", flags=flags | REDELIVERED)
+    host.vms.told["a"](HandedBack((2).to_bytes(16), NO_AGENT, "not delivered"))
+    caller.fan_out(3, server="a", flags=flags | REDELIVERED)
+    host.vms.told["a"](Overdue((3).to_bytes(16), was_sent=False))
+    caller.fan_out(4, server="b", flags=flags)
+    assert caller.refusals == [
+        (AGENT_GONE, "b: it is shut off; it may have run before"),
+        (AGENT_GONE, "not delivered; it may have run before"),
+        (AGENT_GONE, "not delivered in time; it may have run before"),
+        (REFUSED, "b: it is shut off"),
+    ]
 
 
 def test_a_fanout_to_one_vm_is_for_its_agents_alone(host: Host) -> None:

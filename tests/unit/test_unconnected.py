@@ -63,6 +63,9 @@ class Site:
             f"channels = vm=connect:{self.directory}/host",
         )
         (self.directory / "vchan.conf").write_text("\n".join(lines))
+        self.start_host_again()
+
+    def start_host_again(self) -> None:
         self._start("vchan.host.daemon", "--config-file", f"{self.directory}/vchan.conf")
         wait(self._answers)
 
@@ -194,3 +197,39 @@ def test_what_was_delivered_may_have_run(site: Site, run: Run) -> None:
         assert (status, "may have run" in err) == (cli.EXIT_TIMEOUT, True)
         guest.send_signal(18)
         assert client.call("agent", "work", {"number": 4}, server="vm", timeout_s=WAIT_S) == 4
+
+
+def test_what_a_daemon_before_delivered_may_have_run(site: Site) -> None:
+    """The new one has not sent it: that says nothing."""
+    site.plug_in()
+    site.start_guest()
+    host, guest = site._processes
+    gone = threading.Event()
+
+    def work_late(number: int) -> int:
+        site.ran.append(number)
+        gone.wait(WAIT_S)
+        return number
+
+    told: list[Exception] = []
+    with Client(str(site.socket)) as client:
+        assert client.call("agent", "work", {"number": 1}, server="vm", timeout_s=WAIT_S) == 1
+        setattr(site, "work", work_late)  # noqa: B010
+
+        def ask() -> None:
+            with pytest.raises((CallTimeout, NoSuchAgent)) as raised:
+                client.call("agent", "work", {"number": 2}, server="vm", timeout_s=5)
+            told.append(raised.value)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait(lambda: site.ran == [1, 2])
+        guest.send_signal(19)  # SIGSTOP: nothing comes through
+        host.kill()
+        host.wait()
+        gone.set()
+        site.start_host_again()
+        thread.join(WAIT_S)
+        guest.send_signal(18)
+    assert [type(error) for error in told] == [CallTimeout]
+    assert site.ran == [1, 2]

@@ -40,6 +40,7 @@ from vchan.host.servers import Servers
 from vchan.link import Link
 from vchan.loop import Loop, Timer
 from vchan.messages import (
+    AGENT_GONE,
     BUSY,
     EXPIRED,
     FANOUT,
@@ -47,6 +48,7 @@ from vchan.messages import (
     NO_DOMAIN,
     REDELIVERED,
     REFUSED,
+    RELEASED,
     BadMessage,
     Cancel,
     Holding,
@@ -118,6 +120,25 @@ def _refusal(request: Request, error: VchanError) -> HandedBack:
     return HandedBack(request.id, _REASONS[type(error)], str(error))
 
 
+def _may_have_run(outcome: Outcome) -> bool:
+    match outcome:
+        case HandedBack(_, reason, _):
+            return reason in (AGENT_GONE, EXPIRED, RELEASED)
+        case Overdue(_, was_sent):
+            return was_sent
+        case _:
+            return True
+
+
+def _doubted(request: Request, outcome: Outcome) -> Outcome:
+    """What a program sends again, a daemon before this one may have passed on: here nobody can say
+    that it has not run."""
+    if not request.flags & REDELIVERED or _may_have_run(outcome):
+        return outcome
+    text = outcome.text if isinstance(outcome, HandedBack) else "not delivered in time"
+    return HandedBack(outcome.id, AGENT_GONE, f"{text}; it may have run before")
+
+
 class _Fanout:
     """A cast to many: it is taken as soon as one of them has taken it, so that a VM that is slow or
     stuck holds up nobody's cast. The others are given it all the same, within its time.
@@ -141,7 +162,8 @@ class _Fanout:
 
     def heard(self, outcome: Outcome) -> None:
         """What one of them did with it."""
-        self._last = outcome
+        if self._last is None or not _may_have_run(self._last):
+            self._last = outcome
         if isinstance(outcome, Taken) and not self.is_taken:
             self.is_taken = True
             self.told(outcome)
@@ -265,10 +287,14 @@ class LocalService:
     def _submit(self, peer: _Peer, request: Request) -> None:
         if not request.timeout_ms:
             request = request._replace(timeout_ms=PATIENCE_MS)
+
+        def told(outcome: Outcome) -> None:
+            self._tell(peer, _doubted(request, outcome))
+
         try:
-            cancel, goes_on = self._route(request, lambda outcome: self._tell(peer, outcome))
+            cancel, goes_on = self._route(request, told)
         except tuple(_REASONS) as error:
-            self._tell(peer, _refusal(request, error))
+            told(_refusal(request, error))
         else:
             if request.id in peer.responder:
                 peer.cancels[request.id] = cancel
