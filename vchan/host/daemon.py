@@ -405,6 +405,9 @@ class Daemon:
         raise NoSuchDomain(f"{server!r}: {problem or 'this host has no such domain'}")
 
     def _channel_of(self, server: str) -> Channel:
+        channel = self._channels.get(server)  # a fanout asks for each of many
+        if channel is not None:
+            return channel
         report = self._find(server)
         channel = self._channels.get(report.facts.uuid)
         if channel is None:
