@@ -205,6 +205,17 @@ def test_values_are_the_daemons(channel: Channel) -> None:
     assert by_state == {**dict.fromkeys(STATES, 0.0), "ready": 1.0, "waiting": 1.0}
 
 
+def test_a_daemon_of_another_version_may_count_other_things(channel: Channel) -> None:
+    """It was upgraded, and who serves the metrics was not started anew; or the other way round."""
+    status, vm = daemon(channel), detail(channel)
+    for counters in (status["totals"], vm["requests"]):
+        del counters["held_up"]
+        counters["news"] = 1
+    names = {name for name, _ in samples(as_text(Given(status, [row("dancing")], [vm])))}
+    assert {"vchan_requests_total", "vchan_vm_requests_total"} <= names
+    assert not any("held_up" in name or "news" in name for name in names)
+
+
 def test_a_broker_that_is_not_wanted_is_not_missed(channel: Channel) -> None:
     found = samples(as_text(Given(daemon(channel, broker="none configured"), [], [])))
     assert not any(name == "vchan_broker_connected" for name, _ in found)

@@ -2,6 +2,8 @@
 
 A scrape asks the daemon what `vchan list` and `vchan status VM` ask, one VM at a time: each
 question costs its loop a fraction of a millisecond, so that a scrape of many VMs delays nobody.
+
+A daemon of another version may count other things: what both know is told.
 """
 
 from __future__ import annotations
@@ -127,9 +129,12 @@ def families(
     yield from _audit(status["audit"])
     yield _gauge("domains", "Domains of this host.", status["domains"])
     yield _channels(rows)
-    for name, value in status["totals"].items():
-        text = f"{COUNTERS[name]} Of all VMs."
-        yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=value)
+    totals = status["totals"]
+    for name, what in COUNTERS.items():
+        if name in totals:
+            yield CounterMetricFamily(
+                f"{_PREFIX}_{name}", f"{what} Of all VMs.", value=totals[name]
+            )
     yield from _of_vms(vms)
 
 
@@ -150,7 +155,7 @@ def _audit(audit: Mapping[str, Any]) -> Iterator[Metric]:
 def _channels(rows: Iterable[Mapping[str, Any]]) -> Metric:
     count = dict.fromkeys(STATES, 0)
     for row in rows:
-        count[row["channel"]] += 1
+        count[row["channel"]] = count.get(row["channel"], 0) + 1
     family = GaugeMetricFamily(f"{_PREFIX}_channels", "Domains by channel.", labels=["state"])
     for state, number in count.items():
         family.add_metric([state], number)
@@ -178,7 +183,8 @@ def _of_vms(vms: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
         requests = vm["requests"]
         values = {**vm["session"], **vm["channel"], **requests["from_guest"], **requests}
         for name, counter in counters.items():
-            counter.add_metric(labels, values[name])
+            if name in values:
+                counter.add_metric(labels, values[name])
     yield from gauges.values()
     yield from counters.values()
 
