@@ -78,7 +78,7 @@ def test_the_agent_is_killed(vm: Vm) -> None:
 
 
 def test_a_long_pause(vm: Vm) -> None:
-    before = vm.status()["session"]
+    before = vm.status()  # it may have been slow to boot, and been cured of that
     with vm.traffic() as traffic:
         vm.domain.suspend()
         time.sleep(PAUSE_S)  # that nothing happens is what is tested
@@ -87,8 +87,8 @@ def test_a_long_pause(vm: Vm) -> None:
         report = traffic.finish()
     report.check()
     after = vm.status()
-    assert after["session"]["sessions"] == before["sessions"]
-    assert after["channel"]["cures"] == 0
+    assert after["session"]["sessions"] == before["session"]["sessions"]
+    assert after["channel"]["cures"] == before["channel"]["cures"]
 
 
 def test_the_daemon_starts_while_the_vm_is_paused(vm: Vm) -> None:
