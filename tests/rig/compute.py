@@ -130,12 +130,16 @@ class HostDaemon:
         return self.call("status", vm=vm)
 
     def wait_ready(self, vm: str, *, topics: Sequence[str] = ()) -> None:
-        """Wait for the VM's session, and for agents serving these topics."""
+        """Wait for the VM's session, and for agents serving these topics, also by the broker."""
 
         def is_ready() -> bool:
             for row in self.call("list"):
                 if row["name"] == vm and row["channel"] == "ready":
-                    return set(topics) <= {name.partition("/")[2] for name in row["topics"]}
+                    if not topics:
+                        return True
+                    late = self.status(vm)["requests"]["unconsumed_topics"]
+                    served = {name.partition("/")[2] for name in row["topics"] if name not in late}
+                    return set(topics) <= served
             return False
 
         wait_until(

@@ -956,6 +956,21 @@ def test_summary(rig: Rig) -> None:
     assert (summary["topics"], summary["denied_topics"]) == (["nova/a", "nova/b"], [])
 
 
+def test_summary_names_the_topics_that_the_broker_does_not_hand_out_yet() -> None:
+    rig = Rig()
+    rig.guest(Subscribe((A, FORBIDDEN)))
+    assert rig.relay.summary()["unconsumed_topics"] == []
+    rig.guest(Subscribe((A, B)))
+    assert rig.relay.summary()["unconsumed_topics"] == ["nova/b"]
+    rig.wait(SUBSCRIBE_S)
+    assert rig.relay.summary()["unconsumed_topics"] == []
+    rig.relay.suspend()
+    assert rig.relay.summary()["unconsumed_topics"] == ["nova/a", "nova/b"]
+    local = Rig(with_broker=False)
+    local.subscribe(A)
+    assert local.relay.summary()["unconsumed_topics"] == []
+
+
 # -------------------------------------------------------------------- a guest that is away
 
 

@@ -236,6 +236,12 @@ class Relay:
         come from the broker is nobody's fault: programs here reach it all the same."""
         return self._asked - self._topics - {GUEST_TOPIC}
 
+    @property
+    def unconsumed(self) -> frozenset[Topic]:
+        """Of `topics`, those whose requests the broker keeps, or has no queue for yet: the next
+        change is not due, the guest is away, or it has more than it takes."""
+        return self._topics - self._consumed if self._broker is not None else frozenset()
+
     def opened(self, *, resumed: bool, now_s: float, before: str = "") -> None:
         """The guest's session is open, or the guest speaks again after `suspend`.
 
@@ -730,6 +736,7 @@ class Relay:
             "open": len(self._entries),
             "open_bytes": self._bytes,
             "topics": sorted(f"{t.exchange}/{t.name}" for t in self._topics),
+            "unconsumed_topics": sorted(f"{t.exchange}/{t.name}" for t in self.unconsumed),
             "denied_topics": sorted(f"{t.exchange}/{t.name}" for t in self.denied),
             "from_guest": self.outbound.summary(),
         }
