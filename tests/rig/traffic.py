@@ -27,6 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LOT = 2000
 DRAIN_S = 70.0
 QUIET_S = 5.0
+BEHIND_S = 15.0
+"""When a call has waited so long, casts wait, too ..."""
+CAUGHT_UP_S = 2.0
+"""... until one is answered so soon: on a machine that is slow just now they come faster than a
+guest runs them, and every call stands behind them."""
 
 
 @dataclass
@@ -82,6 +87,8 @@ class Traffic:
         self._lock = threading.Lock()
         self._sent: dict[str, list[int]] = {}
         self._answered: dict[str, list[int]] = {}
+        self._asked_s: dict[str, float] = {}  # since when a call waits, by sender
+        self._is_behind = False
         self.report = Report()
 
     def run(self) -> Report:
@@ -119,7 +126,7 @@ class Traffic:
         while not self._stop.is_set():
             number += 1
             self._sent.setdefault(sender, []).append(number)
-            start_s = time.monotonic()
+            start_s = self._asked_s[sender] = time.monotonic()
             try:
                 answer = client.call({}, "echo", sender=sender, number=number, payload=payload)
             except self._oslo.MessagingException as error:
@@ -127,7 +134,10 @@ class Traffic:
                     report.calls_sent += 1
                     report.calls_failed.append(f"{sender} {number}: {error!r}"[:300])
                 continue
+            finally:
+                self._asked_s.pop(sender)
             end_s = time.monotonic()
+            self._is_behind = self._is_behind and end_s - start_s > CAUGHT_UP_S
             with self._lock:
                 report.calls_sent += 1
                 report.calls_answered += 1
@@ -147,6 +157,9 @@ class Traffic:
         number = 0
         next_s = time.monotonic()
         while not self._stop.is_set():
+            if self._must_wait():
+                self._stop.wait(0.1)
+                continue
             number += 1
             client.cast({}, "note", sender=sender, number=number)
             self._sent.setdefault(sender, []).append(number)
@@ -157,6 +170,11 @@ class Traffic:
                     self.report.casts_sent += 1
             next_s = max(next_s + pause_s, time.monotonic() - 1.0)
             self._stop.wait(max(0.0, next_s - time.monotonic()))
+
+    def _must_wait(self) -> bool:
+        oldest_s = min(list(self._asked_s.values()), default=float("inf"))
+        self._is_behind = self._is_behind or time.monotonic() - oldest_s > BEHIND_S
+        return self._is_behind
 
     def _progress(self) -> None:
         while not self._stop.wait(self._options.progress_s):
