@@ -10,24 +10,56 @@ from pathlib import Path
 import pytest
 
 from tests.rig.gates import OpenGate, offer_nothing
+from vchan.host.broker_events import Publication
 from vchan.host.channels import Channel
 from vchan.host.guard import Guard
 from vchan.host.limits import Limits
+from vchan.host.relay import BrokerPort
 from vchan.link import Link
 from vchan.loop import Loop
-from vchan.session import Config, Event, Role, Session, State
+from vchan.messages import Subscribe, Topic, encode
+from vchan.session import CONTROL, Config, Event, Heard, Role, Session, Silent, State
 from vchan.streams import SocketStream, listen_unix
 
 WAIT_S = 20.0
+AGENT = Topic("openstack", "agent")
 LIMITS = Limits(
     handshakes_per_min=5, violations_per_min=3, quarantine_s=3600, quarantine_max_s=86_400
 )
 
 
+class SilentBroker:
+    """Takes what it is told to consume, and does nothing else."""
+
+    def __init__(self) -> None:
+        self.consumed: frozenset[Topic] = frozenset()
+
+    def consume(self, vm: str, topics: frozenset[Topic]) -> None:
+        self.consumed = topics
+
+    def release(self, vm: str) -> None:
+        self.consumed = frozenset()
+
+    def ack(self, token: object) -> None:
+        pass
+
+    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+        pass
+
+    def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        pass
+
+    def listen_for_answers(self, vm: str) -> None:
+        pass
+
+    def barrier(self, vm: str, token: object, ids: tuple[bytes, ...]) -> None:
+        pass
+
+
 class Host:
     """A channel, and the other end of its socket."""
 
-    def __init__(self, directory: Path, limits: Limits) -> None:
+    def __init__(self, directory: Path, limits: Limits, broker: BrokerPort | None = None) -> None:
         self.loop = Loop()
         self.now_s = 0.0
         self.log: list[str] = []
@@ -39,7 +71,7 @@ class Host:
             "uuid",
             "vm",
             ("host", bytes(16)),
-            None,
+            broker,
             OpenGate(),
             frozenset(),
             offer_nothing,
@@ -185,6 +217,26 @@ def test_a_channel_that_is_released_in_quarantine_stays_closed(host: Host) -> No
     host.channel.end_quarantine()
     host.turns()
     assert not host.is_called()
+
+
+def test_late_words_of_a_guest_that_has_moved_do_not_take_it_up_again(tmp_path: Path) -> None:
+    broker = SilentBroker()
+    host = Host(tmp_path, Limits(), broker)
+    try:
+        guest = Guest(host, host.accept())
+        guest.link.send(encode(Subscribe((AGENT,))), CONTROL)
+        host.until(lambda: AGENT in broker.consumed)
+        host.channel._handle(Silent(5.0))
+        host.channel.hush()
+        assert broker.consumed == frozenset()
+        host.channel._handle(Heard())
+        host.turns()
+        assert broker.consumed == frozenset()
+        host.channel.speak()  # the migration failed
+        host.channel.relay.released()
+        host.until(lambda: AGENT in broker.consumed)
+    finally:
+        host.close()
 
 
 def test_a_guest_that_sends_too_fast_is_read_slowly_and_loses_nothing(tmp_path: Path) -> None:

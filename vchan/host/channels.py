@@ -305,7 +305,8 @@ class Channel:
             case Heard():
                 self._cures = 0
                 self._cancel_absence()
-                self.relay.opened(resumed=True, now_s=now_s)
+                if not self._hushed:  # what it said before it went: `speak` tells, if it stays
+                    self.relay.opened(resumed=True, now_s=now_s)
                 self.set_timer()
             case Lost(first, until):
                 self._tell(f"frames {first} to {until - 1} were lost: asked for again")
