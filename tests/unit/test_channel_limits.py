@@ -14,7 +14,7 @@ from vchan.host.broker_events import Publication
 from vchan.host.channels import Channel
 from vchan.host.guard import Guard
 from vchan.host.limits import Limits
-from vchan.host.relay import BrokerPort
+from vchan.host.relay import SUBSCRIBE_S, BrokerPort
 from vchan.link import Link
 from vchan.loop import Loop
 from vchan.messages import Subscribe, Topic, encode
@@ -230,7 +230,8 @@ def test_late_words_of_a_guest_that_has_moved_do_not_take_it_up_again(tmp_path: 
         host.channel.hush()
         assert broker.consumed == frozenset()
         host.channel._handle(Heard())
-        host.turns()
+        over_s = host.loop.time() + 1.5 * SUBSCRIBE_S
+        host.until(lambda: host.loop.time() > over_s)
         assert broker.consumed == frozenset()
         host.channel.speak()  # the migration failed
         host.channel.relay.released()
