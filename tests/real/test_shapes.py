@@ -33,6 +33,7 @@ TOKEN = "a-token-of-the-guest-s-own"
 BASE = "http://127.0.0.1:8779"
 START_HTTP = f"""#!/bin/sh
 ifconfig lo up
+umask 077
 echo {TOKEN} >/run/token
 exec python3.11 -m vchan.guest.http --listen tcp:127.0.0.1:8779 --token-file /run/token
 """

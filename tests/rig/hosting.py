@@ -151,8 +151,12 @@ class HostEnd:
 
         def stand() -> None:
             calls.extend(self._submit(topic, method, args) for _ in range(count))
-            assert self.channel._link is not None
-            self.channel._link.flush()
+            link = self.channel._link
+            assert link is not None
+            sent = -1
+            while sent != link.session.counters.frames_sent:  # some are written at a time
+                sent = link.session.counters.frames_sent
+                link.flush()
             standing.set()
             go_on.wait(WAIT_S)
 
