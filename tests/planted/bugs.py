@@ -177,7 +177,9 @@ BUGS: Final = (
         Patch(
             _EXCHANGE,
             "        for request_id in self._deadlines.due(now_s):\n"
-            "            was_sent = self.has_sent(request_id)\n"
+            "            item = self._open[request_id]\n"
+            "            # Before us, perhaps, by who asks us: to a daemon that is no more.\n"
+            "            was_sent = item.sent or item.request.flags & REDELIVERED != 0\n"
             "            self.cancel(request_id)\n"
             "            outcomes.append(Overdue(request_id, was_sent))\n",
             "        self._deadlines.due(now_s)\n",
