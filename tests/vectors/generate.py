@@ -13,19 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vchan import _layout as layout
-from vchan.frames import (
-    FLUSH,
-    NO_KEY,
-    ZERO_ID,
-    Decoder,
-    Frame,
-    Greeting,
-    Key,
-    encode_frame,
-    session_keys,
-)
-from vchan.messages import (
+from vchan.rpc.messages import (
     CALL,
     FINAL,
     NO_AGENT,
@@ -42,6 +30,19 @@ from vchan.messages import (
     encode,
 )
 from vchan.session import Config, Role, Session
+from vchan.streams import messages as streams
+from vchan.wire import layout
+from vchan.wire.frames import (
+    FLUSH,
+    NO_KEY,
+    ZERO_ID,
+    Decoder,
+    Frame,
+    Greeting,
+    Key,
+    encode_frame,
+    session_keys,
+)
 
 HERE = Path(__file__).parent
 HOST_NONCE = bytes.fromhex("3a7d01c4e95f2b8860f1349abcde5712")
@@ -212,6 +213,39 @@ def messages() -> Vectors:
     }
 
 
+def byte_streams() -> Vectors:
+    """A message of every kind of the byte streams' family."""
+    tag = HOST_NONCE[:8]
+    made: dict[str, streams.StreamMessage] = {
+        "an offer": streams.StreamOffer(1, 1),
+        "a new stream": streams.Open(
+            ID, streams.NO_TAG, 0, 65_536, "tcp:127.0.0.1:80", '{"user":"ops"}'
+        ),
+        "a stream goes on": streams.Open(ID, tag, 4_096, 69_632, "unix:/run/\u00e9", ""),
+        "accepted": streams.Progress(streams.ANSWER, ID, tag, 0, 65_536),
+        "a question": streams.Progress(streams.ASK, ID, tag, 7, 65_536),
+        "something is missing": streams.Progress(streams.REWIND, ID, tag, 7, 65_536),
+        "bytes": streams.Part(0, ID, tag, 7, b"hello"),
+        "the last bytes": streams.Part(streams.END, ID, tag, 12, b"."),
+        "an end alone": streams.Part(streams.END, ID, tag, 13, b""),
+        "a reset": streams.Reset(streams.REFUSED, ID, "no rule allows tcp:22"),
+    }
+    return {
+        "messages": [
+            {
+                "name": name,
+                "kind": type(message).__name__.removeprefix("Stream"),
+                "fields": {
+                    field: value.hex() if isinstance(value, bytes) else value
+                    for field, value in message._asdict().items()
+                },
+                "message": streams.encode(message).hex(),
+            }
+            for name, message in made.items()
+        ]
+    }
+
+
 def message_fields(message: Message) -> Vectors:
     """A message's fields, bytes in hex."""
     out: Vectors = {}
@@ -353,6 +387,7 @@ def generate() -> dict[str, str]:
         "frames.json": frames(),
         "greetings.json": greetings(),
         "messages.json": messages(),
+        "byte_streams.json": byte_streams(),
         "decoding.json": decoding(),
         "conversation.json": conversation(),
     }
