@@ -2,10 +2,10 @@
 
 The words this package uses, one meaning each:
 
-frame     what crosses a channel: checked and numbered (`vchan.frames`).
+frame     what crosses a channel: checked and numbered (`vchan.wire.frames`).
 session   the numbered, acknowledged conversation of two daemons (`vchan.session`).
-link      a session bound to one byte stream (`vchan.link`).
-message   what a session carries; big ones travel as several frames (`vchan.messages`).
+link      a session bound to one byte stream (`vchan.io.link`).
+message   what a session carries; big ones travel as several frames (`vchan.rpc.messages`).
 request   a call, cast, fanout or notification.
 receipt   "I have taken responsibility for this request"; not a frame's ACK, which only
           says "this frame reached my memory".

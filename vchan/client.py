@@ -18,12 +18,43 @@ a fraction of a second. Code that already speaks oslo.messaging uses the vchan:/
 
 import json
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
-from vchan.bodies import (
+from vchan.errors import (
+    BadBody,
+    CallTimeout,
+    LimitExceeded,
+    LinkDown,
+    LinkError,
+    NoSuchMethod,
+    NotAPort,
+    RemoteError,
+    RequestError,
+    VchanError,
+)
+from vchan.io.link import Link
+from vchan.io.loop import Alarm, Loop, Scheduler, Timer
+from vchan.io.streams import Stream, connect_unix
+from vchan.rpc.arguments import (
+    PRIORITIES,
+    check_callable,
+    check_count,
+    check_endpoint,
+    check_mapping,
+    check_name,
+    check_optional_name,
+    check_path,
+    check_seconds,
+    check_topic,
+    check_version,
+    wrong,
+)
+from vchan.rpc.bodies import (
+    FAILURE_TEXT_MAX,
     Invocation,
     decode_failure,
     decode_invocation,
@@ -31,45 +62,24 @@ from vchan.bodies import (
     encode_invocation,
     encode_json,
 )
-from vchan.errors import (
-    AgentGone,
-    BadBody,
-    CallTimeout,
-    ConfigError,
-    LimitExceeded,
-    LinkDown,
-    LinkError,
-    NoSuchAgent,
-    NoSuchDomain,
-    NoSuchMethod,
-    Rejected,
-    RemoteError,
-    RequestError,
-)
-from vchan.exchange import (
+from vchan.rpc.in_flight import (
     Answered,
     Cancelled,
     Deliver,
     Delivery,
-    HandedBack,
     Heartbeat,
     Outcome,
     Requester,
     Responder,
     Taken,
 )
-from vchan.link import Link
-from vchan.loop import Loop, Timer
-from vchan.messages import (
-    AGENT_GONE,
+from vchan.rpc.messages import (
     CALL,
-    EXPIRED,
+    DEFAULT_EXCHANGE,
     FANOUT,
-    NAME_BYTES_MAX,
-    NO_AGENT,
-    NO_DOMAIN,
     NOTIFICATION,
     RELEASED,
+    TOPICS_MAX,
     BadMessage,
     Cancel,
     Holding,
@@ -80,40 +90,44 @@ from vchan.messages import (
     Settled,
     Subscribe,
     Topic,
+    Unknown,
     decode,
     encode,
     id_chunks,
+    milliseconds,
 )
+from vchan.rpc.outcomes import error_of
 from vchan.session import CONTROL, Config, Event, Opened, Received, Refused, Role, Session
-from vchan.streams import connect_unix
 
 AGENT_SOCKET: Final = "/run/vchan/agent.sock"
+SOCKET_VARIABLE: Final = "VCHAN_SOCKET"
+"""Where an agent attaches, in the environment of one that vchan-guest or `vchan dev` runs."""
 HOST_SOCKET: Final = "/run/vchan/host.sock"
 HOST_TOPIC: Final = "vchan.host"
 """The topic that a host's daemon serves itself."""
-EXCHANGE: Final = "openstack"
-"""oslo.messaging's default control_exchange."""
+EXCHANGE: Final = DEFAULT_EXCHANGE
 TIMEOUT_S: Final = 60.0
 """oslo.messaging's default rpc_response_timeout."""
 OPEN_CALLS_MAX: Final = 1024
-"""Requests of one client that wait for an answer."""
+"""Requests of one client that wait for an answer. At it: LimitExceeded."""
 RECONNECT_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Between attempts to connect: a daemon that restarts is back within a second."""
 GRACE_S: Final = 1.0
 """When a request's time is over the daemon's word is waited for so long: it knows whether the
 request was delivered, and so may have run."""
 LATE_S: Final = GRACE_S + 1.0
 """A thread that waits for the loop, whose own deadline comes first, gives up so late."""
+READY_S: Final = 5.0
+"""How much of a call's time is spent waiting for the daemon to be there."""
 ACK_LOOK_S: Final = 0.005
 """How often `when_acknowledged` looks: an acknowledgement comes after 20 ms at the latest."""
-
-# Whatever is not listed has not run.
-_REASONS: Final[dict[int, type[RequestError]]] = {
-    NO_AGENT: NoSuchAgent,
-    AGENT_GONE: AgentGone,
-    RELEASED: AgentGone,  # with its VM
-    EXPIRED: CallTimeout,  # the daemon's clock was quicker than ours
-    NO_DOMAIN: NoSuchDomain,
-}
+WORKERS_MAX: Final = 256
+"""Threads of one agent: a guest that needs more has another trouble. At it: LimitExceeded."""
+FAILURES_LOGGED_MAX: Final = 20
+"""Failures of an agent's methods that it logs in FAILURES_PERIOD_S: who calls a method that fails
+decides how often it does. At it: the others are counted, and their number is logged."""
+FAILURES_PERIOD_S: Final = 10.0
+"""Long enough that a log with FAILURES_LOGGED_MAX in each can be read as it grows."""
 
 
 class Connection:
@@ -125,18 +139,21 @@ class Connection:
         deliver: Told each request and cancellation that arrives.
         changed: Told when the daemon is there (True) or not (False), with the reason. It is told
             False before each new session: a daemon that lost us gives our requests to others.
+        open_stream: What connects to the socket, if not `connect_unix`.
     """
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Scheduler,
         path: str,
         name: str,
         deliver: Callable[[Delivery], object],
         changed: Callable[[bool, str], object],
+        open_stream: Callable[[str], Stream] | None = None,
     ) -> None:
         self.loop = loop
         self.path = path
+        self._open_stream = open_stream or connect_unix
         self._deliver = deliver
         self._changed = changed
         self._session = Session(Config(Role.GUEST, os.urandom(16), name), os.urandom)
@@ -144,13 +161,15 @@ class Connection:
         self._attempts = 0
         self._closed = False
         self._retry: Timer | None = None
-        self._timer: Timer | None = None
+        self._alarm = Alarm(loop, self._timed_out)
         self._waiting: dict[bytes, Callable[[Outcome], object]] = {}
         self.is_up = False
         self.topics: tuple[Topic, ...] = ()
         self.servers: tuple[Topic, ...] = ()
         self.daemon_topics: tuple[Topic, ...] = ()
         """What the daemon says that it serves itself: a host's names "vchan.host"."""
+        self._charges: tuple[bytes, ...] = ()  # for the next daemon
+        self._daemon = b""  # the run of the one that knows of them
         self.requester = Requester(self._send, grace_s=GRACE_S)
         self.responder = Responder(self._send)
 
@@ -164,7 +183,7 @@ class Connection:
         """
         self._retry = None
         try:
-            stream = connect_unix(self.path)
+            stream = self._open_stream(self.path)
         except LinkError as error:
             is_first = self._attempts == 0
             self._plan_retry()
@@ -200,9 +219,9 @@ class Connection:
         """Close it for good."""
         self._closed = True
         self.is_up = False
-        for timer in (self._retry, self._timer):
-            if timer is not None:
-                timer.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
+        self._alarm.cancel()
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -255,7 +274,7 @@ class Connection:
             raise LimitExceeded("open requests", limit + 1, limit, "OPEN_CALLS_MAX")
         self.requester.submit(request, self.loop.time())
         self._waiting[request.id] = told
-        self._wake_at(self.requester.next_timeout())
+        self._alarm.set(self.requester.next_timeout())
 
     def withdraw(self, request_id: bytes) -> None:
         """Nobody waits for this request any more: `told` hears nothing further."""
@@ -266,10 +285,10 @@ class Connection:
         match event:
             case Received():
                 self._receive(event.message)
-            case Opened(_, resumed):
+            case Opened(peer, resumed):
                 self._attempts = 0
                 if not resumed:
-                    self._begin()
+                    self._begin(peer.instance)
                 self.is_up = True
                 self._changed(True, "")
             case Refused(reason):
@@ -277,15 +296,18 @@ class Connection:
             case _:
                 pass
 
-    def _begin(self) -> None:
+    def _begin(self, daemon: bytes) -> None:
         if self.is_up:
             self._down("the session began anew")
-        for chunk in id_chunks(self.responder.remembered()):
+        if daemon == self._daemon:
+            self._charges = ()  # it has given to others what was ours while we were away
+        self._daemon = daemon
+        for chunk in id_chunks(self.responder.remembered() + self._charges):
             self._send(encode(Holding(chunk)), CONTROL)
         if self.topics:
             self._say_topics()
         self.requester.opened(self.loop.time())
-        self._wake_at(self.requester.next_timeout())
+        self._alarm.set(self.requester.next_timeout())
 
     def _receive(self, data: bytes) -> None:
         message = decode(data)
@@ -293,7 +315,7 @@ class Connection:
             case Request() | Cancel() | Settled():
                 for delivery in self.responder.receive(message, self.loop.time()):
                     self._deliver(delivery)
-                self._wake_at(self.responder.next_timeout())
+                self._alarm.set(self.responder.next_timeout())
             case Reply() | Receipt() | Returned():
                 for outcome in self.requester.receive(message):
                     self._tell(outcome)
@@ -301,7 +323,9 @@ class Connection:
                 self.daemon_topics = topics
                 if self.servers:
                     self._say_topics()
-            case BadMessage() | Holding():
+            case Holding(ids):
+                self._charges = ids
+            case BadMessage() | Unknown():
                 pass  # a newer daemon's; nothing here depends on it
 
     def _tell(self, outcome: Outcome) -> None:
@@ -315,30 +339,24 @@ class Connection:
 
     # ---------------------------------------------------------------- time
 
-    def _wake_at(self, at_s: float | None) -> None:
-        if at_s is not None and (self._timer is None or at_s < self._timer.at_s):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.loop.call_at(at_s, self._timed_out)
-
     def _timed_out(self) -> None:
-        self._timer = None
         now_s = self.loop.time()
         for outcome in self.requester.handle_timeout(now_s):
             self._tell(outcome)
         for delivery in self.responder.handle_timeout(now_s):
             self._deliver(delivery)
-        self._wake_at(self.requester.next_timeout())
-        self._wake_at(self.responder.next_timeout())
+        self._alarm.set(self.requester.next_timeout())
+        self._alarm.set(self.responder.next_timeout())
 
 
 class _Pending:
     """Somebody who waits for a request's outcome."""
 
-    __slots__ = ("done", "outcome", "problem")
+    __slots__ = ("done", "has_begun", "outcome", "problem")
 
     def __init__(self) -> None:
         self.done = threading.Event()
+        self.has_begun = False  # it may have been sent
         self.outcome: Outcome | None = None
         self.problem: Exception | None = None
 
@@ -361,6 +379,149 @@ class _Pending:
             raise self.problem
         assert self.outcome is not None
         return self.outcome
+
+
+class _Pendings:
+    """The threads that wait for what a loop's thread hears. What a thread has given up before it
+    was begun is never begun; whoever waits when the loop ends is told so.
+
+    Args:
+        path: The daemon's socket, for what is said.
+    """
+
+    def __init__(self, loop: Loop, path: str) -> None:
+        self._loop = loop
+        self._path = path
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards what follows, and `has_begun`
+        self._open: set[_Pending] = set()
+        self._over = ""
+
+    def ask(self, connection: Connection, request: Request, wait_s: float) -> Outcome:
+        """Have a request sent by the loop's thread, and wait for its outcome.
+
+        Raises:
+            LinkDown: The loop has ended, or did not get to it: it was not sent, and will not be.
+            CallTimeout: It may have been.
+        """
+        pending = _Pending()
+        with self._lock:
+            self._require_loop()
+            self._open.add(pending)
+        self._loop.call_soon_threadsafe(lambda: self._begin(pending, connection, request))
+        pending.done.wait(wait_s)
+        with self._lock:
+            self._open.discard(pending)
+            if not pending.done.is_set():
+                pending.problem = self._unheard(pending, "does not get to it")
+        return pending.result()
+
+    def _require_loop(self) -> None:
+        if self._over:
+            raise LinkDown(self._path, self._over)
+        if self._pid != os.getpid():  # no thread is here, and the descriptors are that process's
+            raise LinkDown(self._path, "it was made before this process was forked: make another")
+
+    def _begin(self, pending: _Pending, connection: Connection, request: Request) -> None:
+        with self._lock:
+            if pending not in self._open:
+                return  # nobody waits any more
+            pending.has_begun = True
+        pending.submit(connection, request)
+
+    def _unheard(self, pending: _Pending, why: str) -> VchanError:
+        if pending.has_begun:
+            return CallTimeout(f"{self._path}: {why}; the method may have run")
+        return LinkDown(self._path, why)
+
+    def end(self, why: str) -> None:
+        """The loop has ended, or is about to: nothing is heard or sent any more."""
+        with self._lock:
+            self._over = self._over or why
+            for pending in self._open:
+                if not pending.done.is_set():
+                    pending.problem = self._unheard(pending, why)
+                    pending.done.set()
+
+
+def invocation_body(
+    method: str,
+    args: Mapping[str, Any] | None,
+    namespace: str | None,
+    version: str | None,
+    context: Mapping[str, Any] | None,
+) -> bytes:
+    """The body of a call or cast, of a program's arguments."""
+    check_name("method", method)
+    check_mapping("args", args)
+    check_optional_name("namespace", namespace)
+    if version is not None:
+        check_version(version)
+    check_mapping("context", context)
+    return encode_invocation(
+        method, args or {}, namespace=namespace, version=version, context=context
+    )
+
+
+def notification_body(
+    event_type: str,
+    payload: Any,
+    priority: str,
+    publisher_id: str,
+    context: Mapping[str, Any] | None,
+) -> bytes:
+    """The body of a notification, of a program's arguments."""
+    check_name("event_type", event_type)
+    check_name("publisher_id", publisher_id, may_be_empty=True)
+    check_mapping("context", context)
+    if priority not in PRIORITIES:
+        raise wrong("priority", priority, f"one of {', '.join(PRIORITIES)}")
+    args = {
+        "publisher_id": publisher_id or os.uname().nodename,
+        "event_type": event_type,
+        "payload": payload,
+        "metadata": new_metadata(),
+    }
+    return encode_invocation(priority, args, context=context)
+
+
+def make_request(
+    flags: int, exchange: str, topic: str, server: str, body: bytes, timeout_s: float
+) -> Request:
+    """A request with an id of its own, of a program's arguments."""
+    check_seconds("timeout_s", timeout_s)
+    check_name("topic", topic)
+    check_name("server", server, may_be_empty=True)
+    check_name("exchange", exchange)
+    timeout_ms = milliseconds(timeout_s)
+    return Request(os.urandom(16), flags, timeout_ms, 0, exchange, topic, server, body)
+
+
+def result_of(outcome: Outcome, timeout_s: float) -> Any:
+    """What a call returns; or raises what it raises."""
+    match outcome:
+        case Answered(_, False, result):
+            return _parse(result)
+        case Answered(_, True, failure):
+            class_name, text = decode_failure(failure)
+            raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
+        case _:
+            raise error_of(outcome, timeout_s)
+
+
+def require_taken(outcome: Outcome, timeout_s: float) -> None:
+    """Raise what a cast or notification raises, if it was not taken."""
+    if not isinstance(outcome, Taken):
+        raise error_of(outcome, timeout_s)
+
+
+def path_of(path: str | os.PathLike[str]) -> str:
+    """A socket's path, of a program's argument."""
+    if not isinstance(path, str) and hasattr(path, "__fspath__"):
+        path = os.fspath(path)
+    check_path(path)
+    assert isinstance(path, str)
+    return path
 
 
 class _Caller:
@@ -387,25 +548,19 @@ class _Caller:
             timeout_s: Over 0 and at most 86400.
 
         Raises:
+            ConfigError: An argument is wrong: which, and what was expected. Nothing was sent.
+            TypeError, ValueError: JSON cannot say what `args` holds. Nothing was sent.
             CallTimeout: No answer in time. The method may have run.
-            NoSuchDomain, NoSuchAgent, Rejected: It has not run.
-            AgentGone: The agent went away. The method may have run.
+            NoSuchDomain, NoSuchAgent, Rejected: It has not run, and never will.
+            AgentGone: The agent went away, or its guest, or both lost their memory. The method may
+                have run.
             RemoteError: The method ran and raised.
             LimitExceeded: The request is too large, or too many are open.
             LinkDown: No session with the daemon within the time. Nothing was sent.
         """
-        body = encode_invocation(
-            method, args or {}, namespace=namespace, version=version, context=context
-        )
-        outcome = self._ask(CALL, exchange, topic, server, body, timeout_s)
-        match outcome:
-            case Answered(_, False, result):
-                return _parse(result)
-            case Answered(_, True, failure):
-                class_name, text = decode_failure(failure)
-                raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
-            case _:
-                raise error_of(outcome, timeout_s)
+        body = invocation_body(method, args, namespace, version, context)
+        request = make_request(CALL, exchange, topic, server, body, timeout_s)
+        return result_of(self._outcome_of(request, timeout_s), timeout_s)
 
     def cast(
         self,
@@ -432,10 +587,10 @@ class _Caller:
             CallTimeout: Nobody took it in time; it has been withdrawn, but may have been taken.
             Others: as `call`.
         """
-        body = encode_invocation(
-            method, args or {}, namespace=namespace, version=version, context=context
-        )
-        self._hand_over(FANOUT if fanout else 0, exchange, topic, server, body, timeout_s)
+        body = invocation_body(method, args, namespace, version, context)
+        flags = FANOUT if fanout else 0
+        request = make_request(flags, exchange, topic, server, body, timeout_s)
+        require_taken(self._outcome_of(request, timeout_s), timeout_s)
 
     def notify(
         self,
@@ -453,39 +608,15 @@ class _Caller:
 
         Args:
             topic: Without the priority, e.g. "notifications".
-            priority: A name in lower case that oslo.messaging has a method for.
+            priority: One of PRIORITIES, as oslo.messaging has them.
             publisher_id: Who says so; empty: this machine's name.
 
         Raises:
             As `cast`.
         """
-        args = {
-            "publisher_id": publisher_id or os.uname().nodename,
-            "event_type": event_type,
-            "payload": payload,
-            "metadata": new_metadata(),
-        }
-        body = encode_invocation(priority, args, context=context)
-        self._hand_over(NOTIFICATION, exchange, topic, "", body, timeout_s)
-
-    def _hand_over(
-        self, flags: int, exchange: str, topic: str, server: str, body: bytes, timeout_s: float
-    ) -> None:
-        outcome = self._ask(flags, exchange, topic, server, body, timeout_s)
-        if not isinstance(outcome, Taken):
-            raise error_of(outcome, timeout_s)
-
-    def _ask(
-        self, flags: int, exchange: str, topic: str, server: str, body: bytes, timeout_s: float
-    ) -> Outcome:
-        if not 0 < timeout_s <= 86400:
-            raise ConfigError("timeout_s", f"{timeout_s} is not over 0 and at most 86400 seconds")
-        for what, name in (("topic", topic), ("server", server), ("exchange", exchange)):
-            if len(name.encode()) > NAME_BYTES_MAX:
-                raise LimitExceeded(what, len(name.encode()), NAME_BYTES_MAX, "NAME_BYTES_MAX")
-        timeout_ms = max(1, int(timeout_s * 1000))
-        request = Request(os.urandom(16), flags, timeout_ms, 0, exchange, topic, server, body)
-        return self._outcome_of(request, timeout_s)
+        body = notification_body(event_type, payload, priority, publisher_id, context)
+        request = make_request(NOTIFICATION, exchange, topic, "", body, timeout_s)
+        require_taken(self._outcome_of(request, timeout_s), timeout_s)
 
     def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
         """Send a request and wait for its outcome, which is no Heartbeat."""
@@ -499,16 +630,19 @@ class Client(_Caller):
         path: The daemon's socket.
 
     Raises:
+        ConfigError: `path` is no path.
         LinkError: The daemon cannot be reached: the subclass and the text say why.
     """
 
-    def __init__(self, path: str = HOST_SOCKET) -> None:
+    def __init__(self, path: str | os.PathLike[str] = HOST_SOCKET) -> None:
+        self._path = path = path_of(path)
         self._loop = Loop()
         self._ready = threading.Event()
         self._closed = False
         self._problem = ""
+        self._pendings = _Pendings(self._loop, path)
         self._connection = Connection(self._loop, path, "client", _refuse, self._connected)
-        self._thread = threading.Thread(target=self._loop.run, name="vchan-client", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="vchan-client", daemon=True)
         try:
             self._connection.connect()
         except LinkError:
@@ -516,6 +650,15 @@ class Client(_Caller):
             self._loop.close()
             raise
         self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            self._loop.run()
+        finally:  # whoever waits must not wait for a thread that a bug has ended
+            self._connection.close()
+            self._pendings.end("the client was closed" if self._closed else "its thread has ended")
+            self._ready.set()
+            self._loop.close()
 
     def _connected(self, up: bool, problem: str) -> None:
         self._problem = problem
@@ -525,41 +668,50 @@ class Client(_Caller):
             self._ready.clear()
 
     def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
-        if not self._ready.wait(min(timeout_s, 5.0)):
-            raise LinkDown(self._connection.path, self._problem or "the daemon does not answer")
-        pending = _Pending()
-        self._loop.call_soon_threadsafe(lambda: pending.submit(self._connection, request))
-        if not pending.done.wait(timeout_s + LATE_S):  # the loop's own deadline comes first
-            raise CallTimeout(f"no answer within {timeout_s:g} s")
-        return pending.result()
+        until_s = self._loop.time() + timeout_s
+        if not self._ready.wait(min(timeout_s, READY_S)):
+            raise LinkDown(self._path, self._problem or "the daemon does not answer")
+        left_s = max(0.001, until_s - self._loop.time())
+        request = request._replace(timeout_ms=milliseconds(left_s))
+        # The loop's own deadline comes first.
+        return self._pendings.ask(self._connection, request, left_s + LATE_S)
 
     def close(self) -> None:
-        """Close the connection and end the thread. Calls that wait time out. Harmless twice."""
+        """Close the connection and end the thread. Calls that wait raise CallTimeout, later ones
+        LinkDown. Harmless twice."""
         if self._closed:
             return
-        self._closed = True
-        self._loop.call_soon_threadsafe(self._end)
+        self._stop()
         self._thread.join(5.0)
-        if not self._thread.is_alive():
-            self._loop.close()
 
-    def _end(self) -> None:
-        self._connection.close()
+    def _stop(self) -> None:
+        self._closed = True
         self._loop.stop()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            # Raised between any two instructions, also while this thread held a lock of an Event's:
+            # the other one may wait for that, and need not be waited for.
+            self._stop()
+        else:
+            self.close()
 
 
 def _refuse(_: Delivery) -> None:
     """A client serves nothing; the daemon sends it nothing."""
 
 
-def _no_log(_: str) -> None:
-    pass
+def log_to_stderr(text: str) -> None:
+    """What an agent does with its log if it is not told otherwise."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    try:
+        sys.stderr.write(f"vchan agent: {shown}\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        pass  # nobody reads it, or there is none: that is no reason to stop serving
 
 
 def new_metadata() -> dict[str, str]:
@@ -578,110 +730,103 @@ def _parse(result: bytes) -> Any:
         raise RemoteError("BadBody", f"the result is not JSON: {error}", "") from error
 
 
-def error_of(outcome: Outcome, timeout_s: float) -> RequestError:
-    """What an outcome that is none of success is called."""
-    if isinstance(outcome, HandedBack):
-        return _REASONS.get(outcome.reason, Rejected)(outcome.text)
-    if isinstance(outcome, Answered):
-        return Rejected("a cast was answered: the other end is broken")
-    return CallTimeout(f"no answer within {timeout_s:g} s")
-
-
 class _Endpoint(NamedTuple):
     methods: object
     namespace: str | None
     version: str
 
 
-class Agent(_Caller):
-    """Serves topics: runs the methods that the control side calls; and calls out itself.
+class _Ran(NamedTuple):
+    """What became of a method: the answer to its caller, and what the log is told of it."""
 
-    Methods run on the thread that calls `run`, one at a time, unless `workers` is over 0. A cast is
-    acknowledged before its method runs, as oslo.messaging's own server does, so a method never
-    runs twice. A method may call, cast and notify: meanwhile no other begins on its thread.
+    failed: bool
+    body: bytes
+    story: str = ""
+
+
+class _Failures:
+    """How much of what fails is logged: see FAILURES_LOGGED_MAX."""
+
+    def __init__(self) -> None:
+        self._until_s = 0.0
+        self._left = 0
+
+    def lines(self, story: str, now_s: float) -> list[str]:
+        """What to log when a method has failed."""
+        lines = []
+        if now_s >= self._until_s:
+            if self._left < 0:
+                lines.append(f"{-self._left} more methods failed (FAILURES_LOGGED_MAX)")
+            self._until_s, self._left = now_s + FAILURES_PERIOD_S, FAILURES_LOGGED_MAX
+        self._left -= 1
+        return [*lines, story] if self._left >= 0 else lines
+
+
+class TopicServer:
+    """What serves topics, for `Agent` here and in `vchan.aio`: each says how a method is run.
 
     Args:
-        path: The guest daemon's socket.
-        workers: Threads for methods; 0: the loop's own. With threads, callers that ask for
-            heartbeats (oslo.messaging's call_monitor_timeout) get them while a method runs.
+        path: The daemon's socket.
+        is_async: Methods may be coroutines.
         log: Told what an operator may want to know.
+        open_stream: See Connection.
     """
 
     def __init__(
         self,
-        path: str = AGENT_SOCKET,
+        loop: Scheduler,
+        path: str,
+        log: Callable[[str], object],
         *,
-        workers: int = 0,
-        log: Callable[[str], object] | None = None,
+        is_async: bool = False,
+        open_stream: Callable[[str], Stream] | None = None,
     ) -> None:
-        self.loop = Loop()
-        self._log = log or _no_log
-        self._connection = Connection(self.loop, path, "agent", self._deliver, self._changed)
+        self._scheduler = loop
+        self._log = log
+        self._is_async = is_async
+        self._connection = Connection(
+            loop, path, "agent", self._deliver, self._changed, open_stream
+        )
         self._endpoints: dict[Topic, list[_Endpoint]] = {}
         self._inbox: deque[Request] = deque()
-        self._is_working = False
-        self._thread = 0  # who runs the loop
+        self._beats: dict[bytes, Timer] = {}  # by call that is being worked on elsewhere
+        self._failures = _Failures()
         self._told = ""
-        self._stopped = False
-        self._pool: Any = None
-        if workers:
-            from concurrent.futures import ThreadPoolExecutor  # here: it costs start-up time
 
-            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vchan-agent")
-
-    def serve(
-        self,
-        topic: str,
-        endpoint: object,
-        *,
-        exchange: str = EXCHANGE,
-        namespace: str | None = None,
-        version: str = "1.0",
+    def _add(
+        self, topic: str, endpoint: object, exchange: str, namespace: str | None, version: str
     ) -> None:
-        """Serve a topic with an object's public methods.
-
-        Args:
-            version: Calls for the same major and at most this minor version are accepted.
-        """
+        """Have one more endpoint. The connection is to be told of it: `_subscribe`."""
+        check_topic(topic)
+        check_name("exchange", exchange)
+        check_optional_name("namespace", namespace)
+        check_version(version)
+        check_endpoint(endpoint, is_async=self._is_async)
         key = Topic(exchange, topic)
+        if key not in self._endpoints and len(self._endpoints) >= TOPICS_MAX:
+            raise LimitExceeded("topics", TOPICS_MAX + 1, TOPICS_MAX, "TOPICS_MAX")
         self._endpoints.setdefault(key, []).append(_Endpoint(endpoint, namespace, version))
+
+    def _subscribe(self) -> None:
         self._connection.subscribe(tuple(self._endpoints))
 
-    def run(self) -> None:
-        """Serve until `stop`. Waits for the daemon when it is not there."""
-        self._thread = threading.get_ident()
-        self._connection._reconnect()
+    def _connect(self) -> None:
+        """Now, and whenever the connection is lost.
+
+        Raises:
+            NotAPort: The path is no socket: to wait does not help.
+        """
         try:
-            self.loop.run()
-        finally:
-            self._stopped = True
+            self._connection.connect()
+        except NotAPort:
             self._connection.close()
-            if self._pool is not None:
-                self._pool.shutdown(wait=True, cancel_futures=True)
-            self.loop.close()
+            raise
+        except LinkError:
+            pass  # it may come; `_changed` was told
+        if not self._endpoints:
+            self._log("serves no topic: see serve()")
 
-    def stop(self) -> None:
-        """End `run`. From any thread or signal handler."""
-        self._stopped = True
-        self.loop.stop()
-
-    # ---------------------------------------------------------------- calling
-
-    def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
-        pending = _Pending()
-        if threading.get_ident() == self._thread:
-            pending.submit(self._connection, request)
-            while not (pending.done.is_set() or self._stopped):
-                self.loop.run_once()
-        else:  # of a worker, or of a thread of the program's own
-            self.loop.call_soon_threadsafe(lambda: pending.submit(self._connection, request))
-            pending.done.wait(timeout_s + LATE_S)  # the loop's own deadline comes first
-        if not pending.done.is_set():
-            problem = "the agent is stopping" if self._stopped else "the agent is not running"
-            raise LinkDown(self._connection.path, problem)
-        return pending.result()
-
-    # ---------------------------------------------------------------- serving
+    # ---------------------------------------------------------------- requests come
 
     def _changed(self, up: bool, reason: str) -> None:
         news = "connected" if up else reason
@@ -703,66 +848,67 @@ class Agent(_Caller):
                 self._inbox.append(request)
                 if len(self._inbox) == 1:
                     # Not at once: a method that calls out lets the connection receive again.
-                    self.loop.call_soon(self._work)
-            case Cancelled():
-                pass  # a thread cannot be stopped; its answer will find nobody
+                    self._scheduler.call_soon(self._work)
+            case Cancelled(request_id):
+                self._end_beat(request_id)
+                self._cancelled(request_id)
 
     def _work(self) -> None:
-        """One request a turn: its answer goes out before the next begins."""
-        if self._is_working or not self._inbox:
-            return
-        self._is_working = True
-        self._begin(self._inbox.popleft())
-        self._is_working = False
-        if self._inbox:
-            self.loop.call_soon(self._work)
+        """Begin what is in the inbox."""
+        raise NotImplementedError
 
-    def _begin(self, request: Request) -> None:
+    def _cancelled(self, request_id: bytes) -> None:
+        """Nobody waits for it any more."""
+
+    def _may_begin(self, request: Request) -> bool:
+        """Take responsibility for it. False: it was withdrawn, or its time is over."""
         responder = self._connection.responder
-        if not request.is_call:
-            if not responder.take(request.id, self.loop.time()):
-                return  # withdrawn, or its time is over
-            self._connection.flush()
-        elif request.id not in responder:
-            return  # likewise
-        if self._pool is None:
-            self._finish(request, *self._run_method(request))
-        else:
-            self._pool.submit(self._run_in_pool, request)
-            if request.monitor_ms:
-                self._beat(request)
+        if request.is_call:
+            return request.id in responder
+        if not responder.take(request.id, self._scheduler.time()):
+            return False
+        self._connection.flush()
+        return True
+
+    # ---------------------------------------------------------------- and are answered
 
     def _beat(self, request: Request) -> None:
         """Say now and then that it is being worked on: its caller wants to hear it so often."""
         if request.id in self._connection.responder:
-            self._connection.responder.heartbeat(request.id, self.loop.time())
-            self.loop.call_later(request.monitor_ms / 2000, lambda: self._beat(request))
+            self._connection.responder.heartbeat(request.id, self._scheduler.time())
+            self._beats[request.id] = self._scheduler.call_later(
+                request.monitor_ms / 2000, lambda: self._beat(request)
+            )
 
-    def _run_in_pool(self, request: Request) -> None:
-        failed, body = self._run_method(request)
-        self.loop.call_soon_threadsafe(lambda: self._finish(request, failed, body))
+    def _end_beat(self, request_id: bytes) -> None:
+        """Nobody waits for it any more: a timer would hold the request until its time came."""
+        timer = self._beats.pop(request_id, None)
+        if timer is not None:
+            timer.cancel()
 
-    def _finish(self, request: Request, failed: bool, body: bytes) -> None:
-        if not request.is_call:
-            if failed:
-                class_name, text = decode_failure(body)
-                self._log(f"cast to {request.topic} raised {class_name}: {text}")
-            return
-        responder, now_s = self._connection.responder, self.loop.time()
-        try:
-            responder.answer(request.id, body, failed=failed, now_s=now_s)
-        except LimitExceeded as error:
-            failure = encode_failure("LimitExceeded", str(error))
-            responder.answer(request.id, failure, failed=True, now_s=now_s)
+    def _finish(self, request: Request, ran: _Ran) -> None:
+        self._end_beat(request.id)
+        responder, now_s = self._connection.responder, self._scheduler.time()
+        story = ran.story
+        if request.is_call:
+            try:
+                responder.answer(request.id, ran.body, failed=ran.failed, now_s=now_s)
+            except LimitExceeded as error:
+                failure = encode_failure("LimitExceeded", str(error))
+                responder.answer(request.id, failure, failed=True, now_s=now_s)
+                story = f"an answer on topic {request.topic} cannot be sent: {error}"
+        if story:
+            for line in self._failures.lines(story, now_s):
+                self._log(line)
 
-    def _run_method(self, request: Request) -> tuple[bool, bytes]:
-        """(failed, body). What a method raises is the caller's to see, whatever it is."""
-        try:
-            invocation = decode_invocation(request.body)
-            method = self._find(_topic_of(request, invocation), invocation)
-            return False, encode_json(method(**invocation.args))
-        except Exception as error:  # noqa: BLE001 - relayed to the caller
-            return True, _failure_of(error)
+    def _method_for(self, request: Request) -> tuple[Callable[..., Any], Invocation]:
+        """What a request asks for.
+
+        Raises:
+            BadBody, NoSuchMethod: The request is wrong.
+        """
+        invocation = decode_invocation(request.body)
+        return self._find(_topic_of(request, invocation), invocation), invocation
 
     def _find(self, topic: Topic, wanted: Invocation) -> Callable[..., Any]:
         for endpoint in self._endpoints.get(topic, ()):
@@ -775,6 +921,173 @@ class Agent(_Caller):
         namespace = f" in namespace {wanted.namespace}" if wanted.namespace else ""
         version = f", version {wanted.version or '1.0'}"
         raise NoSuchMethod(f"{topic.name} has no method {wanted.method}{namespace}{version}")
+
+
+class Agent(_Caller, TopicServer):
+    """Serves topics: runs the methods that the control side calls; and calls out itself.
+
+    Methods run on the thread that calls `run`, one at a time, unless `workers` is over 0. A cast is
+    acknowledged before its method runs, as oslo.messaging's own server does, so a method never
+    runs twice. A method may call, cast and notify: meanwhile no other begins on its thread. What a
+    method raises goes to its caller, and with its traceback to the log.
+
+    Args:
+        path: The guest daemon's socket; by default $VCHAN_SOCKET, or else AGENT_SOCKET.
+        workers: Threads for methods, at most WORKERS_MAX; 0: the loop's own. With threads, callers
+            that ask for heartbeats (oslo.messaging's call_monitor_timeout) get them while a method
+            runs.
+        log: Told what an operator may want to know, by default on standard error: the connection,
+            and methods that failed. A failure's text has several lines.
+
+    Raises:
+        ConfigError, LimitExceeded: An argument is wrong: which, and what was expected.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        workers: int = 0,
+        log: Callable[[str], object] | None = None,
+    ) -> None:
+        if path is None:
+            path = os.environ.get(SOCKET_VARIABLE) or AGENT_SOCKET
+        path = path_of(path)
+        check_count("workers", workers, 0, WORKERS_MAX, "WORKERS_MAX")
+        check_callable("log", log)
+        self.loop = Loop()
+        TopicServer.__init__(self, self.loop, path, log or log_to_stderr)
+        self._running = threading.local()  # the context of what runs on a thread
+        self._is_working = False
+        self._thread = 0  # who runs the loop
+        self._pendings = _Pendings(self.loop, path)
+        self._stopped = False
+        self._pool: Any = None
+        if workers:
+            from concurrent.futures import ThreadPoolExecutor  # here: it costs start-up time
+
+            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vchan-agent")
+
+    def serve(
+        self,
+        topic: str,
+        endpoint: object,
+        *,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str = "1.0",
+    ) -> None:
+        """Serve a topic with an object's public methods. From any thread.
+
+        Several endpoints may serve one topic: the first that has the method answers.
+
+        Args:
+            version: Calls for the same major and at most this minor version are accepted.
+
+        Raises:
+            ConfigError: An argument is wrong; or the endpoint has no public method, or one that is
+                `async def` (`vchan.aio.Agent` serves those) or a generator.
+            LimitExceeded: It would be more than TOPICS_MAX topics.
+        """
+        self._add(topic, endpoint, exchange, namespace, version)
+        if self._thread and threading.get_ident() != self._thread:
+            self.loop.call_soon_threadsafe(self._subscribe)
+        else:
+            self._subscribe()
+
+    def run(self) -> None:
+        """Serve until `stop`. Waits for the daemon when it is not there.
+
+        Raises:
+            NotAPort: `path` is no socket.
+            LinkDown: It runs already, or has ended: an agent runs once.
+        """
+        if self._thread:
+            problem = "this agent has run already, or runs: make another"
+            raise LinkDown(self._connection.path, problem)
+        self._thread = threading.get_ident()
+        try:
+            self._connect()
+            self.loop.run()
+        finally:
+            self._stopped = True
+            self._pendings.end("the agent has ended")  # before its workers, who may wait, are
+            self._connection.flush()  # a method may have said stop(): its caller waits
+            self._connection.close()
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+            self.loop.close()
+
+    def stop(self) -> None:
+        """End `run`. From any thread or signal handler."""
+        self._stopped = True
+        self.loop.stop()
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """The context of the request whose method runs on this thread.
+
+        `vchan_redelivered` in it says that this cast may have run before, in an agent whose memory
+        is gone.
+        """
+        return getattr(self._running, "context", {})
+
+    # ---------------------------------------------------------------- calling
+
+    def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
+        if threading.get_ident() != self._thread:  # a worker, or a thread of the program's own
+            try:  # the loop's own deadline comes first
+                return self._pendings.ask(self._connection, request, timeout_s + LATE_S)
+            except LinkDown as error:
+                if self._thread:
+                    raise
+                raise LinkDown(error.path, "the agent is not running") from error
+        pending = _Pending()
+        pending.submit(self._connection, request)
+        while not (pending.done.is_set() or self._stopped):
+            self.loop.run_once()
+        if not pending.done.is_set():
+            self._connection.withdraw(request.id)
+            raise CallTimeout("the agent is stopping; the method may have run")
+        return pending.result()
+
+    # ---------------------------------------------------------------- serving
+
+    def _work(self) -> None:
+        """One request a turn: its answer goes out before the next begins."""
+        if self._is_working or not self._inbox:
+            return
+        self._is_working = True
+        self._begin(self._inbox.popleft())
+        self._is_working = False
+        if self._inbox:
+            self.loop.call_soon(self._work)
+
+    def _begin(self, request: Request) -> None:
+        if not self._may_begin(request):
+            return
+        if self._pool is None:
+            self._finish(request, self._run_method(request))
+        else:
+            self._pool.submit(self._run_in_pool, request)
+            if request.monitor_ms:
+                self._beat(request)
+
+    def _run_in_pool(self, request: Request) -> None:
+        try:
+            ran = self._run_method(request)
+        except BaseException as error:  # noqa: BLE001 - sys.exit(), say: it ends no thread of a pool
+            ran = ran_into(request, error)
+        self.loop.call_soon_threadsafe(lambda: self._finish(request, ran))
+
+    def _run_method(self, request: Request) -> _Ran:
+        """What a method raises is the caller's to see, whatever it is."""
+        try:
+            method, invocation = self._method_for(request)
+            self._running.context = invocation.context
+            return returned(request, method(**invocation.args))
+        except Exception as error:  # noqa: BLE001 - relayed to the caller
+            return ran_into(request, error)
 
 
 def _topic_of(request: Request, invocation: Invocation) -> Topic:
@@ -796,7 +1109,22 @@ def _compatible(offered: str, wanted: str) -> bool:
     return have_major == want_major and want_minor <= have_minor
 
 
-def _failure_of(error: Exception) -> bytes:
+def returned(request: Request, result: Any) -> _Ran:
+    """What becomes of a method that has returned this. A cast's result is nobody's.
+
+    Raises:
+        TypeError, ValueError: JSON cannot say it.
+    """
+    if hasattr(result, "__await__"):
+        if hasattr(result, "close"):
+            result.close()  # or Python warns that nobody awaited it
+        raise TypeError("the method returned something to await: serve it with vchan.aio.Agent")
+    return _Ran(False, encode_json(result) if request.is_call else b"")
+
+
+def ran_into(request: Request, error: BaseException) -> _Ran:
+    """What becomes of a method that has raised this. A refusal on purpose, and what is wrong with
+    the request itself, has no traceback in the log."""
     import traceback  # here: it costs start-up time
 
     kind = type(error)
@@ -806,6 +1134,22 @@ def _failure_of(error: Exception) -> bytes:
         args = list(error.args)
     except (TypeError, ValueError):
         args = [str(error)]
-    return encode_failure(
-        kind.__name__, str(error), module=kind.__module__, args=args, traceback=lines
+    body = encode_failure(
+        kind.__name__, str(error), module=kind.__module__, args=args, traceback=_last_of(lines)
     )
+    what = f"a {'call' if request.is_call else 'cast'} to topic {request.topic} failed"
+    text = f"{kind.__name__}: {error}" if isinstance(error, RequestError) else "".join(lines)
+    return _Ran(True, body, f"{what}: {text[-FAILURE_TEXT_MAX:].rstrip()}")
+
+
+def _last_of(lines: list[str]) -> list[str]:
+    """As much of a traceback as FAILURE_TEXT_MAX lets through: where it failed stands last."""
+    left = FAILURE_TEXT_MAX
+    kept: list[str] = []
+    for line in reversed(lines):
+        left -= len(line)
+        if left < 0:
+            kept.append("...\n")
+            break
+        kept.append(line)
+    return kept[::-1]

@@ -11,10 +11,10 @@
     |   +-- LinkDown       not connected: nothing was queued
     +-- RequestError       a request failed
         +-- NoSuchDomain   this host has no such VM
-        +-- NoSuchAgent    nobody serves that topic: the method has not run
+        +-- NoSuchAgent    nobody serves that topic: the method has not run, and never will
         +-- NoSuchMethod   somebody serves it, but not that method: nothing has run
         +-- BadBody        the request's body is not what it should be: nothing has run
-        +-- AgentGone      the agent went away: the method may have run
+        +-- AgentGone      the agent went away, or its memory: the method may have run
         +-- CallTimeout    no answer in time: the method may have run
         +-- Rejected       refused on the way, with a reason: the method has not run
         +-- BadReply       the answer cannot be passed on: the method has run
@@ -118,7 +118,8 @@ class BadBody(RequestError):
 
 
 class AgentGone(RequestError):
-    """The agent, or its VM, went away with the request. The method may have run."""
+    """The agent, or its VM, went away with the request, or with its memory of it. The method may
+    have run."""
 
 
 class CallTimeout(RequestError):
@@ -146,4 +147,4 @@ class RemoteError(RequestError):
         self.class_name = class_name
         self.text = text
         self.failure = failure
-        super().__init__(f"{class_name}: {text}")
+        super().__init__(f"{class_name}: {text}" if text else class_name)

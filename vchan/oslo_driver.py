@@ -5,7 +5,8 @@
 
 Rules of this file
 1. The driver has one thread, which runs the loop and owns every connection. Callers' threads reach
-   it by `_Engine.run` and wait for what it says.
+   it by `_Engine.run` and wait for what it says; they read nothing of a connection's themselves.
+   Where eventlet has replaced threads it is a green one, as the callers' are.
 2. A listener is one connection to the daemon: so the daemon knows each server, gives them their
    turns, and takes back what a listener that ends has not acknowledged.
 3. Whatever a program does, it gets oslo.messaging's own exceptions, and at once where the fact is
@@ -17,6 +18,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import queue
+import select
 import sys
 import threading
 import traceback
@@ -25,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import Empty
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -43,16 +46,28 @@ from oslo_messaging.transport import InvalidTransportURL
 from oslo_serialization import jsonutils
 from oslo_utils import eventletutils
 
-if eventletutils.is_monkey_patched("thread"):  # before what needs epoll, which eventlet takes away
-    raise ImportError(
-        "vchan:// needs native threads, and eventlet has replaced them: do not monkey-patch this "
-        "process, and use oslo.messaging's threading executor"
-    )
+if not hasattr(select, "epoll"):  # eventlet takes it away; our loop waits in a way of eventlet's
+    from eventlet import patcher
 
-from vchan.bodies import Invocation, decode_failure, decode_invocation, encode_failure
-from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, LATE_S, Connection
-from vchan.errors import BadBody, LimitExceeded, LinkError
-from vchan.exchange import (
+    select.epoll = patcher.original("select").epoll  # type: ignore[misc]
+    try:
+        from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, LATE_S, Connection
+    finally:
+        del select.epoll
+else:
+    from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, LATE_S, Connection
+from vchan.errors import (
+    AgentGone,
+    BadBody,
+    CallTimeout,
+    LimitExceeded,
+    LinkError,
+    NoSuchAgent,
+    NoSuchDomain,
+)
+from vchan.io.loop import Loop
+from vchan.rpc.bodies import Invocation, decode_failure, decode_invocation, encode_failure
+from vchan.rpc.in_flight import (
     Answered,
     Cancelled,
     Deliver,
@@ -63,22 +78,19 @@ from vchan.exchange import (
     Overdue,
     Taken,
 )
-from vchan.loop import Loop
-from vchan.messages import (
-    AGENT_GONE,
+from vchan.rpc.messages import (
     BUSY,
     CALL,
-    EXPIRED,
     FANOUT,
     NAME_BYTES_MAX,
     NO_AGENT,
-    NO_DOMAIN,
     NOTIFICATION,
-    RELEASED,
+    REFUSED,
     TOPICS_MAX,
     Request,
     Topic,
 )
+from vchan.rpc.outcomes import ending_of
 
 LOG = logging.getLogger(__name__)
 
@@ -94,6 +106,7 @@ FAILURE_BYTES_MAX: Final = 256 * 1024
 CLOSE_S: Final = 10.0
 """For the driver's thread to end."""
 MILLISECONDS_MAX: Final = 0xFFFF_FFFF
+"""The longest time that a Request's field holds."""
 
 T = TypeVar("T")
 
@@ -127,6 +140,7 @@ class VchanDriver(base.BaseDriver):  # type: ignore[misc]
 
     Raises:
         InvalidTransportURL: It names no socket, or something that vchan:// does not have.
+        TransportDriverError: eventlet has patched half of this process.
     """
 
     prefetch_size = PREFETCH
@@ -139,6 +153,7 @@ class VchanDriver(base.BaseDriver):  # type: ignore[misc]
         allowed_remote_exmods: list[str] | None = None,
     ) -> None:
         super().__init__(conf, url, default_exchange, allowed_remote_exmods)
+        _check_patched()
         self._path = _socket_path(url)
         self._lock = threading.Lock()
         self._engine: _Engine | None = None
@@ -312,13 +327,33 @@ def _milliseconds(seconds: float | None) -> int:
     return 0 if seconds is None else min(max(1, math.ceil(seconds * 1000)), MILLISECONDS_MAX)
 
 
+def _check_patched() -> None:
+    """Raise if what this process's threads wait with is not of their kind."""
+    parts = ("thread", "os", "select", "socket")
+    patched = [name for name in parts if eventletutils.is_monkey_patched(name)]
+    if patched and "thread" not in patched:
+        raise base.TransportDriverError(
+            f"eventlet has replaced {', '.join(patched)} in this process, and not thread: "
+            "vchan:// needs all of them patched, or none"
+        )
+
+
+def _make_loop() -> Loop:
+    """One that waits as this process's threads do."""
+    if eventletutils.is_monkey_patched("thread"):
+        from vchan.io.green_loop import GreenLoop
+
+        return GreenLoop()
+    return Loop()
+
+
 class _Engine:
     """The driver's thread, with its loop and its connections."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.pid = os.getpid()
-        self.loop = Loop()
+        self.loop = _make_loop()
         self.sendings: set[_Sending] = set()  # that wait for an outcome
         self._connections: set[Connection] = set()
         self._sender: Connection | None = None
@@ -349,8 +384,11 @@ class _Engine:
         """Run it in the engine's thread; return what it returns, or raise what it raises.
 
         Raises:
-            TransportDriverError: The engine has ended.
+            TransportDriverError: The engine has ended, or is another process's.
         """
+        if self.pid != os.getpid():  # no thread is here, and the descriptors are that process's
+            text = f"{self.path}: it was made before this process was forked: make another"
+            raise base.TransportDriverError(text)
         task: Future[T] = Future()
 
         def work() -> None:
@@ -454,7 +492,8 @@ class _Sending:
         self._retries_left = retry if retry is not None and retry >= 0 else math.inf
         self._busy = 0
         self._deadline_s = math.inf
-        self.news: SimpleQueue[Outcome | Exception] = SimpleQueue()
+        # Looked up now: eventlet may have replaced it since this file was imported.
+        self.news: queue.SimpleQueue[Outcome | Exception] = queue.SimpleQueue()
 
     def wait(self, timeout: float | None, monitor: float | None) -> Outcome:
         """Send it and wait until it is over: Taken, Answered, or one of oslo's exceptions."""
@@ -494,11 +533,12 @@ class _Sending:
                 raise Unanswered(self._timed_out())
 
     def _exception_of(self, reason: int, text: str) -> MessagingException:
-        if reason in (NO_AGENT, NO_DOMAIN):
+        kind = ending_of(reason).error
+        if kind in (NoSuchAgent, NoSuchDomain):
             return NotDelivered(text, self._request)
-        if reason in (AGENT_GONE, RELEASED):
+        if kind is AgentGone:
             return Unanswered(text)
-        if reason == EXPIRED:
+        if kind is CallTimeout:
             return Unanswered(f"{self._timed_out()}: {text}")
         return MessageDeliveryFailure(text)
 
@@ -573,10 +613,13 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
         self._handed: dict[bytes, _Incoming] = {}  # to the server, and not acknowledged
         self._stopped = False
         self._drained = False
+        self._is_up = False
         self._settled = threading.Event()  # the daemon knows what we serve, or is not there
         self._connection: Connection = engine.run(lambda: self._open(tuple(topics), tuple(servers)))
         self._settled.wait(SUBSCRIBE_S)
-        if not self._connection.is_up:
+        with self._news:
+            is_up = self._is_up
+        if not is_up:
             LOG.warning("listener of %s: serves as soon as the daemon is there", self._name)
 
     # ---------------------------------------------------------------- what the server asks for
@@ -636,7 +679,7 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
             NotHeld: It must not: its caller has given up, or another server has it.
         """
         if incoming.request.is_call:
-            held = self._release(incoming) and incoming.request.id in self._connection.responder
+            held = self._release(incoming)  # what was withdrawn has been taken out by then
         else:
             held = self._engine.run(lambda: self._take(incoming))
         if not held:
@@ -689,6 +732,8 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
 
     def _changed(self, up: bool, reason: str) -> None:
         self._log.changed(up, reason)
+        with self._news:
+            self._is_up = up
         if not up:
             self._lose(everything=False)
         self._settle()
@@ -719,10 +764,12 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
                 self._receive(request)
             case Cancelled(request_id):
                 with self._news:
+                    self._handed.pop(request_id, None)
                     for each in self._queue:
                         if each.request.id == request_id:
                             self._queue.remove(each)
                             break
+                    self._news.notify_all()  # there is room for another
 
     def _receive(self, request: Request) -> None:
         try:
@@ -741,8 +788,9 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
         LOG.warning("a message for %s cannot be understood: %s", request.topic, error)
         if request.is_call:
             self._answer(request.id, True, encode_failure("BadBody", str(error)))
-        else:
-            self._connection.responder.take(request.id, self._engine.loop.time())
+        else:  # so that the host has it in its log and its counters, too
+            self._connection.responder.give_back(request.id, REFUSED, str(error))
+            self._connection.flush()
 
     def _take(self, incoming: _Incoming) -> bool:
         if not self._release(incoming):

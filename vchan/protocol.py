@@ -3,12 +3,12 @@
 Everything that crosses a channel or a local socket is laid out here and nowhere else.
 `docs/protocol.md` says what the fields mean. Running daemons do not import this module:
 construct costs half a second of start-up in a small guest and 0.2 ms a header to
-interpret. They use `vchan/_layout.py`, which this module generates from the definitions
+interpret. They use `vchan/wire/layout.py`, which this module generates from the definitions
 below (every fixed-size construct field knows its `struct` format), and a property test
 holds the two to the same answer on every frame and message.
 
     python -m vchan.protocol            print the generated module
-    python -m vchan.protocol --write    write it to vchan/_layout.py
+    python -m vchan.protocol --write    write it to vchan/wire/layout.py
 """
 
 from __future__ import annotations
@@ -98,7 +98,25 @@ Greeting = Struct(
 MessageKind = Enum(
     Byte, REQUEST=1, RECEIPT=2, REPLY=3, RETURNED=4, CANCEL=5, SETTLED=6, SUBSCRIBE=7, HOLDING=8
 )
-RequestFlags = FlagsEnum(Byte, CALL=1, FANOUT=2, NOTIFICATION=4, REDELIVERED=8)
+ByteStreamKind = Enum(Byte, OFFER=32, OPEN=33, PROGRESS=34, PART=35, RESET=36)
+"""Kinds of messages as well, of their own family: docs/protocol.md, section 14."""
+ProgressFlags = FlagsEnum(Byte, ASK=1, ANSWER=2, REWIND=4)
+PartFlags = FlagsEnum(Byte, END=1)
+ResetReason = Enum(
+    Byte,
+    CLOSED=1,
+    REFUSED=2,
+    UNREACHABLE=3,
+    BUSY=4,
+    FORGOTTEN=5,
+    VIOLATED=6,
+    SILENT=7,
+    UNSUPPORTED=8,
+    RELEASED=9,
+)
+RequestFlags = FlagsEnum(
+    Byte, CALL=1, FANOUT=2, NOTIFICATION=4, REDELIVERED=8, OUT_OF_TURN=16, LOCAL=32
+)
 ReplyFlags = FlagsEnum(Byte, FINAL=1, FAILURE=2)
 ReturnReason = Enum(
     Byte, NO_AGENT=1, AGENT_GONE=2, BUSY=3, REFUSED=4, EXPIRED=5, NO_DOMAIN=6, RELEASED=7
@@ -140,6 +158,42 @@ Subscription = Struct(
 SubscribeHead = Struct("kind" / Const(7, Byte), "count" / Int16ub)
 Subscribe = Struct("head" / SubscribeHead, "topics" / Array(this.head.count, Subscription))
 
+OfferHead = Struct("kind" / Const(32, Byte), "version_min" / Byte, "version_max" / Byte)
+Offer = Struct("head" / OfferHead, "later" / GreedyBytes)
+OpenHead = Struct(
+    "kind" / Const(33, Byte),
+    "id" / Bytes(16),
+    "tag" / Bytes(8),  # zeros: not accepted yet
+    "received" / Int64ub,  # as in Progress
+    "credit" / Int64ub,
+    "target_length" / Int16ub,
+    "facts_length" / Int16ub,
+)
+Open = Struct(
+    "head" / OpenHead,
+    "target" / Bytes(this.head.target_length),  # UTF-8: what to connect to
+    "facts" / Bytes(this.head.facts_length),  # UTF-8, JSON: who asks, for the policy
+)
+ProgressHead = Struct(
+    "kind" / Const(34, Byte),
+    "flags" / ProgressFlags,
+    "id" / Bytes(16),
+    "tag" / Bytes(8),  # which run of the accepting end has it
+    "received" / Int64ub,  # bytes that have arrived in order, from the stream's start; END is one
+    "credit" / Int64ub,  # bytes below this offset may be sent
+)
+Progress = Struct("head" / ProgressHead)
+PartHead = Struct(
+    "kind" / Const(35, Byte),
+    "flags" / PartFlags,
+    "id" / Bytes(16),
+    "tag" / Bytes(8),
+    "offset" / Int64ub,  # of the first byte, from the stream's start
+)
+Part = Struct("head" / PartHead, "data" / GreedyBytes)
+ResetHead = Struct("kind" / Const(36, Byte), "reason" / ResetReason, "id" / Bytes(16))
+Reset = Struct("head" / ResetHead, "text" / GreedyBytes)  # UTF-8
+
 Message = Struct(
     "kind" / MessageKind,
     "rest" / GreedyBytes,
@@ -154,11 +208,18 @@ MESSAGE_BY_KIND: dict[int, Construct[Any, Any]] = {
     7: Subscribe,
     8: IdList,
 }
+BYTE_STREAM_BY_KIND: dict[int, Construct[Any, Any]] = {
+    32: Offer,
+    33: Open,
+    34: Progress,
+    35: Part,
+    36: Reset,
+}
 
 
 def parse_message(data: bytes) -> Any:
     """Parse one message by its definition: the slow, normative way."""
-    return MESSAGE_BY_KIND[data[0]].parse(data)
+    return (MESSAGE_BY_KIND | BYTE_STREAM_BY_KIND)[data[0]].parse(data)
 
 
 _FIXED = {
@@ -173,6 +234,11 @@ _FIXED = {
     "ID_LIST": IdListHead,
     "SUBSCRIBE": SubscribeHead,
     "SUBSCRIPTION": SubscriptionHead,
+    "OFFER": OfferHead,
+    "OPEN": OpenHead,
+    "PROGRESS": ProgressHead,
+    "PART": PartHead,
+    "RESET": ResetHead,
 }
 _ENUMS = {
     "KIND": FrameKind,
@@ -182,6 +248,10 @@ _ENUMS = {
     "REQUEST_FLAG": RequestFlags,
     "REPLY_FLAG": ReplyFlags,
     "REASON": ReturnReason,
+    "BYTE_STREAM": ByteStreamKind,
+    "PROGRESS_FLAG": ProgressFlags,
+    "PART_FLAG": PartFlags,
+    "RESET_REASON": ResetReason,
 }
 
 
@@ -207,7 +277,7 @@ def _literal(data: bytes) -> str:
 
 
 def generate() -> str:
-    """The text of `vchan/_layout.py`."""
+    """The text of `vchan/wire/layout.py`."""
     lines = [
         '"""The wire\'s fixed layouts and numbers, for `struct`.',
         "",
@@ -235,7 +305,7 @@ def generate() -> str:
 def main() -> None:
     """Print or write the generated module."""
     if sys.argv[1:] == ["--write"]:
-        Path(__file__).with_name("_layout.py").write_text(generate())
+        Path(__file__).parent.joinpath("wire", "layout.py").write_text(generate())
     else:
         sys.stdout.write(generate())
 

@@ -1,6 +1,7 @@
 """vchan-conductor: guests' requests, judged once more on the control side.
 
-desk      pure: what a host hands in, who may have what, and how much
-forward   oslo.messaging: the request goes on to its target, and what comes back
-daemon    configuration, the service that hosts ask, the process
+admission   pure: what a host hands in, who may have what, and how much
+forward     oslo.messaging: the request goes on to its target, and what comes back
+config      its options
+daemon      the service that hosts ask, the process
 """

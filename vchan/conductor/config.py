@@ -8,9 +8,10 @@ from typing import Any, Final
 from oslo_config import cfg
 
 from vchan.errors import ConfigError
-from vchan.host import config_files, identity, policy_files
-from vchan.host.broker_config import import_oslo_messaging
-from vchan.host.policy import Policy
+from vchan.host import config_files
+from vchan.host.broker.config import check_url, import_oslo_messaging, messaging_options
+from vchan.host.policy import guest_context, rule_files
+from vchan.host.policy.rules import Policy
 
 GROUP: Final = "vchan_conductor"
 PROGRAM: Final = "vchan-conductor"
@@ -69,11 +70,13 @@ OPTIONS: Final = [
         "project_requests_per_s",
         default=100.0,
         min=0.01,
-        help="Requests of one project, from all its VMs on all hosts.",
+        help=(
+            "Requests of one project, from all its VMs on all hosts; a burst of two seconds' worth."
+        ),
     ),
     cfg.ListOpt(
         "guest_context_allow",
-        default=list(identity.CONTEXT_ALLOW),
+        default=list(guest_context.CONTEXT_ALLOW),
         help="Keys of a guest's request context that pass. Who the guest is, its host has added.",
     ),
 ]
@@ -90,7 +93,10 @@ def load(arguments: list[str] | None, conf: Any = None) -> Any:
     """
     conf = conf or cfg.ConfigOpts()
     config_files.read(conf, OPTIONS, GROUP, arguments, PROGRAM)
-    _check(conf)
+    try:
+        _check(conf)
+    except ConfigError as error:
+        raise config_files.located(error, conf) from None
     return conf
 
 
@@ -113,19 +119,46 @@ def register_messaging(conf: Any) -> None:
     conf.set_default("rabbit_qos_prefetch_count", waiting, RABBIT)
 
 
+def check_urls(conf: Any) -> None:
+    """Look at the brokers' addresses, as far as they are rabbit://: oslo.messaging takes some for
+    what they are not.
+
+    Raises:
+        ConfigError: One is none.
+    """
+    by_name = {
+        option.dest: option
+        for section, options in messaging_options()
+        if section is None
+        for option in options
+    }
+    url = config_files.value(conf, config_files.DEFAULT, by_name["transport_url"])
+    check_url(url, conf)
+    check_url(conf[GROUP].services_url or url, conf, f"[{GROUP}] services_url")
+
+
+def unknown_names(conf: Any) -> list[str]:
+    """What stands in the files and is no section or option of anybody's: misspelt, perhaps."""
+    known: dict[str, list[Any]] = {GROUP: list(OPTIONS)}
+    for section, options in (*config_files.log_options(), *messaging_options()):
+        known.setdefault(section or config_files.DEFAULT, []).extend(options)
+    files = config_files.files_of(conf)
+    return config_files.bounded(config_files.unknown_names(files, known, ("vchan",)))
+
+
 def policy(conf: Any) -> Policy:
     """What may pass, as the files say now.
 
     Raises:
         ConfigError: Says which file and line, and what was expected.
     """
-    return policy_files.load(conf[GROUP].policy_dir)
+    return rule_files.load(conf[GROUP].policy_dir)
 
 
 def context_allow(conf: Any) -> frozenset[str]:
     """The context keys that guests may set."""
     where = f"[{GROUP}] guest_context_allow"
-    return identity.check_allow(conf[GROUP].guest_context_allow, where)
+    return guest_context.check_allow(conf[GROUP].guest_context_allow, where)
 
 
 def list_opts() -> list[tuple[str, list[Any]]]:

@@ -1,7 +1,7 @@
 """vchan-conductor: the process, and the service that hosts ask.
 
 Threads: the main thread has the loop (signals, the audit log); oslo.messaging's have the requests,
-one each. They share the desk, under a lock.
+one each. They share the admission, under a lock.
 """
 
 from __future__ import annotations
@@ -15,26 +15,31 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from oslo_config import cfg
-from oslo_log import log as oslo_log
 
 from vchan import __version__
 from vchan.conductor import config
-from vchan.conductor.desk import Desk, Handed, read
+from vchan.conductor.admission import Admission, Handed, read
 from vchan.conductor.forward import Forwarder, oslo_messaging
 from vchan.errors import ConfigError, Rejected
-from vchan.host.audit import AuditLog
-from vchan.host.audit_record import Record
-from vchan.host.authority import CONDUCTOR
-from vchan.host.envelope import EnvelopeError
-from vchan.host.gate import CONDUCTOR_VERSION, REDELIVERED_KEY
-from vchan.host.identity import build_context
-from vchan.host.policy import Effect, Kind, Policy
-from vchan.loop import Loop
-from vchan.notify import ServiceManager
+from vchan.host import config_files
+from vchan.host.enforcer import CONDUCTOR
+from vchan.host.oslo_wire.envelope import EnvelopeError
+from vchan.host.policy.audit_log import AuditLog
+from vchan.host.policy.audit_record import Record
+from vchan.host.policy.guest_context import build_context
+from vchan.host.policy.rules import Effect, Kind, Policy
+from vchan.host.threads import EXIT_SOFTWARE, run_and_exit, watch_all_threads
+from vchan.host.vm.gate import CONDUCTOR_VERSION
+from vchan.io.loop import Loop
+from vchan.io.service_manager import ServiceManager
+from vchan.rpc.bodies import REDELIVERED_KEY
 
 LOG = logging.getLogger("vchan.conductor")
 
+EXIT_OK: Final = 0
+"""Ended by SIGTERM or SIGINT; requests under way had 10 s."""
 EXIT_CONFIG: Final = 2
+"""A wrong option or file, or a file that is not there: starting again does not help."""
 STOP_S: Final = 10.0
 """For requests under way when the process ends. A call may take an hour: its caller is told nothing
 then, and times out."""
@@ -52,11 +57,12 @@ class Conductor:
         self.loop = Loop()
         self._conf = conf
         self._allow = config.context_allow(conf)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the admission and `_under_way`
         self._under_way = 0
         self._is_serving = False
+        self._failure = ""  # why this ends, if it was not told to
         self._audit = AuditLog(self.loop, options.audit_log, options.host, LOG.warning)
-        self._desk = Desk(
+        self._admission = Admission(
             Policy.denying("it has not been read"),
             requests_per_s=options.project_requests_per_s,
             calls_max=options.project_calls,
@@ -68,6 +74,7 @@ class Conductor:
 
     def _make_server(self) -> Any:
         options = self._conf[config.GROUP]
+        config.check_urls(self._conf)
         try:
             transport = oslo_messaging.get_rpc_transport(self._conf)
             self._forwarder = Forwarder(self._conf, options.services_url or None)
@@ -78,7 +85,7 @@ class Conductor:
         target = oslo_messaging.Target(
             exchange=CONDUCTOR.exchange, topic=CONDUCTOR.name, server=options.host
         )
-        return oslo_messaging.get_rpc_server(transport, target, [_Endpoint(self)])
+        return oslo_messaging.get_rpc_server(transport, target, [_ConductorEndpoint(self)])
 
     def reload(self) -> None:
         """Read the policy again, and go on in a new audit log if the old one was moved."""
@@ -89,12 +96,14 @@ class Conductor:
             problem = str(error)
         if problem:
             kept = "the policy before it holds"
-            if self._desk.policy.problem:
-                self._desk.policy = Policy.denying(problem)
-                kept = "everything is denied"
+            with self._lock:
+                if self._admission.policy.problem:
+                    self._admission.policy = Policy.denying(problem)
+                    kept = "everything is denied"
             LOG.warning("policy: %s: %s", problem, kept)
         else:
-            self._desk.policy = policy
+            with self._lock:
+                self._admission.policy = policy
             LOG.info("policy: %d rules", len(policy.rules))
         self._audit.reopen()
 
@@ -117,8 +126,8 @@ class Conductor:
             LOG.warning("host %r handed in what is no request: %s", host, problem)
             raise Rejected(f"the conductor cannot read the request: {problem}")
         with self._lock:
-            record = self._desk.judge(request, self.loop.time())
-            lines_per_s = self._desk.policy.limits(request.facts).audit_lines_per_s
+            record = self._admission.judge(request, self.loop.time())
+            lines_per_s = self._admission.policy.limits(request.facts).audit_lines_per_s
         self.loop.call_soon_threadsafe(lambda: self._audit.write(record, lines_per_s))
         if record.verdict == Effect.ALLOW:
             return self._forward(request)
@@ -138,23 +147,42 @@ class Conductor:
             with self._lock:
                 self._under_way -= 1
                 if request.ask.kind is Kind.CALL:
-                    self._desk.call_over(request)
+                    self._admission.call_over(request)
 
     # ---------------------------------------------------------------- the process
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; SIGHUP reads the policy again."""
+    def thread_died(self, problem: str) -> None:
+        """A thread has ended that should not have, and is in the log: from any thread."""
+        self._failure = self._failure or problem
+        self.loop.stop()
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; SIGHUP reads the policy again.
+
+        Returns:
+            The exit status: EXIT_OK, or EXIT_SOFTWARE when a thread has died, as the one does that
+            finds that it cannot serve at all.
+        """
+        for text in config.unknown_names(self._conf):
+            LOG.warning("%s", text)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.loop.stop())
         signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self.reload))
         # It waits for the broker, for ever if need be: not in this thread, which hears signals.
-        threading.Thread(target=self._start, name="start", daemon=True).start()
+        threading.Thread(target=self._start, name="vchan-start", daemon=True).start()
         self._manager.ready("waiting for the broker")  # it is no reason to hold up a boot
         self.loop.run()
         self._manager.stopping()
-        self._stop()
+        status = EXIT_OK
+        if self._failure:
+            LOG.critical("vchan-conductor ends: %s", self._failure)
+            status = EXIT_SOFTWARE
+        self._stop(status)
+        return status
 
     def _start(self) -> None:
+        """What it fails with ends the process, as of any thread: one that lives and serves nothing
+        would look well."""
         self._server.start(self._conf[config.GROUP].threads)
         self.loop.call_soon_threadsafe(self._started)
 
@@ -163,7 +191,7 @@ class Conductor:
         LOG.info("vchan-conductor %s: serving %s/%s", __version__, *CONDUCTOR)
         self._manager.status("serving")
 
-    def _stop(self) -> None:
+    def _stop(self, status: int) -> None:
         if self._is_serving:
             self._server.stop()
         until_s = self.loop.time() + STOP_S
@@ -174,7 +202,7 @@ class Conductor:
         if self._under_way or not self._is_serving:
             LOG.warning("ended with %d requests under way", self._under_way)
             logging.shutdown()
-            os._exit(0)  # threads wait for answers, or for the broker
+            os._exit(status)  # threads wait for answers, or for the broker
         self._server.wait()
         self._forwarder.close()
         self.loop.close()
@@ -186,8 +214,8 @@ def _refusal(record: Record) -> str:
     return "the conductor's policy denies it"
 
 
-class _Endpoint:
-    """The methods that hosts call, named for the kinds (`vchan.host.gate.VmGate.conduct`)."""
+class _ConductorEndpoint:
+    """The methods that hosts call, named for the kinds (`vchan.host.vm.gate.VmGate.conduct`)."""
 
     target = oslo_messaging.Target(version=CONDUCTOR_VERSION)
 
@@ -216,15 +244,17 @@ class _Endpoint:
 
 def main() -> None:
     """The command."""
+    conf: Any = None
     try:
         # oslo.messaging registers some of its options there and nowhere else.
         conf = config.load(sys.argv[1:], cfg.CONF)
-        oslo_log.setup(conf, "vchan")
+        config_files.set_up_log(conf, "vchan")
         conductor = Conductor(conf)
     except ConfigError as error:
-        sys.stderr.write(f"vchan-conductor: {error}\n")
+        sys.stderr.write(f"vchan-conductor: {config_files.located(error, conf)}\n")
         sys.exit(EXIT_CONFIG)
-    conductor.run()
+    watch_all_threads(conductor.thread_died)
+    run_and_exit("vchan-conductor", conductor.run)
 
 
 if __name__ == "__main__":

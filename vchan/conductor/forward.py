@@ -12,11 +12,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
-from vchan.conductor.desk import Handed
+from vchan.conductor.admission import Handed
 from vchan.errors import NoSuchAgent
-from vchan.host.broker_config import import_oslo_messaging
-from vchan.host.policy import Ask, Kind
-from vchan.host.upward_envelope import notification
+from vchan.host.broker.config import import_oslo_messaging
+from vchan.host.oslo_wire.upward_envelope import notification
+from vchan.host.policy.rules import Ask, Kind
 
 oslo_messaging: Final = import_oslo_messaging()[0]
 

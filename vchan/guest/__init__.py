@@ -1,0 +1,12 @@
+"""The daemon in a VM.
+
+daemon         the wiring: the port, the agents' socket, the router
+router         the host's requests to agents (pure)
+upward         the agents' requests to the control side (pure)
+reports        what the host is told of this guest, and when (pure)
+observer       looks at the guest for what `reports` tells
+freezer        its file systems, frozen under a lease
+port           the channel's end, kept open; `serial_port` and `windows_port` are kinds of it
+options        command lines and configuration files of the guest's programs
+stderr_log     their logs' lines
+"""

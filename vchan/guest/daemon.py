@@ -1,4 +1,5 @@
-"""vchan-guest: the daemon inside the VM. Relays between the channel and local agents.
+"""vchan-guest: the daemon inside the VM. It passes requests between the channel
+and local agents.
 
 Light on purpose: the standard library only, and of that what starts fast. Logs to standard error.
 """
@@ -9,14 +10,12 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from time import CLOCK_BOOTTIME, clock_gettime
+from time import CLOCK_BOOTTIME, CLOCK_REALTIME, clock_gettime, clock_settime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vchan import __version__
-from vchan.access import Access, Credentials, make_access
+from vchan.agents.allowed import DEFAULT_ALLOW, UNIT_METHODS, Allowed, running_directory
 from vchan.errors import ConfigError, LinkError, PortAbsent
-from vchan.guest.allowed import DEFAULT_ALLOW, UNIT_METHODS, Allowed, running_directory
-from vchan.guest.journal import log
 from vchan.guest.options import (
     EXIT_CONFIG,
     EXIT_OK,
@@ -28,10 +27,14 @@ from vchan.guest.options import (
 )
 from vchan.guest.port import DEFAULT_PORT, Port, goes_one_way, port_opener, session_maker
 from vchan.guest.router import Router
-from vchan.link import Link
-from vchan.loop import Loop, Timer
-from vchan.notify import ServiceManager
-from vchan.server import LocalServer
+from vchan.guest.stderr_log import log
+from vchan.io.access import Access, Credentials, make_access
+from vchan.io.link import Link
+from vchan.io.local_socket import LocalServer
+from vchan.io.loop import Alarm, Loop, Timer
+from vchan.io.service_manager import ServiceManager
+from vchan.io.streams import Stream
+from vchan.rpc.messages import Topic
 from vchan.session import (
     Config,
     Event,
@@ -44,14 +47,17 @@ from vchan.session import (
     Silent,
     Violation,
 )
-from vchan.streams import Stream
 
-if TYPE_CHECKING:  # imported where there are units: it costs start-up time
-    from vchan.guest.agents import Agents
+if TYPE_CHECKING:  # imported where there is use for them: it costs start-up time
+    from vchan.agents.super_agent import Agents
+    from vchan.guest.freezer import Freezer
+    from vchan.guest.observer import Observer
 
 DEFAULT_SOCKET: Final = "/run/vchan/agent.sock"
 DEFAULT_CONFIG: Final = "/etc/vchan/guest.conf"
 DEFAULT_UNITS: Final = "/etc/vchan/agents.d"
+DEFAULT_HOOKS: Final = "/etc/vchan/freeze-hooks.d"
+DEFAULT_REPORT: Final = "phase, facts, agents, metrics"
 DEFAULTS: Final = {
     "port": DEFAULT_PORT,
     "exit-without-port": "0",
@@ -61,18 +67,30 @@ DEFAULTS: Final = {
     "agent-groups": "",
     "units": DEFAULT_UNITS,
     "allow": DEFAULT_ALLOW,
+    "report": DEFAULT_REPORT,
+    "freeze-hooks": DEFAULT_HOOKS,
     "quiet": SWITCH,
 }
 
 GARBAGE_OBJECTS: Final = 20_000
 """Objects more than at the last look for garbage, until the next."""
+OBSERVE_S: Final = 0.5
+"""After the host has said that it takes reports, this daemon begins to observe: what is asked first
+is answered first."""
+HELD_LINES_MAX: Final = 200
+"""Lines of the log that are kept back while file systems are frozen: the log may lie on one, and
+who writes there stands still. At it: further ones are counted."""
+STEP_S_MAX: Final = 10 * 366 * 86400.0
+"""By how much the clock may be set at a time, seconds: of a VM that was saved for ten years."""
+METRICS_S_MIN: Final = 10
+"""The shortest time between two reports of metrics."""
 TICK_S: Final = 0.1
 """How late a request's time may run out here. To ask the router for its next timeout after every
 message would cost a tenth of all its work."""
 
 ONE_WAY_MAX: Final = 256
 """Requests that came down a pipe and wait for an agent; what is read at a time comes on top of it,
-and stays below REQUESTS_MAX."""
+and stays below REQUESTS_MAX. At it: the pipe is not read."""
 
 _ERROR, _WARNING, _INFO = 3, 4, 6
 
@@ -80,7 +98,8 @@ USAGE: Final = f"""\
 usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                    [--socket PATH] [--socket-mode MODE]
                    [--agent-users NAMES] [--agent-groups NAMES]
-                   [--units DIRECTORY] [--allow WHAT] [--quiet]
+                   [--units DIRECTORY] [--allow WHAT] [--report WHAT]
+                   [--freeze-hooks DIRECTORY] [--quiet]
        vchan-guest standard-agent [--config FILE] [--socket PATH]
 
   --config FILE       read these options from FILE ({DEFAULT_CONFIG} if it is there):
@@ -97,8 +116,14 @@ usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
   --units DIRECTORY   the sub-agents to run, a file NAME.toml each; read again at SIGHUP
                       [{DEFAULT_UNITS}]
   --allow WHAT        what the control side may do, with commas between: ping, info, list,
-                      and state, log, start, stop, restart, each of them also for units by
-                      a pattern, as in  restart:web*  [{DEFAULT_ALLOW}]
+                      freeze, set-time, and state, log, start, stop, restart, each of these
+                      also for units by a pattern, as in  restart:web*  [{DEFAULT_ALLOW}]
+  --report WHAT       what the host is told of this guest, with commas between: phase, facts,
+                      agents, metrics (when asked), metrics:SECONDS (also that often)
+                      [{DEFAULT_REPORT}]
+  --freeze-hooks DIRECTORY
+                      programs to call with  freeze  before file systems are frozen, and
+                      with  thaw  afterwards [{DEFAULT_HOOKS}]
   --quiet             log warnings and errors only
   --version, --help
 
@@ -117,6 +142,8 @@ class Options(NamedTuple):
     exit_without_port_s: int = 0
     units: str = DEFAULT_UNITS
     allow: str = DEFAULT_ALLOW
+    report: str = DEFAULT_REPORT
+    freeze_hooks: str = DEFAULT_HOOKS
     access: Access | None = None
 
 
@@ -134,10 +161,11 @@ def parse_options(arguments: list[str]) -> Options:
         raise ConfigError(f"{port.where}: {error.where}", error.problem) from error
     if not absence.value.isdecimal():
         raise absence.wrong("expected a whole number of seconds")
-    try:
-        Allowed(allow.value)
-    except ValueError as error:
-        raise ConfigError(allow.where, str(error)) from error
+    for option, parse in ((allow, Allowed), (values["report"], parse_report)):
+        try:
+            parse(option.value)
+        except ValueError as error:
+            raise ConfigError(option.where, str(error)) from error
     return Options(
         port.value,
         values["socket"].path(),
@@ -146,8 +174,27 @@ def parse_options(arguments: list[str]) -> Options:
         int(absence.value),
         values["units"].path(),
         allow.value,
+        values["report"].value,
+        values["freeze-hooks"].path(),
         _access(values["agent-users"], values["agent-groups"]),
     )
+
+
+def parse_report(text: str) -> dict[str, int]:
+    """What is to be reported, and how often besides when it changes: seconds; 0: not.
+
+    Raises:
+        ValueError: A word is none; says which there are.
+    """
+    wanted: dict[str, int] = {}
+    for word in filter(None, map(str.strip, text.split(","))):
+        what, colon, seconds = word.partition(":")
+        is_timed = what == "metrics" and seconds.isdecimal() and int(seconds) >= METRICS_S_MIN
+        if what not in ("phase", "facts", "agents", "metrics") or bool(colon) != is_timed:
+            known = f"phase, facts, agents, metrics, or metrics:SECONDS of {METRICS_S_MIN} or more"
+            raise ValueError(f"{word!r}: expected {known}")
+        wanted[what] = int(seconds) if is_timed else 0
+    return wanted
 
 
 def _access(users: Given, groups: Given) -> Access | None:
@@ -176,10 +223,21 @@ class Daemon:
         self._allowed = Allowed(options.allow)
         self._units: Agents | None = None
         self._is_ending = False
+        self._observer: Observer | None = None
+        self._host_serves: tuple[Topic, ...] = ()
+        self._observe_timer: Timer | None = None
+        self._freezer: Freezer | None = None
+        self._held_lines: list[tuple[int, str]] = []  # of the log, while something is frozen
+        self._left_out = 0  # of these
         methods: dict[str, Callable[[Mapping[str, Any]], Any]] = {
             "ping": self._ping,
             "info": self._info,
             **{name: partial(self._ask_units, name) for name in UNIT_METHODS},
+            **{name: partial(self._ask_observer, name) for name in ("facts", "metrics")},
+            "freeze": self._freeze,
+            "thaw": self._thaw,
+            "clock": self._clock,
+            "step_clock": self._step_clock,
         }
         self._opener = port_opener(options.port)
         self._exit_without_port_s = options.exit_without_port_s
@@ -192,8 +250,10 @@ class Daemon:
             self._note,
             self._is_full if goes_one_way(options.port) else None,
         )
-        self._router = Router(self._port.send, methods, self.loop.time())
-        self._timer: Timer | None = None
+        self._router = Router(
+            self._port.send, methods, self.loop.time(), self._port.flush, self._on_host_serves
+        )
+        self._alarm = Alarm(self.loop, self._timed_out)
         self._server = LocalServer(
             self.loop,
             options.socket,
@@ -218,6 +278,8 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS)
         self._manager.ready(f"agents at {self._server.path}")
+        if os.path.exists(f"{self._options.socket}.frozen"):
+            self._make_freezer().thaw_left_over()
         if self._has_units():
             self.loop.call_soon(self._super_agent().begin)
         try:
@@ -226,6 +288,10 @@ class Daemon:
             self._manager.stopping()
             if self._units is not None:
                 self._units.close()
+            if self._observer is not None:
+                self._observer.close()
+            if self._freezer is not None:
+                self._freezer.close()
             self._server.close()
             self._port.close()
             self.loop.close()
@@ -239,6 +305,8 @@ class Daemon:
                 self._set_timer()
             case Opened(peer, resumed):
                 self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
+                if not resumed:
+                    self._end_freeze("the session with the host is over")
                 self._manager.status(f"host {peer.name}")
                 self._router.host_opened(resumed=resumed, now_s=self.loop.time())
                 self._set_timer()
@@ -247,9 +315,11 @@ class Daemon:
             case Violation(reason):
                 self._log(_WARNING, f"the host broke the protocol: {reason}")
             case Refused(reason, by_peer):
-                self._log(_ERROR, f"refused {'by the host' if by_peer else ''}: {reason}")
+                who = "refused by the host" if by_peer else "refused the host"
+                self._log(_ERROR, f"{who}: {reason}")
             case Silent(for_s):
                 self._log(_INFO, f"no word from the host for {for_s:.0f} s")
+                self._end_freeze("the host is silent")
             case Heard():
                 self._log(_INFO, "the host is back")
 
@@ -298,6 +368,88 @@ class Daemon:
         self._router.detach(key, self.loop.time())
         self._set_timer()
 
+    # ---------------------------------------------------------------- reports
+
+    def _on_host_serves(self, topics: tuple[Topic, ...]) -> None:
+        """What this guest reports of itself, `reports` decides; here only, when that is loaded."""
+        self._host_serves = topics
+        if self._observer is not None:
+            self._observer.host_serves(topics)
+        elif topics and self._options.report and self._observe_timer is None:
+            self._observe_timer = self.loop.call_later(OBSERVE_S, self._observe)
+
+    def _observe(self) -> "Observer":
+        if self._observer is None:
+            from vchan.guest.observer import Observer
+
+            self._observer = Observer(
+                self.loop,
+                self._router.attach_ourselves,
+                parse_report(self._options.report),
+                lambda: self._units.report() if self._units is not None else {},
+                partial(self._log, _WARNING),
+            )
+            self._observer.host_serves(self._host_serves)
+        return self._observer
+
+    def _units_changed(self) -> None:
+        if self._observer is not None:
+            self._observer.agents_changed()
+
+    def _ask_observer(self, what: str, _: Mapping[str, Any]) -> Any:
+        return self._observe().ask(what)
+
+    # ---------------------------------------------------------------- file systems, and the clock
+
+    def _make_freezer(self) -> "Freezer":
+        if self._freezer is None:
+            from vchan.guest.freezer import Freezer
+
+            options = self._options
+            log = partial(self._log, _INFO)
+            self._freezer = Freezer(
+                self.loop, options.socket, options.freeze_hooks, log, self._freezer_changed
+            )
+        return self._freezer
+
+    def _freeze(self, args: Mapping[str, Any]) -> Any:
+        self._allowed.require("freeze")
+        return self._make_freezer().freeze(args)
+
+    def _thaw(self, _: Mapping[str, Any]) -> Any:
+        self._allowed.require("freeze")
+        return self._make_freezer().thaw("somebody asked for it")
+
+    def _end_freeze(self, why: str) -> None:
+        if self._freezer is not None:
+            self._freezer.end(why)
+
+    def _freezer_changed(self) -> None:
+        """What was kept back while something was frozen is told now."""
+        if self._freezer is not None and not self._freezer.is_active:
+            lines, self._held_lines = self._held_lines, []
+            left_out, self._left_out = self._left_out, 0
+            for priority, text in lines:
+                self._log(priority, text)
+            if left_out:
+                self._log(_WARNING, f"{left_out} lines left out while file systems were frozen")
+
+    def _clock(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        self._allowed.require("set-time")
+        return {"unix_s": clock_gettime(CLOCK_REALTIME)}
+
+    def _step_clock(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """By so much, and not to a time: a word that was on its way for long does no harm."""
+        self._allowed.require("set-time")
+        by_s = args.get("by_s")
+        if not isinstance(by_s, int | float) or isinstance(by_s, bool) or set(args) != {"by_s"}:
+            raise ValueError("expected by_s, a number of seconds")
+        if not abs(by_s) <= STEP_S_MAX:
+            raise ValueError(f"by_s: {by_s:g}; expected at most {STEP_S_MAX:g} either way")
+        clock_settime(CLOCK_REALTIME, clock_gettime(CLOCK_REALTIME) + by_s)
+        self._log(_WARNING, f"the clock was set by {by_s:+.3f} s: the host asked for it")
+        return {"unix_s": clock_gettime(CLOCK_REALTIME)}
+
     # ---------------------------------------------------------------- units
 
     def _has_units(self) -> bool:
@@ -312,7 +464,8 @@ class Daemon:
 
     def _super_agent(self) -> "Agents":
         if self._units is None:
-            from vchan.guest.agents import Agents, Systemd
+            from vchan.agents.super_agent import Agents
+            from vchan.agents.systemd import Systemd
 
             self._units = Agents(
                 self.loop,
@@ -322,6 +475,7 @@ class Daemon:
                 self._router.served_topics,
                 self._log,
                 Systemd.if_there(),
+                self._units_changed,
             )
             self._router.announce_own_topic()
         return self._units
@@ -334,30 +488,32 @@ class Daemon:
         self._super_agent().reload()
 
     def _end(self) -> None:
-        """End when the units have; at once if told twice."""
-        if self._units is None or self._is_ending:
+        """End when the units have, and the host knows; at once if told twice."""
+        if self._is_ending:
             self.loop.stop()
             return
         self._is_ending = True
-        self._units.end(self.loop.stop)
+        self._end_freeze("this daemon ends")
+        if self._units is not None:
+            self._units.end(self._tell_end)
+        else:
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        if self._observer is not None:
+            self._observer.end(self.loop.stop)
+        else:
+            self.loop.stop()
 
     # ---------------------------------------------------------------- time and state
 
     def _set_timer(self) -> None:
         """The router may have a new timeout: look at it within TICK_S."""
-        at_s = self.loop.time() + TICK_S
-        if self._timer is not None:
-            if self._timer.at_s <= at_s:
-                return
-            self._timer.cancel()
-        self._timer = self.loop.call_at(at_s, self._timed_out)
+        self._alarm.set(self.loop.time() + TICK_S)
 
     def _timed_out(self) -> None:
-        self._timer = None
         self._router.handle_timeout(self.loop.time())
-        at_s = self._router.next_timeout()
-        if at_s is not None:
-            self._timer = self.loop.call_at(at_s, self._timed_out)
+        self._alarm.set(self._router.next_timeout())
 
     def _ping(self, args: Mapping[str, Any]) -> dict[str, Any]:
         self._allowed.require("ping")
@@ -383,17 +539,23 @@ class Daemon:
         self._log(_INFO, text)
 
     def _log(self, priority: int, text: str) -> None:
-        if priority < _INFO or not self._quiet:
+        if priority >= _INFO and self._quiet:
+            return
+        if self._freezer is None or not self._freezer.is_active:
             log(priority, text)
+        elif len(self._held_lines) < HELD_LINES_MAX:
+            self._held_lines.append((priority, text))
+        else:
+            self._left_out += 1
 
 
 def main() -> None:
     """The command."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["standard-agent"]:
-        from vchan.guest import standard
+        from vchan.agents.standard import agent
 
-        standard.main(arguments[1:])
+        agent.main(arguments[1:])
         return
     run_program("vchan-guest", USAGE, arguments, lambda words: Daemon(parse_options(words)).run)
 

@@ -11,9 +11,12 @@ from typing import Final, NamedTuple
 
 from vchan import __version__
 from vchan.errors import ConfigError, LinkError
-from vchan.guest.journal import log
+from vchan.guest.stderr_log import log
 
 EXIT_OK: Final = 0
+"""Ended by a signal; vchan-guest also without its port, if it was told to."""
+EXIT_OUTPUT: Final = 1
+"""What --help or --version says was not written."""
 EXIT_CONFIG: Final = 2
 """A wrong argument or configuration value: starting again does not help."""
 EXIT_SOCKET: Final = 3
@@ -105,11 +108,9 @@ def run_program(
         start: Given the arguments, makes what runs it. What is wrong with them, or with the socket,
             is logged, and the program ends.
     """
-    if "--help" in arguments:
-        os.write(1, usage.encode())
-        return
-    if "--version" in arguments:
-        os.write(1, f"{name} {__version__}\n".encode())
+    about = usage if "--help" in arguments else f"{name} {__version__}\n"
+    if "--help" in arguments or "--version" in arguments:
+        _tell(name, about.encode())
         return
     try:
         run = start(arguments)
@@ -117,6 +118,18 @@ def run_program(
         log(_ERROR, f"{name}: {error}")
         sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_SOCKET)
     run()
+
+
+def _tell(name: str, text: bytes) -> None:
+    """On standard output. A reader that has seen enough is no failure."""
+    try:
+        while text:
+            text = text[os.write(1, text) :]
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        log(_ERROR, f"{name}: standard output cannot be written: {error.strerror}")
+        sys.exit(EXIT_OUTPUT)
 
 
 def _read_arguments(
@@ -151,7 +164,7 @@ def _read_file(path: str, known: Mapping[str, str], *, required: bool) -> dict[s
         raise ConfigError(path, f"cannot be read: {error}") from error
     values = {}
     for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
+        text = _without_comment(line).strip()
         if not text:
             continue
         name, equals, value = (part.strip() for part in text.partition("="))
@@ -160,3 +173,11 @@ def _read_file(path: str, known: Mapping[str, str], *, required: bool) -> dict[s
             raise ConfigError(f"{path}:{number}", expected)
         values[name] = Given(f"{path}:{number}: {name}", value)
     return values
+
+
+def _without_comment(line: str) -> str:
+    """A comment begins the line, or has a space before it: a value may hold a #."""
+    at = line.find("#")
+    while at > 0 and not line[at - 1].isspace():
+        at = line.find("#", at + 1)
+    return line if at < 0 else line[:at]

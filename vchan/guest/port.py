@@ -1,6 +1,7 @@
 """The guest's end of the channel: finds, opens and reopens it.
 
-virtio:org.openstack.vchan.0              the virtio-serial port of that name
+virtio:org.openstack.vchan.0              the virtio-serial port of that name, by udev's link or,
+                                          where there is no udev, by the kernel's own word in /sys
 virtio:/dev/vport0p1                      ... or that device
 virtio:\\\\.\\Global\\org.openstack.vchan.0  ... in Windows (untested)
 unix:/path                                a unix socket (tests, namespaces)
@@ -12,15 +13,17 @@ pyserial:socket://host:4000               one of pyserial's own URLs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from vchan.errors import ConfigError, LinkError, PortAbsent, PortBusy
-from vchan.link import Link
-from vchan.loop import Loop, Timer
-from vchan.session import Config, Event, Session
-from vchan.streams import Listener, Stream, connect_unix, open_port
+from vchan.io.link import Link
+from vchan.io.loop import Scheduler, Timer
+from vchan.io.streams import Listener, Stream, connect_unix, open_port
+from vchan.session import AnySession, Config, Event, Session
+from vchan.wire.reserved_ports import reserved_for
 
 DEFAULT_PORT: Final = "virtio:org.openstack.vchan.0"
 LISTENER_MODE: Final = 0o660
@@ -29,6 +32,10 @@ KINDS: Final = (
     "serial:/dev/...?baudrate=115200, pyserial:URL"
 )
 PORTS_DIRECTORY: Final = "/dev/virtio-ports"
+"""Where udev makes a link for each port, by its name."""
+KERNEL_DIRECTORY: Final = "/sys/class/virtio-ports"
+"""Where the kernel has each port by its device, and its name in a file."""
+DEVICES_DIRECTORY: Final = "/dev"
 REOPEN_S: Final = (0.02, 0.05, 0.1, 0.25)
 """Between attempts. A port that just lost its opener is busy for a moment; one that is unplugged
 comes back any time, and its coming wakes nobody who has no udev."""
@@ -52,19 +59,66 @@ def port_opener(url: str) -> Callable[[], Stream]:
         windows_port.require_win32()
         return lambda: windows_port.open_windows_port(name)
     if kind == "virtio" and name:
-        path = name if name.startswith("/") else f"{PORTS_DIRECTORY}/{name}"
-        return lambda: open_port(path)
+        if name.startswith("/"):
+            return lambda: open_port(name)
+        owner = reserved_for(name)
+        if owner:
+            problem = f"{name} is reserved for {owner}; expected a name of vchan's own"
+            raise ConfigError(f"port {url!r}", f"{problem}, as in {DEFAULT_PORT}")
+        return lambda: open_named_port(name)
     if kind == "unix" and name.startswith("/"):
         return lambda: connect_unix(name)
     if kind == "listen" and name.startswith("/"):
         return partial(Listener(LISTENER_MODE).open, name)
     if kind == "pipe" and name.startswith("/"):
-        from vchan.pipes import open_pipe_reader
+        from vchan.io.pipes import open_pipe_reader
 
         return partial(open_pipe_reader, name)
     if kind in ("serial", "pyserial") and name:
         return _serial_opener(kind, name)
     raise ConfigError(f"port {url!r}", f"expected one of {KINDS}; e.g. {DEFAULT_PORT}")
+
+
+def open_named_port(name: str) -> Stream:
+    """Open the virtio-serial port of this name. It is looked for each time: a port that is plugged
+    in again may be another device.
+
+    Raises:
+        LinkError: As `open_port`. Where no port has the name, those that there are are told.
+    """
+    link = f"{PORTS_DIRECTORY}/{name}"
+    names = kernel_names()
+    devices = [device for device, found in names.items() if found == name]
+    if not devices:
+        if os.path.exists(link):
+            return open_port(link)
+        others = ", ".join(sorted(names.values())) or "none"
+        raise PortAbsent(link, f"no such port: it may appear later; this VM's ports: {others}")
+    device = f"{DEVICES_DIRECTORY}/{devices[0]}"
+    # A link that nobody keeps may lead to what has that number now; and in a container there may be
+    # the link alone.
+    is_links = os.path.exists(link) and os.path.realpath(link) == os.path.realpath(device)
+    if is_links or not os.path.exists(device):
+        return open_port(link if os.path.exists(link) else device)
+    return open_port(device)
+
+
+def kernel_names() -> dict[str, str]:
+    """The names of this VM's virtio-serial ports, by device; without those that have none."""
+    names = {}
+    try:
+        devices = os.listdir(KERNEL_DIRECTORY)
+    except OSError:  # no such port at all, or no /sys
+        return {}
+    for device in devices:
+        try:
+            with open(f"{KERNEL_DIRECTORY}/{device}/name", encoding="utf-8", errors="replace") as f:
+                name = f.read().strip()
+        except OSError:  # no name; or it was just unplugged
+            continue
+        if name:
+            names[device] = name
+    return names
 
 
 def _serial_opener(kind: str, name: str) -> Callable[[], Stream]:
@@ -82,10 +136,10 @@ def goes_one_way(url: str) -> bool:
     return url.startswith("pipe:")
 
 
-def session_maker(url: str) -> Callable[[Config, Callable[[int], bytes]], Session]:
+def session_maker(url: str) -> Callable[[Config, Callable[[int], bytes]], AnySession]:
     """What makes the session that is spoken on the port that `url` names."""
     if goes_one_way(url):
-        from vchan.oneway import Reader
+        from vchan.session.oneway import Reader
 
         return Reader
     return Session
@@ -102,9 +156,9 @@ class Port:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Scheduler,
         open_stream: Callable[[], Stream],
-        session: Session,
+        session: AnySession,
         on_event: Callable[[Event], object],
         log: Callable[[str], object],
         hold: Callable[[], bool] | None = None,
@@ -169,6 +223,11 @@ class Port:
             self.link.send(message, stream)
         else:
             self._session.send(message, stream)
+
+    def flush(self) -> None:
+        """Write what is queued, as far as the port takes it."""
+        if self.link is not None:
+            self.link.flush()
 
     def close(self) -> None:
         """Close it for good."""

@@ -2,12 +2,15 @@
 
 Rules of this file
 1. No I/O, no clock, no logging. Time comes in as `now_s`; messages leave by the `Send`s handed in.
-2. A request has run at most once, and a cast is given to an agent until one has acknowledged it.
-   A cast that has no deadline waits for an agent however long; what has one is refused.
-   An agent that goes away takes its running calls with it (AGENT_GONE); casts that it had not
-   acknowledged have not run, and go to the next.
-3. Truth lives in the agents, not here: one that reattaches says which ids it holds, and copies of
-   those requests go to it and to no other.
+2. `rpc.dispatcher` gives the host's requests to agents: each runs at most once, and a cast is given
+   to an agent until one has acknowledged it. A cast that has no deadline waits for an agent however
+   long; what has one is refused.
+3. Agents are told (`charge`) of which topics they alone have what is not settled, and say so to the
+   next run of this daemon: they alone outlive it.
+4. What an earlier run of this daemon may have given to an agent whose memory is gone as well is in
+   doubt. Such a call is not run again: it may have run. Such a cast runs, and is told so
+   (`vchan_redelivered` in its context).
+5. A call that was returned is over: a copy of it gets the same word, and never runs.
 
     host --Request--> Router --Request--> agent
     host <--Receipt/Reply/Returned-- Router <--Receipt/Reply/Returned-- agent
@@ -16,37 +19,27 @@ Rules of this file
 The other direction, requests of agents to the control side, is `upward`'s.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from vchan.bodies import decode_invocation, encode_failure, encode_json
-from vchan.errors import LimitExceeded, NoSuchMethod, RequestError
-from vchan.exchange import (
-    Answered,
-    Cancelled,
-    Deliver,
-    HandedBack,
-    Heartbeat,
-    Outcome,
-    Overdue,
-    Requester,
-    Responder,
-    Send,
-    Taken,
-)
-from vchan.guest.later import Later
-from vchan.guest.upward import Upward
-from vchan.messages import (
+from vchan.errors import NoSuchMethod, RequestError
+from vchan.guest.upward import GuestUpward
+from vchan.rpc.bodies import decode_invocation, encode_failure, encode_json, mark_redelivered
+from vchan.rpc.deferred import Later
+from vchan.rpc.dispatcher import Dispatcher, Manner
+from vchan.rpc.in_flight import Deliver, HandedBack, Outcome, Responder, Send, earliest
+from vchan.rpc.messages import (
     AGENT_GONE,
-    FANOUT,
+    GUEST_TOPIC,
     NO_AGENT,
+    OUT_OF_TURN,
+    QUEUE_KINDS,
     REDELIVERED,
-    REFUSED,
     TOPICS_MAX,
     BadMessage,
     Cancel,
     Holding,
+    Queue,
     Receipt,
     Reply,
     Request,
@@ -54,40 +47,46 @@ from vchan.messages import (
     Settled,
     Subscribe,
     Topic,
+    Unknown,
+    charge,
     decode,
     encode,
+    is_charge,
+    queue_of,
 )
 from vchan.session import CONTROL
 
-LINGER_S: Final = 5.0
-"""A topic whose last agent went away is still served so long: agents restart."""
-RESTART_GRACE_S: Final = 2.0
-"""After this daemon's start, requests that were handed out before wait so long for an agent that
-holds them to come back."""
-HOLDING_MAX: Final = 8192
-"""Ids an agent may say it holds."""
+DOUBT_MARGIN_S: Final = 10.0
+"""A request that was handed out before, and whose whole time is this much shorter than our life,
+was made in our life: what is on its way to us is no older. A round trip takes a millisecond; a
+wedged channel is cured after four seconds. At it: a redelivered request whose whole time, and this,
+is shorter than the guest daemon's life is not in doubt."""
 AGENTS_MAX: Final = 64
-"""Agents attached at a time."""
-OWN_TOPIC: Final = "vchan.guest"
+"""Agents attached at a time. At it: the agent is disconnected, with the reason in the log."""
+OWN_TOPIC: Final = GUEST_TOPIC.name
 """The topic this daemon serves itself, in any exchange."""
-OWN_EXCHANGE: Final = "openstack"
-"""The exchange in which it is announced: oslo.messaging's default."""
+OWN_KEY: Final = 0
+"""This daemon among those who send requests up: agents are counted from 1."""
+
+_NOT_FRESH: Final = REDELIVERED | OUT_OF_TURN
+_AGENTS: Final = Manner(
+    server="agent",
+    place="",
+    topics_max=TOPICS_MAX,
+    asker_remembers=True,
+    waits_for_all=True,
+    lingers_unsubscribed=True,
+)
 
 Method = Callable[[Mapping[str, Any]], Any]
 
 
 class _Agent:
-    __slots__ = ("held", "requester", "topics")
+    __slots__ = ("charges", "send")
 
     def __init__(self, send: Send) -> None:
-        self.requester = Requester(send)
-        self.topics: tuple[Topic, ...] = ()
-        self.held: set[bytes] = set()
-
-
-class _Waiting(NamedTuple):
-    request: Request
-    deadline_s: float | None
+        self.send = send
+        self.charges: tuple[bytes, ...] = ()  # as it was told
 
 
 class Router:
@@ -97,21 +96,30 @@ class Router:
         to_host: Queues a message on the host's session.
         methods: What this daemon answers itself on OWN_TOPIC.
         started_s: Now.
+        flush: Writes what is queued for the host, as far as it goes.
+        host_serves: Told what the host serves itself when it says so, and () when a session begins.
     """
 
-    def __init__(self, to_host: Send, methods: Mapping[str, Method], started_s: float) -> None:
+    def __init__(
+        self,
+        to_host: Send,
+        methods: Mapping[str, Method],
+        started_s: float,
+        flush: Callable[[], None] = lambda: None,
+        host_serves: Callable[[tuple[Topic, ...]], None] = lambda _: None,
+    ) -> None:
+        self._flush = flush
+        self._host_serves = host_serves
         self._to_host = to_host
         self._methods = methods
-        self._host = Responder(to_host)
-        self._upward = Upward(to_host)
+        self._host = Responder(to_host, is_final=True)
+        self._upward = GuestUpward(to_host)
+        self._dispatcher = Dispatcher(_AGENTS, started_s, self._vet)
         self._agents: dict[int, _Agent] = {}
-        self._servers: dict[Topic, deque[int]] = {}
-        self._waiting: dict[Topic, deque[_Waiting]] = {}
-        self._linger_until_s: dict[Topic, float] = {}
-        self._owners: dict[bytes, set[int]] = {}
-        self._partly_taken: set[bytes] = set()  # fanouts that one agent has, and another not yet
-        self._holders: dict[bytes, int] = {}
-        self._grace_until_s: float | None = started_s + RESTART_GRACE_S
+        self._started_s = started_s
+        self._begun: set[Queue] = set()  # see `_in_doubt`
+        self._doubtful: dict[bytes, Queue] = {}  # of what waits for an agent
+        self._orphaned: set[bytes] = set()  # that may come again, and agents had that are gone
         self._told: frozenset[Topic] | None = None
         self._own: frozenset[Topic] = frozenset()
         self.bad_messages = 0
@@ -129,93 +137,117 @@ class Router:
             self._told = None
             self._tell_host()
             self._upward.opened(now_s)
+            self._host_serves(())
 
     def host_receive(self, data: bytes, now_s: float) -> None:
         """Take a message of the host's."""
         message = decode(data)
-        if isinstance(message, BadMessage):
-            self.bad_messages += 1
-            return
-        if isinstance(message, Receipt | Reply | Returned):
-            self._upward.host_receive(message)
-            return
-        for delivery in self._host.receive(message, now_s):
-            if isinstance(delivery, Deliver):
-                self._dispatch(delivery.request, now_s)
-            else:
-                self._cancel(delivery.id)
-        if isinstance(message, Settled):
-            self._settle(message.ids)
-
-    def _settle(self, ids: tuple[bytes, ...]) -> None:
-        for request_id in ids:
-            self._holders.pop(request_id, None)
-        for agent in self._agents.values():
-            agent.requester.settle(ids)
+        match message:
+            case Request() | Cancel() | Settled():
+                for delivery in self._host.receive(message, now_s):
+                    if isinstance(delivery, Deliver):
+                        self._admit(delivery.request, now_s)
+                    else:
+                        self._cancel(delivery.id)
+                if isinstance(message, Settled):
+                    self._dispatcher.settle(message.ids)
+                    if self._orphaned:
+                        self._tell_charges()
+            case Receipt() | Reply() | Returned():
+                self._upward.host_receive(message)
+            case BadMessage() | Unknown():
+                self.bad_messages += 1
+            case Subscribe(topics):
+                self._host_serves(topics)
+            case Holding():
+                pass  # it is said to agents
 
     def _cancel(self, request_id: bytes) -> None:
-        self._partly_taken.discard(request_id)
-        for key in self._owners.pop(request_id, ()):
-            self._agents[key].requester.cancel(request_id)
-        for topic, queue in self._waiting.items():
-            for item in queue:
-                if item.request.id == request_id:
-                    queue.remove(item)
-                    if not queue:
-                        del self._waiting[topic]
-                    return
+        self._dispatcher.cancel(request_id)
+        self._clear_doubts()
 
-    def _dispatch(self, request: Request, now_s: float) -> None:
+    def _admit(self, request: Request, now_s: float) -> None:
+        """It is new to us. Whether it is in doubt is decided here: what comes later says nothing of
+        what came before."""
+        if not request.flags & _NOT_FRESH:
+            if (queue := queue_of(request)) not in self._begun:
+                self._begun.add(queue)
+                self._tell_charges()
+        elif request.flags & REDELIVERED and self._in_doubt(request, now_s):
+            self._doubtful[request.id] = queue_of(request)
+            self._tell_charges()
         if request.topic == OWN_TOPIC:
             self._answer_ourselves(request, now_s)
-            return
-        is_fanout = request.flags & FANOUT
-        holder = self._holders.get(request.id)
-        if holder is not None and not is_fanout:
-            self._submit(request, (holder,), now_s)
-            return
-        topic = request.target
-        servers = self._servers.get(topic)
-        in_grace = self._grace_until_s is not None
-        if request.timeout_ms and not (servers or in_grace or topic in self._linger_until_s):
-            self._refuse(request)
-        elif topic in self._waiting or (in_grace and (is_fanout or request.flags & REDELIVERED)):
-            # A fanout goes to all: who holds it already drops it, and who does not has missed it.
-            self._wait(topic, request, now_s)
-        elif servers:
-            self._submit(request, self._choose(request, servers), now_s)
         else:
-            self._wait(topic, request, now_s)
+            topic, forever = request.target, not request.timeout_ms
+            told = self._tell if request.id in self._doubtful else self._host.tell
+            if not self._dispatcher.offer(request, topic, told, now_s, forever=forever):
+                told(self._dispatcher.unserved(request.id, topic), now_s)
+        if self._doubtful:
+            self._clear_doubts()
 
-    @staticmethod
-    def _choose(request: Request, servers: deque[int]) -> tuple[int, ...]:
-        if request.flags & FANOUT:
-            return tuple(servers)
-        chosen = servers[0]
-        servers.rotate(-1)
-        return (chosen,)
+    def _tell(self, outcome: Outcome, now_s: float) -> None:
+        """What became of a request that was in doubt when it came."""
+        is_unserved = isinstance(outcome, HandedBack) and outcome.reason == NO_AGENT
+        if not (is_unserved and self._is_doubtful(outcome.id)):
+            self._host.tell(outcome, now_s)
+            return
+        topic, _ = self._doubtful[outcome.id]
+        text = (
+            f"it was handed to this guest before, whose daemon and agents of topic {topic} "
+            "have no memory of it: it may have run"
+        )
+        self._host.tell(HandedBack(outcome.id, AGENT_GONE, text), now_s)
+        self._orphaned.add(outcome.id)  # nobody knows of it but we
+        self._tell_charges()
 
-    def _submit(self, request: Request, keys: tuple[int, ...], now_s: float) -> None:
-        self._owners[request.id] = set(keys)
-        for key in keys:
-            try:
-                self._agents[key].requester.submit(request, now_s)
-            except LimitExceeded as error:  # the agent's own limit is lower than the host's
-                self._handed_back(key, HandedBack(request.id, REFUSED, str(error)))
+    # ---------------------------------------------------------------- what is in doubt
 
-    def _wait(self, topic: Topic, request: Request, now_s: float) -> None:
-        deadline_s = now_s + request.timeout_ms / 1000 if request.timeout_ms else None
-        self._waiting.setdefault(topic, deque()).append(_Waiting(request, deadline_s))
+    def _in_doubt(self, request: Request, now_s: float) -> bool:
+        """Whether it may have been handed to an earlier run of this daemon.
 
-    def _refuse(self, request: Request) -> None:
-        text = f"no agent serves topic {request.topic}"
-        if request.is_call and request.flags & REDELIVERED:
-            # Nobody here remembers it, but who did may be gone: NO_AGENT would say too much.
-            self._host.give_back(request.id, AGENT_GONE, f"{text} now; it may have run before")
-        else:
-            self._host.give_back(request.id, NO_AGENT, text)
+        What was handed out before comes first, out of the broker's queue as from a host with a new
+        session: after the first fresh request of a queue, all that is older than we has been here.
+        """
+        if request.flags & OUT_OF_TURN:
+            return True
+        if queue_of(request) in self._begun:
+            return False
+        age_s = now_s - self._started_s
+        return not request.timeout_ms or age_s < request.timeout_ms / 1000 + DOUBT_MARGIN_S
+
+    def _is_doubtful(self, request_id: bytes) -> bool:
+        """It is in doubt, and no agent says that nobody but it can have had it."""
+        queue = self._doubtful.get(request_id)
+        return queue is not None and not self._dispatcher.is_held(charge(queue))
+
+    def _vet(self, request: Request) -> Request | None:
+        """As an agent may have it that does not hold it."""
+        if not self._is_doubtful(request.id):
+            return request
+        if request.is_call:
+            return None
+        return request._replace(body=mark_redelivered(request.body))
+
+    def _clear_doubts(self) -> None:
+        """What waits no more is in doubt no more."""
+        if not self._doubtful:
+            return
+        over = [each for each in self._doubtful if not self._dispatcher.is_waiting(each)]
+        for request_id in over:
+            del self._doubtful[request_id]
+        if over:
+            self._tell_charges()
+
+    # ---------------------------------------------------------------- our own topic
 
     def _answer_ourselves(self, request: Request, now_s: float) -> None:
+        if not request.is_call:
+            self._host.take(request.id, now_s)  # first: what we run may be our end
+            self._flush()
+        elif self._is_doubtful(request.id):
+            self._tell(self._dispatcher.unserved(request.id, request.target), now_s)
+            return
         result: Any
         try:
             call = decode_invocation(request.body)
@@ -227,8 +259,8 @@ class Router:
         except (RequestError, TypeError, ValueError) as error:
             result = error
         if not request.is_call:
-            self._host.take(request.id, now_s)
-        elif isinstance(result, Later):
+            return
+        if isinstance(result, Later):
             result.then(lambda value, at_s: self._answer_own(request.id, value, at_s))
         else:
             self._answer_own(request.id, result, now_s)
@@ -243,19 +275,25 @@ class Router:
         if failed:
             kind = type(result)
             body = encode_failure(kind.__name__, str(result), module=kind.__module__)
-        self._answer(request_id, failed, body, now_s)
+        self._host.answer(request_id, body, failed=failed, now_s=now_s, or_failure=True)
 
     def announce_own_topic(self) -> None:
         """Have OWN_TOPIC come from the broker, too, if the host lets it. Programs on the host can
         ask there in any case."""
-        self._own = frozenset((Topic(OWN_EXCHANGE, OWN_TOPIC),))
+        self._own = frozenset((GUEST_TOPIC,))
         self._tell_host()
+
+    def attach_ourselves(self, send: Send) -> Callable[[Request | Settled, float], None]:
+        """The way up for what this daemon asks itself: `send` gets what becomes of it."""
+        self._upward.attach(OWN_KEY, send)
+        return lambda message, now_s: self._upward.receive(OWN_KEY, message, now_s)
 
     def _tell_host(self) -> None:
         """Say which topics are served, if that is news."""
-        of_agents = frozenset(self._servers) | frozenset(self._linger_until_s)
+        of_agents = self._dispatcher.topics() | self._dispatcher.lingering()
+        assert len(of_agents) <= TOPICS_MAX, "one message says them all"
         topics = of_agents | self._own if len(of_agents) < TOPICS_MAX else of_agents
-        if topics == self._told or (self._grace_until_s is not None and not of_agents):
+        if topics == self._told or (self._dispatcher.in_grace and not of_agents):
             return
         self._told = topics
         self._to_host(encode(Subscribe(tuple(sorted(topics)))), CONTROL)
@@ -264,8 +302,8 @@ class Router:
 
     def attach(self, key: int, send: Send, now_s: float) -> None:
         """An agent's connection is established; `send` queues messages to it."""
-        agent = self._agents[key] = _Agent(send)
-        agent.requester.opened(now_s)
+        self._agents[key] = _Agent(send)
+        self._dispatcher.attach(key, send, now_s)
         self._upward.attach(key, send)
 
     @property
@@ -276,233 +314,104 @@ class Router:
     def agent_receive(self, key: int, data: bytes, now_s: float) -> str:
         """Take a message of an agent's. Returns why to drop its connection, or nothing."""
         message = decode(data)
-        agent = self._agents[key]
         match message:
             case Reply() | Receipt() | Returned():
-                for outcome in agent.requester.receive(message):
-                    self._settle_outcome(key, outcome, now_s)
+                self._dispatcher.receive(key, message, now_s)
             case Subscribe(topics):
                 return self._subscribe(key, topics, now_s)
             case Holding(ids):
-                return self._hold(key, ids)
+                problem = self._dispatcher.hold(key, ids)
+                # It will say its charges to the next daemon, too.
+                self._agents[key].charges += tuple(filter(is_charge, ids))
+                return problem
             case Request() | Cancel() | Settled():
                 self._upward.receive(key, message, now_s)
             case BadMessage(reason):
                 self.bad_messages += 1
                 return reason
+            case Unknown():
+                self.bad_messages += 1  # a newer agent's: nothing here depends on it
         return ""
-
-    def _settle_outcome(self, key: int, outcome: Outcome, now_s: float) -> None:
-        match outcome:
-            case Answered():
-                if self._last_owner(outcome.id, key):
-                    self._answer(outcome.id, outcome.failed, outcome.body, now_s)
-            case Taken(request_id):
-                if self._last_owner(request_id, key):
-                    self._partly_taken.discard(request_id)
-                    self._host.take(request_id, now_s)
-                elif request_id in self._owners:
-                    self._partly_taken.add(request_id)
-            case Heartbeat(request_id):
-                self._host.heartbeat(request_id, now_s)
-            case HandedBack():
-                self._handed_back(key, outcome)
-            case Overdue():
-                pass  # the host's deadline rules
-
-    def _handed_back(self, key: int, outcome: HandedBack) -> None:
-        if self._last_owner(outcome.id, key):
-            self._partly_taken.discard(outcome.id)
-            self._host.give_back(outcome.id, outcome.reason, outcome.text)
-
-    def _last_owner(self, request_id: bytes, key: int) -> bool:
-        owners = self._owners.get(request_id)
-        if owners is None:
-            return False
-        owners.discard(key)
-        if owners:
-            return False
-        del self._owners[request_id]
-        return True
-
-    def _answer(self, request_id: bytes, failed: bool, body: bytes, now_s: float) -> None:
-        try:
-            self._host.answer(request_id, body, failed=failed, now_s=now_s)
-        except LimitExceeded as error:
-            failure = encode_failure("LimitExceeded", str(error))
-            self._host.answer(request_id, failure, failed=True, now_s=now_s)
 
     def _subscribe(self, key: int, topics: tuple[Topic, ...], now_s: float) -> str:
-        topics = tuple(dict.fromkeys(topics))  # it may have named one twice
-        agent = self._agents[key]
-        others = {topic for topic, keys in self._servers.items() if set(keys) != {key}}
-        wanted = others | set(topics)
+        wanted = self._dispatcher.topics_of_others(key) | set(topics)
         if len(wanted) > TOPICS_MAX:
             return f"{len(wanted)} topics served in this guest: TOPICS_MAX is {TOPICS_MAX}"
-        for topic in agent.topics:
-            if topic not in topics:
-                self._withdraw(key, topic, now_s)
-        for topic in topics:
-            if topic not in agent.topics:
-                self._servers.setdefault(topic, deque()).append(key)
-                self._linger_until_s.pop(topic, None)
-        agent.topics = topics
-        crowded_out = self._crowd_out()
-        self._tell_host()  # before anything is returned, so that it does not come again
-        for topic in crowded_out:
-            self._refuse_waiting(topic)
-        if self._grace_until_s is None:
-            for topic in topics:
-                self._release_waiting(topic, now_s)
-        else:
-            self._release_held(now_s)
-        return ""
-
-    def _crowd_out(self) -> list[Topic]:
-        """Topics that linger make room for those that are served; the oldest goes first."""
-        crowded_out = []
-        while len(self._servers) + len(self._linger_until_s) > TOPICS_MAX:
-            topic = next(iter(self._linger_until_s))
-            del self._linger_until_s[topic]
-            crowded_out.append(topic)
-        return crowded_out
-
-    def _withdraw(self, key: int, topic: Topic, now_s: float) -> None:
-        servers = self._servers[topic]
-        servers.remove(key)
-        if not servers:
-            del self._servers[topic]
-            self._linger_until_s[topic] = now_s + LINGER_S
-
-    def _hold(self, key: int, ids: tuple[bytes, ...]) -> str:
-        agent = self._agents[key]
-        agent.held.update(ids)
-        if len(agent.held) > HOLDING_MAX:
-            return f"holds more than {HOLDING_MAX} ids (HOLDING_MAX)"
-        self._holders.update(dict.fromkeys(ids, key))
+        self._dispatcher.subscribe(key, topics, now_s)
+        self._tell_host()  # after what was returned: the host consumes no more of it
+        self._tell_charges()  # before anything is given to this one that another was charged with
+        self._dispatcher.release(now_s)
+        self._clear_doubts()
         return ""
 
     def detach(self, key: int, now_s: float) -> None:
         """An agent's connection is gone, and with it the agent's running calls."""
-        agent = self._agents.pop(key)
+        del self._agents[key]
         self._upward.detach(key, now_s)
-        for request_id in agent.held:
-            if self._holders.get(request_id) == key:
-                del self._holders[request_id]
-        for topic in agent.topics:
-            self._withdraw(key, topic, now_s)
-        returned: dict[Topic, list[Request]] = {}
-        for request in agent.requester.open_requests():
-            self._give_up_owner(key, request, returned, now_s)
-        for topic, requests in returned.items():
-            self._put_back(topic, requests, now_s)
+        had_topics = bool(self._dispatcher.topics_of(key))
+        self._dispatcher.detach(key, now_s)
+        if had_topics:
+            self._orphaned.update(self._host.unsettled())
+            self._tell_charges()
+        self._dispatcher.release(now_s)
+        self._clear_doubts()
         self._tell_host()
 
-    def _give_up_owner(
-        self, key: int, request: Request, returned: dict[Topic, list[Request]], now_s: float
-    ) -> None:
-        if not self._last_owner(request.id, key):
-            return
-        if request.id in self._partly_taken:  # a fanout that other agents have
-            self._partly_taken.discard(request.id)
-            self._host.take(request.id, now_s)
-        elif request.is_call:
-            text = f"the agent that ran a method of topic {request.topic} went away"
-            self._host.give_back(request.id, AGENT_GONE, text)
-        else:
-            returned.setdefault(request.target, []).append(request)
+    def _tell_charges(self) -> None:
+        """Tell agents, if it is news, of which topics they alone have what is not settled."""
+        self._orphaned.intersection_update(self._host.unsettled())
+        for key, agent in self._agents.items():
+            charges = self._charges_of(key)
+            if charges != agent.charges:
+                agent.charges = charges
+                agent.send(encode(Holding(charges)), CONTROL)
 
-    def _put_back(self, topic: Topic, requests: list[Request], now_s: float) -> None:
-        """Casts nobody acknowledged go to the head of the queue, in their order."""
-        queue = self._waiting.setdefault(topic, deque())
-        queue.extendleft(_Waiting(request, None) for request in reversed(requests))
-        if topic in self._servers and self._grace_until_s is None:
-            self._release_waiting(topic, now_s)
-
-    # ---------------------------------------------------------------- waiting
-
-    def _release_waiting(self, topic: Topic, now_s: float) -> None:
-        for item in self._waiting.pop(topic, ()):
-            self._dispatch(self._remaining(item, now_s), now_s)
-
-    def _release_held(self, now_s: float) -> None:
-        """During the grace: what waits and is held by an agent that has come back goes there.
-
-        What is not held waits on; so does everything behind it in its topic, to stay in order.
-        """
-        for topic, queue in list(self._waiting.items()):
-            while queue and not queue[0].request.flags & FANOUT:
-                holder = self._holders.get(queue[0].request.id)
-                if holder is None:
-                    break
-                item = queue.popleft()
-                self._submit(self._remaining(item, now_s), (holder,), now_s)
-            if not queue:
-                del self._waiting[topic]
-
-    def _refuse_waiting(self, topic: Topic) -> None:
-        """Nobody serves it any more: who waits for an answer hears of it. A cast waits on: handed
-        back, it could be overtaken by a later one that is under way to us already."""
-        waiting = self._waiting.pop(topic, deque())
-        casts = deque(item for item in waiting if not item.request.timeout_ms)
-        if casts:
-            self._waiting[topic] = casts
-        for item in waiting:
-            if item.request.timeout_ms:
-                self._refuse(item.request)
-
-    @staticmethod
-    def _remaining(item: _Waiting, now_s: float) -> Request:
-        if item.deadline_s is None:
-            return item.request
-        left_ms = max(1, int((item.deadline_s - now_s) * 1000))
-        return item.request._replace(timeout_ms=left_ms)
+    def _charges_of(self, key: int) -> tuple[bytes, ...]:
+        if self._orphaned:
+            return ()
+        is_held = self._dispatcher.is_held
+        doubtful = set(self._doubtful.values())
+        others = {topic.name for topic in self._dispatcher.topics_of_others(key)}
+        return tuple(
+            charge((name, kind))
+            for name in sorted({topic.name for topic in self._dispatcher.topics_of(key)} - others)
+            for kind in QUEUE_KINDS
+            if ((name, kind) in self._begun and (name, kind) not in doubtful)
+            or is_held(charge((name, kind)))
+        )
 
     # ---------------------------------------------------------------- time
 
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`."""
-        times = [*self._linger_until_s.values()]
-        if (upward_s := self._upward.next_timeout()) is not None:
-            times.append(upward_s)
-        if self._grace_until_s is not None:
-            times.append(self._grace_until_s)
-        if (host_s := self._host.next_timeout()) is not None:
-            times.append(host_s)
-        return min(times) if times else None
+        parts = (self._dispatcher, self._upward, self._host)
+        return earliest(*(part.next_timeout() for part in parts))
 
     def handle_timeout(self, now_s: float) -> None:
         """Do what is due. Calling it early or late is harmless."""
         for delivery in self._host.handle_timeout(now_s):
-            if isinstance(delivery, Cancelled):
-                self._cancel(delivery.id)
+            assert not isinstance(delivery, Deliver)
+            self._cancel(delivery.id)
         self._upward.handle_timeout(now_s)
-        if self._grace_until_s is not None and now_s >= self._grace_until_s:
-            self._grace_until_s = None
+        if self._dispatcher.end_grace(now_s):
             self._tell_host()
-            for topic in list(self._waiting):
-                self._release_waiting(topic, now_s)
-        expired = [topic for topic, at_s in self._linger_until_s.items() if at_s <= now_s]
-        for topic in expired:
-            del self._linger_until_s[topic]
-        if expired:
-            self._tell_host()  # before anything is returned, so that it does not come again
-            for topic in expired:
-                self._refuse_waiting(topic)
+        if self._dispatcher.handle_timeout(now_s):
+            self._tell_host()  # after what was returned: the host consumes no more of it
+        self._clear_doubts()
 
     # ---------------------------------------------------------------- state
 
     def served_topics(self) -> set[str]:
         """The topics that agents serve now, in any exchange."""
-        return {topic.name for topic in self._servers}
+        return {topic.name for topic in self._dispatcher.topics()}
 
     def summary(self) -> dict[str, Any]:
         """What `vchan status` shows of this guest."""
         return {
             "agents": len(self._agents),
-            "topics": sorted(f"{t.exchange}/{t.name}" for t in self._servers),
+            "topics": sorted(f"{t.exchange}/{t.name}" for t in self._dispatcher.topics()),
             "running": len(self._host),
             "repeats": self._host.repeats,
-            "waiting": sum(map(len, self._waiting.values())),
+            "waiting": self._dispatcher.waiting,
             **self._upward.summary(),
         }

@@ -23,7 +23,7 @@ import threading
 from typing import Any, Final, NamedTuple
 
 from vchan.errors import ConfigError, LinkError, NotAPort, PortAbsent, PortBusy
-from vchan.streams import READ_BYTES, Stream, explain
+from vchan.io.streams import READ_BYTES, Stream, explain
 
 DEFAULT_BAUDRATE: Final = 115200
 BRIDGE_BYTES: Final = 16 * 1024
@@ -168,7 +168,6 @@ class SerialStream:
         self.path = path
         self._port = port  # closing is pyserial's: it has more descriptors than this
         self._fd: int = port.fileno()
-        self._closed = False
         if os.isatty(self._fd):
             _finish_raw_mode(self._fd)
 
@@ -186,8 +185,8 @@ class SerialStream:
 
     def close(self) -> None:
         """Let go of it. A thread closes it: the kernel waits up to 30 s for what was not sent."""
-        if not self._closed:
-            self._closed = True
+        if self._fd >= 0:
+            self._fd = -1  # from here on the number may become somebody else's at any moment
             threading.Thread(target=self._port.close, name="vchan-line-close", daemon=True).start()
 
 
@@ -299,10 +298,10 @@ class UrlOpener:
         if self._thread is None:
             self._thread = threading.Thread(target=self._open, name="vchan-line", daemon=True)
             self._thread.start()
-        opened, self._opened = self._opened, None
-        if opened is None:
+        if self._thread.is_alive():  # until it has ended, what it opens is its own
             raise PortAbsent(self._url, self._problem)  # the last: it is told once
-        self._thread = None
+        opened, self._opened, self._thread = self._opened, None, None
+        assert opened is not None
         if isinstance(opened, LinkError):
             self._problem = opened.problem
             raise opened

@@ -7,16 +7,25 @@ Rules of this file
 3. An agent that is gone for ORPHAN_S no longer waits: its calls are cancelled. A cast of its that
    is under way still goes: it was sent.
 
-    agent --Request, Cancel, Settled--> Upward --Request, Cancel, Settled--> host
-    agent <--Receipt, Reply, Returned-- Upward <--Receipt, Reply, Returned-- host
+    agent --Request, Cancel, Settled--> GuestUpward --Request, Cancel, Settled--> host
+    agent <--Receipt, Reply, Returned-- GuestUpward <--Receipt, Reply, Returned-- host
 """
 
 from typing import Any, Final
 
 from vchan.errors import LimitExceeded
-from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Requester, Send, Taken
-from vchan.messages import (
-    AGENT_GONE,
+from vchan.rpc.in_flight import (
+    Answered,
+    HandedBack,
+    Heartbeat,
+    Outcome,
+    Overdue,
+    Requester,
+    Send,
+    Taken,
+    earliest,
+)
+from vchan.rpc.messages import (
     BUSY,
     EXPIRED,
     FAILURE,
@@ -37,14 +46,16 @@ from vchan.messages import (
 from vchan.session import CONTROL
 
 UPWARD_MAX: Final = 512
-"""Requests of all agents of a guest that are not settled. The host may allow fewer."""
+"""Requests of all agents of a guest that are not settled. The host may allow fewer. At it:
+Returned: BUSY."""
 UPWARD_BYTES_MAX: Final = 16 * 1024 * 1024
-"""Their bodies, and those of the answers kept for agents that have not settled them."""
+"""Bodies of requests of all agents, and of the answers kept for agents that have not settled them.
+At it: Returned: BUSY."""
 ORPHAN_S: Final = 30.0
 """An agent that lost its connection is back within a second or two."""
 
 
-class _Item:
+class _Asked:
     __slots__ = ("bytes", "is_call", "key", "orphan_until_s", "outcome")
 
     def __init__(self, key: int, request: Request) -> None:
@@ -55,7 +66,7 @@ class _Item:
         self.orphan_until_s = 0.0
 
 
-class Upward:
+class GuestUpward:
     """The way up for every agent of a guest.
 
     Args:
@@ -65,7 +76,7 @@ class Upward:
     def __init__(self, to_host: Send) -> None:
         self._host = Requester(to_host)
         self._agents: dict[int, Send] = {}
-        self._items: dict[bytes, _Item] = {}
+        self._items: dict[bytes, _Asked] = {}
         self._bytes = 0
         self._look_s: float | None = None  # when to look for orphans
         self.counters = {"sent_up": 0, "refused_up": 0}
@@ -128,20 +139,22 @@ class Upward:
             self._refuse(key, request, REFUSED, str(error))
             return
         self.counters["sent_up"] += 1
-        item = self._items[request.id] = _Item(key, request)
+        item = self._items[request.id] = _Asked(key, request)
         self._bytes += item.bytes
 
     def _refuse(self, key: int, request: Request, reason: int, text: str) -> None:
         self.counters["refused_up"] += 1
+        refused = HandedBack(request.id, reason, text)
         if request.flags & REDELIVERED:  # a daemon before this one may have passed it on
-            reason, text = AGENT_GONE, f"{text}; it may have run before"
-        self._agents[key](encode(Returned(request.id, reason, text)), CONTROL)
+            refused = refused.doubted()
+        self._agents[key](encode(Returned(*refused)), CONTROL)
 
     def _drop(self, request_id: bytes) -> bool:
         item = self._items.pop(request_id, None)
         if item is None:
             return False
         self._bytes -= item.bytes
+        assert self._bytes >= 0 and (self._items or not self._bytes)
         return True
 
     # ---------------------------------------------------------------- the host
@@ -157,6 +170,7 @@ class Upward:
 
     def _settle(self, outcome: Outcome) -> None:
         item = self._items[outcome.id]
+        assert item.outcome is None, "what is over with the host is not asked of it again"
         if not isinstance(outcome, Heartbeat):
             self._bytes -= item.bytes
             item.bytes = len(outcome.body) if isinstance(outcome, Answered) else 0
@@ -179,7 +193,7 @@ class Upward:
                 if self._bytes + size <= UPWARD_BYTES_MAX:
                     return
 
-    def _tell(self, outcome: Outcome, item: _Item) -> None:
+    def _tell(self, outcome: Outcome, item: _Asked) -> None:
         assert item.key is not None
         send = self._agents[item.key]
         match outcome:
@@ -202,10 +216,7 @@ class Upward:
 
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`."""
-        host_s = self._host.next_timeout()
-        if host_s is None or self._look_s is None:
-            return self._look_s if host_s is None else host_s
-        return min(host_s, self._look_s)
+        return earliest(self._host.next_timeout(), self._look_s)
 
     def handle_timeout(self, now_s: float) -> None:
         """Do what is due. Calling it early or late is harmless."""

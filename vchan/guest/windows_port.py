@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vchan.errors import ConfigError, LinkError, PortAbsent, PortBusy, PortDenied
 from vchan.guest.serial_port import BRIDGE_READ_S, BridgeStream
-from vchan.streams import PORT_READ_BYTES, Stream
+from vchan.io.streams import PORT_READ_BYTES, Stream
 
 _IO_PENDING: Final = 997
 _WAIT_TIMEOUT: Final = 258

@@ -5,25 +5,30 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Final
 
 from oslo_config import cfg
 
-from vchan.access import Access, make_access
 from vchan.errors import ConfigError
-from vchan.host import config_files, identity, policy_files
-from vchan.host.audit import AUDIT_LOG
-from vchan.host.domain_xml import Selection
-from vchan.host.envelope import CONTEXT_ALLOW
-from vchan.host.http_proxy import Service, parse_services
-from vchan.host.policy import Policy
-from vchan.host.policy_files import POLICY_DIR, topic_rules
-from vchan.host.static_channels import StaticChannels, parse_channels, parse_topics
+from vchan.host import config_files
+from vchan.host.broker import config
+from vchan.host.hypervisor.domain_xml import TARGET_NAME, Selection
+from vchan.host.local.http_services import Service, parse_services
+from vchan.host.oslo_wire.downward_envelope import CONTEXT_ALLOW
+from vchan.host.policy import guest_context, rule_files
+from vchan.host.policy.audit_log import AUDIT_LOG
+from vchan.host.policy.rule_files import POLICY_DIR, topic_rules
+from vchan.host.policy.rules import Policy
+from vchan.host.vm.static_channels import StaticChannels, parse_channels, parse_topics
+from vchan.io.access import Access, make_access
+from vchan.rpc.messages import Topic
+from vchan.wire.reserved_ports import reserved_for
 
-CONFIG_FILE: Final = "/etc/vchan/vchan.conf"
 GROUP: Final = "vchan"
+TARGET_NAME_CHARS_MAX: Final = 64
+"""The name is a file's in the guest, and ends the path of a socket on the host, of 107 bytes."""
+
+_TARGET_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{TARGET_NAME_CHARS_MAX - 1}}}")
 
 OPTIONS: Final = [
     cfg.StrOpt(
@@ -48,11 +53,21 @@ OPTIONS: Final = [
     ),
     cfg.StrOpt(
         "target_name",
-        default="org.openstack.vchan.0",
-        help="Target name of the virtio-serial channel.",
+        default=TARGET_NAME,
+        help=(
+            "Target name of the virtio-serial channel: letters, digits, dots, hyphens, "
+            "underscores. Two vchan-hosts on one host need two; names that others talk on, as "
+            "org.qemu.guest_agent.0, are refused. Channels of the old name stay where they are: "
+            "detach them before a change."
+        ),
     ),
     cfg.StrOpt(
-        "socket", default="/run/vchan/host.sock", help="Unix socket for programs on this host."
+        "socket",
+        default="/run/vchan/host.sock",
+        help=(
+            "Unix socket for programs on this host. A directory other than /run/vchan must be "
+            "there."
+        ),
     ),
     cfg.StrOpt("socket_mode", default="0660", help="Permissions of that socket, octal."),
     cfg.ListOpt(
@@ -111,7 +126,7 @@ OPTIONS: Final = [
     ),
     cfg.ListOpt(
         "guest_context_allow",
-        default=list(identity.CONTEXT_ALLOW),
+        default=list(guest_context.CONTEXT_ALLOW),
         help=(
             "Keys of a guest's request context that pass into the control plane. Who the guest "
             "is, the host adds."
@@ -119,7 +134,7 @@ OPTIONS: Final = [
     ),
     cfg.ListOpt(
         "failure_modules",
-        default=list(identity.FAILURE_MODULES),
+        default=list(guest_context.FAILURE_MODULES),
         help=(
             "Modules, as globs, whose exceptions callers may rebuild from an agent's answer, if "
             "their own allowed_remote_exmods has them. Others arrive as RemoteError, with the text."
@@ -150,6 +165,24 @@ OPTIONS: Final = [
             "channels: a list of TOPIC or EXCHANGE/TOPIC."
         ),
     ),
+    cfg.StrOpt(
+        "reports_topic",
+        default="",
+        help=(
+            "TOPIC or EXCHANGE/TOPIC of the notifications that tell services what guests report: "
+            "event types vchan.guest.phase, vchan.guest.facts and vchan.guest.agents. Empty: "
+            "nobody is told, and programs on the host ask."
+        ),
+    ),
+    cfg.BoolOpt(
+        "set_guest_time",
+        default=False,
+        help=(
+            "Have a guest's clock set to this host's when the guest goes on after it was paused, "
+            "saved or migrated, if it is a second or more beside it. The guest's daemon must allow "
+            "set-time, and the policy that it replies."
+        ),
+    ),
     cfg.ListOpt(
         "http_services",
         default=[],
@@ -178,14 +211,17 @@ def load(arguments: list[str] | None) -> Any:
     """
     conf = cfg.ConfigOpts()
     config_files.read(conf, OPTIONS, GROUP, arguments, "vchan-host")
-    _check(conf)
+    try:
+        _check(conf)
+    except ConfigError as error:
+        raise config_files.located(error, conf) from None
     return conf
 
 
 def _check(conf: Any) -> None:
-    for name in ("host", "target_name"):
-        if not conf[GROUP][name].strip():
-            raise ConfigError(f"[{GROUP}] {name}", "is empty; expected a name")
+    if not conf[GROUP].host.strip():
+        raise ConfigError(f"[{GROUP}] host", "is empty; expected a name")
+    target_name(conf)
     socket_mode(conf)
     client_access(conf)
     admin_access(conf)
@@ -195,6 +231,7 @@ def _check(conf: Any) -> None:
     failure_rule(conf)
     http_services(conf)
     static_channels(conf)
+    reports_topic(conf)
     config_files.check_paths(conf, GROUP, ("socket", "policy_dir", "audit_log"))
 
 
@@ -204,16 +241,40 @@ def names_a_broker(conf: Any) -> bool:
 
     The option is oslo.messaging's to register, and to import that takes a quarter of a second. So
     the same files are asked on their own.
+
+    Raises:
+        ConfigError: The value holds a $ that stands for nothing.
     """
+    option = cfg.StrOpt("transport_url", secret=True)
     files = cfg.ConfigOpts()
-    files.register_opt(cfg.StrOpt("transport_url"))
+    files.register_opt(option)
     files(
         [],
         project=config_files.PROJECT,
         default_config_files=conf.config_file,
         default_config_dirs=conf.config_dir,
     )
-    return files.transport_url is not None
+    return config_files.value(files, config_files.DEFAULT, option) is not None
+
+
+def target_name(conf: Any) -> str:
+    """The name of the channel, at both its ends.
+
+    Raises:
+        ConfigError: No port is called that, or others talk on it.
+    """
+    name: str = conf[GROUP].target_name
+    where = f"[{GROUP}] target_name"
+    if not name.strip():
+        raise ConfigError(where, "is empty; expected a name")
+    if not _TARGET_NAME.fullmatch(name):
+        form = f"letters, digits, . - and _, at most {TARGET_NAME_CHARS_MAX}"
+        raise ConfigError(where, f"{name!r} is no name of a port; expected {form}")
+    owner = reserved_for(name)
+    if owner:
+        text = f"{name} is reserved for {owner}; expected a name of your own, as {TARGET_NAME}"
+        raise ConfigError(where, text)
+    return name
 
 
 def static_channels(conf: Any) -> StaticChannels:
@@ -224,6 +285,12 @@ def static_channels(conf: Any) -> StaticChannels:
         parse_topics(options.channel_topics, f"[{GROUP}] channel_topics"),
         socket_mode(conf),
     )
+
+
+def reports_topic(conf: Any) -> Topic | None:
+    """Where services hear of guests' reports; None: nowhere."""
+    text = conf[GROUP].reports_topic.strip()
+    return parse_topics([text], f"[{GROUP}] reports_topic")[0] if text else None
 
 
 def http_services(conf: Any) -> dict[str, Service]:
@@ -258,27 +325,21 @@ def selection(conf: Any) -> Selection:
 
 
 def unknown_options(conf: Any) -> list[str]:
-    """What stands in our section of the files and is no option: a misspelt one, perhaps.
+    """What stands in the files and is no section or option of anybody's: misspelt, perhaps.
 
-    oslo.config takes no notice of such.
+    oslo.messaging's options are known only where there is need to: to import it takes a quarter of
+    a second.
     """
-    known = {option.dest for option in OPTIONS}
-    found = []
-    for path in _files(conf):
-        sections: dict[str, dict[str, list[str]]] = {}
-        cfg.ConfigParser(str(path), sections).parse()
-        for name in sections.get(GROUP, {}):
-            if name.replace("-", "_") not in known:
-                close = get_close_matches(name, known, 1)
-                hint = f": perhaps {close[0]} is meant" if close else ""
-                found.append(f"{path}: [{GROUP}] {name} is no option{hint}")
-    return found
-
-
-def _files(conf: Any) -> list[Path]:
-    directories = [Path(each) for each in conf.config_dir or ()]
-    snippets = [path for each in directories for path in sorted(each.glob("*.conf"))]
-    return [*(Path(each) for each in conf.config_file or ()), *snippets]
+    files = config_files.files_of(conf)
+    known: dict[str, list[Any]] = {GROUP: list(OPTIONS)}
+    for section, options in config_files.log_options():
+        known.setdefault(section or config_files.DEFAULT, []).extend(options)
+    others = ("vchan_conductor",)
+    found = config_files.unknown_names(files, known, others)
+    if any(f": [{GROUP}] " not in text for text in found):
+        for section, options in config.messaging_options():
+            known.setdefault(section or config_files.DEFAULT, []).extend(options)
+    return config_files.bounded(config_files.unknown_names(files, known, others))
 
 
 def policy(conf: Any) -> Policy:
@@ -287,18 +348,18 @@ def policy(conf: Any) -> Policy:
     Raises:
         ConfigError: Says which file and line, and what was expected.
     """
-    return policy_files.load(conf[GROUP].policy_dir, conf[GROUP].listen_topics)
+    return rule_files.load(conf[GROUP].policy_dir, conf[GROUP].listen_topics)
 
 
 def guest_context_allow(conf: Any) -> frozenset[str]:
     """The context keys that guests may set."""
     where = f"[{GROUP}] guest_context_allow"
-    return identity.check_allow(conf[GROUP].guest_context_allow, where)
+    return guest_context.check_allow(conf[GROUP].guest_context_allow, where)
 
 
 def failure_rule(conf: Any) -> Callable[[str], bool]:
     """Whether callers may rebuild exceptions of a module."""
-    return identity.module_rule(conf[GROUP].failure_modules, f"[{GROUP}] failure_modules")
+    return guest_context.module_rule(conf[GROUP].failure_modules, f"[{GROUP}] failure_modules")
 
 
 def list_opts() -> list[tuple[str, list[Any]]]:

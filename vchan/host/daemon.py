@@ -1,7 +1,8 @@
-"""vchan-host: the daemon on the compute host. Follows libvirt, relays between broker and guests.
+"""vchan-host: the daemon on the compute host. It follows libvirt, and passes requests between the
+broker and guests.
 
-Threads: this one runs the loop, every link and every relay. One follows libvirt, one talks to the
-broker; they hand over events and take commands, and nothing here ever waits for them.
+Threads: this one runs the loop, every link and every VM's requests. One follows libvirt, one talks
+to the broker; they hand over events and take commands, and nothing here ever waits for them.
 """
 
 from __future__ import annotations
@@ -18,66 +19,49 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from oslo_log import log as oslo_log
-
 from vchan import __version__
-from vchan.errors import ConfigError, LimitExceeded, LinkError, NoSuchDomain, Rejected
-from vchan.exchange import HandedBack, Outcome, Overdue
-from vchan.host import broker_events, config, domains
-from vchan.host.authority import Authority, facts_of
-from vchan.host.broker import Broker
-from vchan.host.broker_config import BrokerConfig
-from vchan.host.broker_events import BrokerEvent
-from vchan.host.channels import Channel
-from vchan.host.domains import Domains, Effect, HypervisorEvent
-from vchan.host.gate import VmGate
-from vchan.host.http_proxy import HttpProxy
-from vchan.host.hypervisor import Hypervisor
-from vchan.host.leftovers import Leftovers
-from vchan.host.local import Answer, LocalService, failure, result
-from vchan.host.policy import Facts
-from vchan.loop import Loop, Timer
-from vchan.messages import NO_AGENT, Request, Topic
-from vchan.notify import ServiceManager
-from vchan.server import LocalServer
+from vchan.errors import (
+    ConfigError,
+    LinkError,
+    NoSuchDomain,
+    NoSuchMethod,
+    Rejected,
+)
+from vchan.host import config, config_files
+from vchan.host.broker import events
+from vchan.host.broker.broker import Broker
+from vchan.host.broker.config import BrokerConfig
+from vchan.host.broker.events import BrokerEvent
+from vchan.host.broker.queue_cleanup import Leftovers
+from vchan.host.enforcer import Enforcer, facts_of
+from vchan.host.hypervisor import domains
+from vchan.host.hypervisor.domains import Decision, Domains, HypervisorEvent
+from vchan.host.hypervisor.known_sockets import KnownSockets
+from vchan.host.hypervisor.libvirt_client import Hypervisor
+from vchan.host.local.http_services import HttpProxy
+from vchan.host.local.programs import LocalService, SendAnswer, call_with, failure, result
+from vchan.host.policy import log_budget
+from vchan.host.policy.rules import Facts
+from vchan.host.threads import EXIT_SOFTWARE, run_and_exit, watch_all_threads
+from vchan.host.vm.channel import Home
+from vchan.host.vm.vm import HostedVm, VmEvent
+from vchan.io.local_socket import LocalServer
+from vchan.io.loop import Loop, Timer
+from vchan.io.service_manager import ServiceManager
+from vchan.rpc.in_flight import Outcome
+from vchan.rpc.messages import Request, Topic
 
 LOG = logging.getLogger("vchan.host")
 
-VmEvent = (
-    broker_events.Consuming
-    | broker_events.Delivered
-    | broker_events.Undecodable
-    | broker_events.Released
-    | broker_events.Settled
-    | broker_events.Sent
-    | broker_events.Mail
-)
-
 LEFTOVERS_S: Final = 5.0
 """How often it is looked whether queues are to be deleted."""
-
 EXIT_OK: Final = 0
+"""Ended by SIGTERM or SIGINT."""
 EXIT_CONFIG: Final = 2
-"""A wrong option: starting again does not help."""
+"""A wrong option or file, or a file that is not there: starting again does not help. One line says
+which, and what was expected; never a secret."""
 EXIT_SOCKET: Final = 3
 """The local socket cannot be made."""
-
-
-class _VmBroker:
-    """The broker as one VM's relay sees it: replies are known by VM and request."""
-
-    def __init__(self, broker: Broker, vm: str) -> None:
-        self._broker = broker
-        self._vm = vm.encode()
-        self.consume = broker.consume
-        self.release = broker.release
-        self.ack = broker.ack
-        self.barrier = broker.barrier
-        self.publish_request = broker.publish_request
-        self.listen_for_answers = broker.listen_for_answers
-
-    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
-        self._broker.publish_reply(reply_q, body, self._vm + b" " + key)
 
 
 class Daemon:
@@ -92,18 +76,26 @@ class Daemon:
         self._misspelt = config.unknown_options(conf)
         self.loop = Loop()
         self._manager = ServiceManager(self.loop)
-        self._host = (options.host, os.urandom(16))
-        self._authority = Authority(self.loop, conf)
-        self._gates: dict[str, VmGate] = {}
-        self._context_allow = frozenset(options.context_allow)
-        self._channels: dict[str, Channel] = {}
+        self._home = Home(
+            options.host,
+            os.urandom(16),
+            frozenset(options.context_allow),
+            LOG.info,
+            options.set_guest_time,
+        )
+        self._enforcer = Enforcer(self.loop, conf)
+        self._log_budget = log_budget.LogBudget()
+        log_budget.install(self._log_budget)
+        self._vms: dict[str, HostedVm] = {}
+        self._failure = ""  # why this daemon ends, if it was not told to
         self._domains = Domains(config.selection(conf))
         self._past: Counter[str] = Counter()  # counters of channels that are over
         self._timer: Timer | None = None
         self._broker = self._make_broker(conf)
         self._leftovers = Leftovers(options.delete_queues_after)
         self._broker_problem = "" if self._broker is None else "not connected yet"
-        self._attaching: dict[str, list[tuple[str, Answer]]] = {}
+        self._broker_blocked = ""
+        self._attaching: dict[str, list[tuple[str, SendAnswer]]] = {}
         self._static = config.static_channels(conf)
         self._hypervisor = self._make_hypervisor(options)
         self._local = LocalService(
@@ -116,8 +108,8 @@ class Daemon:
             self.loop,
             options.socket,
             config.socket_mode(conf),
-            self._host[1],
-            options.host,
+            self._home.instance,
+            self._home.name,
             self._local,
             LOG.info,
             config.client_access(conf),
@@ -140,14 +132,30 @@ class Daemon:
             options.libvirt_uri,
             self._poster(self._on_hypervisor),
             target_name=options.target_name,
+            died=self.thread_died,
+            sockets=KnownSockets(f"{options.socket}.channels"),
         )
 
     def _poster(self, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         return lambda event: self.loop.call_soon_threadsafe(lambda: handle(event))
 
-    def run(self) -> None:
+    def thread_died(self, problem: str) -> None:
+        """A thread has ended that should not have, and is in the log: from any thread."""
+        self.loop.call_soon_threadsafe(partial(self._fail, problem))
+
+    def _fail(self, problem: str) -> None:
+        if not self._failure:
+            LOG.critical("vchan-host ends: %s", problem)
+            self._failure = problem
+            self.loop.stop()
+
+    def run(self) -> int:
         """Serve until SIGTERM or SIGINT; SIGHUP has the policy read and the audit log opened
-        anew."""
+        anew.
+
+        Returns:
+            The exit status: EXIT_OK, or EXIT_SOFTWARE when a thread has died.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.loop.stop())
         signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self._reload))
@@ -169,34 +177,33 @@ class Daemon:
             self.loop.run()
         finally:
             self._close()
+        return EXIT_SOFTWARE if self._failure else EXIT_OK
 
     def _close(self) -> None:
         self._manager.stopping()
         self._server.close()
-        for channel in self._channels.values():
-            channel.release("this host's daemon is stopping")
+        for hosted in self._vms.values():
+            hosted.release("this host's daemon is stopping")
         if self._broker is not None:
             self._broker.stop()
         if self._hypervisor is not None:
             self._hypervisor.stop()
         self._static.close()
         self._http.close()
-        self._authority.close()
+        self._enforcer.close()
+        log_budget.remove(self._log_budget)
         self.loop.close()
 
     # ---------------------------------------------------------------- the policy
 
     def _reload(self) -> None:
-        self._authority.reload()
-        for uuid in self._channels:
-            self._apply_policy(uuid)
+        self._enforcer.reload()
+        for hosted in self._vms.values():
+            self._apply_policy(hosted, hosted.facts)
 
-    def _apply_policy(self, uuid: str) -> None:
+    def _apply_policy(self, hosted: HostedVm, facts: Facts) -> None:
         """The rules, or what is known of the VM, may be others now."""
-        channel = self._channels[uuid]
-        channel.guard.update(self._authority.policy.limits(self._gates[uuid].facts))
-        channel.relay.policy_changed(self.loop.time())
-        channel.set_timer()
+        hosted.update(facts, self._enforcer.policy.limits(facts))
 
     # ---------------------------------------------------------------- libvirt
 
@@ -204,6 +211,8 @@ class Daemon:
         match event:
             case domains.HypervisorLost(reason):
                 LOG.warning("libvirt: %s", reason)
+            case domains.Happened(uuid, _, domains.DomainEvent.RESUMED) if uuid in self._vms:
+                self._vms[uuid].went_on()
             case domains.Rebooted(uuid):
                 LOG.info("%s: the guest was reset", uuid)
             case domains.AttachDone(uuid, _, _, problem):
@@ -212,11 +221,15 @@ class Daemon:
                 self._answer_command("detach", uuid, problem)
             case domains.Changed(facts):
                 self._note_facts(facts)
-            case domains.Resync(every):
-                every += self._static.facts()
-                event = domains.Resync(every)
-                for facts in every:
+                self._leftovers.present(facts.uuid)
+            case domains.Unreadable():
+                self._leftovers.present(event.uuid)
+            case domains.Resync(every, unread):
+                event = domains.Resync((*every, *self._static.facts()), unread)
+                for facts in event.domains:
                     self._note_facts(facts)
+                for uuid in event.uuids:
+                    self._leftovers.present(uuid)
             case _:
                 pass
         ended = self._ended(event)
@@ -229,10 +242,9 @@ class Daemon:
         match event:
             case domains.Gone(uuid, _):
                 return [uuid]
-            case domains.Resync(every):
-                present = {facts.uuid for facts in every}
-                known = [report.facts.uuid for report in self._domains.reports()]
-                return [uuid for uuid in known if uuid not in present]
+            case domains.Resync():
+                known = [domain.uuid for domain in self._domains.all()]
+                return [uuid for uuid in known if uuid not in event.uuids]
             case _:
                 return []
 
@@ -243,32 +255,27 @@ class Daemon:
             broker.delete_queues(uuid, topics)
 
     def _note_facts(self, domain: domains.DomainFacts) -> None:
-        channel = self._channels.get(domain.uuid)
-        if channel is not None:
-            channel.paused = domain.state is domains.DomainState.PAUSED
-            gate, facts = self._gates[domain.uuid], facts_of(domain)
-            if facts != gate.facts:
-                gate.facts = facts
-                self._apply_policy(domain.uuid)
+        hosted, facts = self._vms.get(domain.uuid), facts_of(domain)
+        if hosted is not None and facts != hosted.facts:
+            self._apply_policy(hosted, facts)
 
-    def _carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case domains.Connect(uuid, path):
-                    self._connect(uuid, path)
-                case domains.Speak(uuid):
-                    self._channels[uuid].speak()
-                case domains.Hush(uuid):
-                    self._channels[uuid].hush()
+    def _carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case domains.Connect(uuid):
+                    self._leftovers.here(uuid)
+                    self._vms[uuid] = self._host(uuid)
+                    self._vms[uuid].carry_out(decision)
+                case domains.Speak(uuid) | domains.Hush(uuid):
+                    self._vms[uuid].carry_out(decision)
                 case domains.Release(uuid, why):
-                    channel = self._channels.pop(uuid)
-                    LOG.info("%s (%s): released: %s", channel.name, uuid, why.value)
-                    channel.release(why.value)
+                    hosted = self._vms.pop(uuid)
+                    LOG.info("%s (%s): released: %s", hosted.name, uuid, why.value)
+                    hosted.carry_out(decision)
                     if why in (domains.Why.MIGRATED, domains.Why.ARRIVAL_FAILED):
                         self._leftovers.moved(uuid)
-                    del self._gates[uuid]
-                    self._authority.forget(uuid)
-                    self._past.update(channel.totals())
+                    self._enforcer.forget(uuid)
+                    self._past.update(hosted.totals())
                 case domains.Attach(uuid):
                     assert self._hypervisor is not None  # nobody else has domains without a channel
                     self._hypervisor.attach(uuid)
@@ -276,31 +283,24 @@ class Daemon:
                     LOG.warning("%s (%s): %s", name, uuid, problem)
         self._set_timer()
 
-    def _connect(self, uuid: str, path: str) -> None:
-        self._leftovers.here(uuid)
-        report = self._domains.report(uuid)
-        facts = facts_of(report.facts) if report else Facts(uuid, uuid)
-        gate = self._gates[uuid] = self._authority.gate(facts)
-        end = self._static.end(uuid)
-        gate.is_one_way = end.is_one_way
-        channel = self._channels[uuid] = Channel(
+    def _host(self, uuid: str) -> HostedVm:
+        """A VM that has come here, or was here when this daemon started."""
+        domain = self._domains.domain(uuid)
+        facts = facts_of(domain.known)
+        gate = self._enforcer.gate(facts)
+        self._log_budget.know(uuid)
+        offer = partial(self._local.offer, or_broker=self._broker is not None)
+        return HostedVm(
             self.loop,
-            uuid,
-            facts.name,
-            self._host,
-            _VmBroker(self._broker, uuid) if self._broker is not None else None,
+            domain,
+            self._home,
+            self._broker,
             gate,
-            self._context_allow,
-            self._http.offers(
-                lambda: gate.facts,
-                partial(self._local.offer, or_broker=self._broker is not None),
-            ),
-            LOG.info,
-            self._authority.guard(facts),
-            lambda reason: self._authority.quarantined(gate.facts, reason),
-            end,
+            self._enforcer.throttle(facts),
+            self._static.end(uuid),
+            self._http.offers(lambda: gate.facts, offer),
+            self._enforcer.quarantined,
         )
-        channel.connect(path)
 
     def _set_timer(self) -> None:
         at_s = self._domains.next_timeout()
@@ -318,67 +318,29 @@ class Daemon:
 
     def _on_broker(self, event: BrokerEvent) -> None:
         match event:
-            case broker_events.Connected():
+            case events.Connected():
                 self._broker_problem = ""
-            case broker_events.Disconnected(reason):
-                self._broker_problem = reason
-            case broker_events.Published(key, ok, reason, gone):
-                vm, _, request_id = key.partition(b" ")
-                if not ok and request_id:  # a heartbeat has none, and is not missed
-                    LOG.warning("%s: a reply was not published: %s", vm.decode(), reason)
-                channel = self._channels.get(vm.decode())
-                if channel is not None:
-                    now_s = self.loop.time()
-                    channel.relay.published(request_id, ok=ok, gone=gone, now_s=now_s)
-                    channel.set_timer()
+                self._tell_all(event)
+            case events.Disconnected(reason):
+                self._broker_problem, self._broker_blocked = reason, ""
+                self._tell_all(event)
+            case events.Blocked(reason):
+                self._broker_blocked = reason
+            case events.Died(reason):
+                self._fail(f"the broker's thread: {reason}")
             case _:
-                channel = self._channels.get(event.vm)
-                if channel is not None:
-                    self._on_vm_broker(channel, event)
-                    channel.set_timer()
+                self._tell(event.vm, event)
 
-    def _on_vm_broker(self, channel: Channel, event: VmEvent) -> None:
-        match event:
-            case broker_events.Delivered():
-                self._deliver(channel, event)
-            case broker_events.Undecodable(_, token, reason):
-                LOG.warning("%s (%s): dropped a message: %s", channel.name, channel.vm, reason)
-                assert self._broker is not None
-                self._broker.reject(token)
-            case broker_events.Released(_, reason):
-                LOG.info("%s (%s): consumers closed: %s", channel.name, channel.vm, reason)
-                channel.relay.released()
-            case broker_events.Consuming():
-                self._leftovers.served(channel.vm, channel.relay.topics)
-                topics = ", ".join(sorted(topic.name for topic in channel.relay.topics))
-                LOG.info("%s (%s): consuming %s", channel.name, channel.vm, topics)
-            case broker_events.Settled(_, ids):
-                channel.relay.settled(ids)
-            case broker_events.Sent(_, request_id, ok, unroutable):
-                now_s = self.loop.time()
-                channel.relay.outbound.sent(
-                    request_id, ok=ok, unroutable=unroutable, doubtful=event.in_doubt, now_s=now_s
-                )
-            case broker_events.Mail(_, token, body):
-                problem = channel.relay.outbound.mail(token, body, self.loop.time())
-                if problem:
-                    LOG.warning("%s (%s): dropped mail: %s", channel.name, channel.vm, problem)
+    def _tell_all(self, event: events.Connected | events.Disconnected) -> None:
+        for hosted in self._vms.values():
+            hosted.receive(event)
 
-    def _deliver(self, channel: Channel, event: broker_events.Delivered) -> None:
-        problem = None
-        try:
-            channel.relay.delivered(
-                event.token,
-                event.request,
-                event.topic,
-                fanout=event.fanout,
-                redelivered=event.redelivered,
-                now_s=self.loop.time(),
-            )
-        except LimitExceeded as error:
-            problem = str(error)
-        if problem is not None:
-            LOG.warning("%s (%s): refused: %s", channel.name, channel.vm, problem)
+    def _tell(self, uuid: str, event: VmEvent) -> None:
+        hosted = self._vms.get(uuid)
+        if hosted is not None:
+            hosted.receive(event)
+            if isinstance(event, events.Consuming):
+                self._leftovers.served(uuid, hosted.topics)
 
     # ---------------------------------------------------------------- local programs
 
@@ -386,108 +348,127 @@ class Daemon:
         self, server: str, request: Request, told: Callable[[Outcome], None]
     ) -> Callable[[], None]:
         """See `local.Guests`."""
-        channel = self._channel_of(server)
-        channel.relay.submit_local(
-            request, lambda outcome: told(_explained(outcome, channel)), self.loop.time()
-        )
-        channel.set_timer()
-        return lambda: channel.relay.cancel_local(request.id)
+        return self._vm_of(server).submit(request, told)
 
     def serving(self, topic: Topic) -> list[str]:
         """See `local.Guests`."""
-        return [uuid for uuid, each in self._channels.items() if topic in each.relay.topics]
+        return [uuid for uuid, hosted in self._vms.items() if topic in hosted.topics]
 
-    def _find(self, server: str) -> domains.DomainReport:
-        for report in self._domains.reports():
-            if server in (report.facts.uuid, report.facts.name):
-                return report
+    def _find(self, server: str) -> domains.Domain:
+        for domain in self._domains.all():
+            if server in (domain.uuid, domain.known.name):
+                return domain
         problem = self._domains.hypervisor_problem
         raise NoSuchDomain(f"{server!r}: {problem or 'this host has no such domain'}")
 
-    def _channel_of(self, server: str) -> Channel:
-        channel = self._channels.get(server)  # a fanout asks for each of many
-        if channel is not None:
-            return channel
-        report = self._find(server)
-        channel = self._channels.get(report.facts.uuid)
-        if channel is None:
-            state = report.facts.state.name.lower()
-            problem = report.problem or f"it is {state} and has no live channel"
-            raise Rejected(f"{server}: {problem}; vchan attach {server} gives it one")
-        return channel
+    def _vm_of(self, server: str) -> HostedVm:
+        hosted = self._vms.get(server)  # a fanout asks for each of many
+        if hosted is not None:
+            return hosted
+        domain = self._find(server)
+        hosted = self._vms.get(domain.uuid)
+        if hosted is None:
+            state = domain.known.state.name.lower()
+            problem = domain.trouble or f"it is {state} and has no live channel"
+            when = "" if state == "running" else ", for its next start"
+            raise Rejected(f"{server}: {problem}; vchan attach {server} gives it one{when}")
+        return hosted
 
-    def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
+    def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         """See `local.Guests`."""
         match name:
             case "list":
-                answer(*result(self._list()))
+                answer(*result(call_with(self._list, args)))
             case "status":
-                answer(*result(self._status(**args)))
+                answer(*result(call_with(self._status, args)))
+            case "facts":
+                answer(*result(call_with(self._facts, args)))
             case "attach" | "detach":
-                self._command(name, answer, **args)
+                call_with(partial(self._command, name, answer), args)
             case "release":
-                self._end_quarantine(**args)
-                answer(*result(None))
+                answer(*result(call_with(self._end_quarantine, args)))
             case _:
-                raise KeyError(name)
+                raise NoSuchMethod(f"the daemon has no method {name!r}")
 
     def _end_quarantine(self, vm: str) -> None:
-        channel = self._channel_of(vm)
-        if not channel.end_quarantine():
+        if not self._vm_of(vm).end_quarantine():
             raise Rejected(f"{vm} is not in quarantine")
 
     def _list(self) -> list[dict[str, Any]]:
         rows = []
-        for report in self._domains.reports():
-            channel = self._channels.get(report.facts.uuid)
+        for domain in self._domains.all():
+            hosted = self._vms.get(domain.uuid)
+            topics = hosted.topics if hosted else frozenset()
             rows.append(
                 {
-                    "uuid": report.facts.uuid,
-                    "name": report.facts.name,
-                    "domain": report.facts.state.name.lower(),
-                    "channel": channel.state if channel else "none",
-                    "topics": sorted(f"{t.exchange}/{t.name}" for t in channel.relay.topics)
-                    if channel
-                    else [],
-                    "problem": report.problem or (channel.problem if channel else "") or None,
+                    **self._described(domain, hosted),
+                    "channel": hosted.state if hosted else "none",
+                    "topics": sorted(f"{t.exchange}/{t.name}" for t in topics),
+                    "heard_s": _rounded(hosted.heard_s) if hosted else None,
+                    "guest": hosted.claims() if hosted else None,
                 }
             )
         return rows
 
+    def _facts(self, vm: str) -> dict[str, Any]:
+        """What the guest has told of itself: its own claim."""
+        return self._vm_of(vm).all_claims()
+
+    def _described(self, domain: domains.Domain, hosted: HostedVm | None) -> dict[str, Any]:
+        """What `vchan list` and `vchan status` say of every domain."""
+        return {
+            "uuid": domain.uuid,
+            "name": domain.known.name,
+            "domain": domain.known.state.name.lower(),
+            "problem": self._problem_of(domain, hosted),
+        }
+
+    def _problem_of(self, domain: domains.Domain, hosted: HostedVm | None) -> str | None:
+        """What somebody should look at first."""
+        trouble = domain.trouble
+        if hosted is not None:
+            trouble = trouble or hosted.problem or "; ".join(self._broker_problems(hosted))
+        return "; ".join(filter(None, (trouble, domain.known.note))) or None
+
+    def _broker_problems(self, hosted: HostedVm) -> list[str]:
+        """What the broker refuses the VM. While there is no connection that is what is wrong, of
+        all VMs."""
+        blocked = f"the broker takes no messages: {self._broker_blocked}"
+        refused = [] if self._broker_problem else hosted.refusals
+        return [*([blocked] if self._broker_blocked else []), *refused]
+
     def _status(self, vm: str | None = None) -> dict[str, Any]:
         if vm is not None:
-            report = self._find(vm)
-            channel = self._channels.get(report.facts.uuid)
-            return {
-                "uuid": report.facts.uuid,
-                "name": report.facts.name,
-                "domain": report.facts.state.name.lower(),
-                **(channel.summary() if channel else {"state": "none"}),
-                "problem": report.problem or (channel.problem if channel else "") or None,
-            }
+            domain = self._find(vm)
+            hosted = self._vms.get(domain.uuid)
+            shown = hosted.summary() if hosted else {"state": "none"}
+            refused = self._broker_problems(hosted) if hosted else []
+            return {**shown, "broker_problems": refused, **self._described(domain, hosted)}
         broker = self._broker_problem or "connected"
         libvirt = self._domains.hypervisor_problem or "connected"
         return {
             "version": __version__,
-            "host": self._host[0],
+            "host": self._home.name,
             "libvirt": "none configured" if self._hypervisor is None else libvirt,
             "broker": "none configured" if self._broker is None else broker,
-            "domains": len(self._domains.reports()),
-            "channels": len(self._channels),
-            **self._authority.summary(),
+            "broker_blocked": self._broker_blocked or None,
+            "domains": len(self._domains.all()),
+            "channels": len(self._vms),
+            **self._enforcer.summary(),
             **self._http.counters,
+            "log_lines_left_out": self._log_budget.left_out,
             "totals": dict(self._totals()),
         }
 
     def _totals(self) -> Counter[str]:
         totals = Counter(self._past)
-        for channel in self._channels.values():
-            totals.update(channel.totals())
+        for hosted in self._vms.values():
+            totals.update(hosted.totals())
         return totals
 
-    def _command(self, name: str, answer: Answer, vm: str) -> None:
+    def _command(self, name: str, answer: SendAnswer, vm: str) -> None:
         """Attach or detach; answered when libvirt has done it."""
-        uuid = self._find(vm).facts.uuid
+        uuid = self._find(vm).uuid
         if self._hypervisor is None:
             raise Rejected(f"{vm}: a channel of the configuration's; there is no libvirt here")
         self._attaching.setdefault(uuid, []).append((name, answer))
@@ -507,12 +488,8 @@ class Daemon:
                 answer(*failure(Rejected(problem)))
 
 
-def _explained(outcome: Outcome, channel: Channel) -> Outcome:
-    """What was never sent has not run: with why it was not."""
-    if not isinstance(outcome, Overdue) or outcome.was_sent:
-        return outcome
-    why = ": ".join(filter(None, (channel.state, channel.problem)))
-    return HandedBack(outcome.id, NO_AGENT, f"not delivered: VM {channel.name} is {why}")
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _allow_many_files() -> None:
@@ -525,17 +502,19 @@ def _allow_many_files() -> None:
 def main() -> None:
     """The command."""
     _allow_many_files()
+    conf: Any = None
     try:
         conf = config.load(sys.argv[1:])
-        oslo_log.setup(conf, "vchan")
+        config_files.set_up_log(conf, "vchan")
         daemon = Daemon(conf)
     except ConfigError as error:
-        sys.stderr.write(f"vchan-host: {error}\n")
+        sys.stderr.write(f"vchan-host: {config_files.located(error, conf)}\n")
         sys.exit(EXIT_CONFIG)
     except LinkError as error:
         sys.stderr.write(f"vchan-host: {error}\n")
         sys.exit(EXIT_SOCKET)
-    daemon.run()
+    watch_all_threads(daemon.thread_died)
+    run_and_exit("vchan-host", daemon.run)
 
 
 if __name__ == "__main__":

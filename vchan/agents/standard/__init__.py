@@ -1,0 +1,5 @@
+"""The standard agent: what most control planes want of a guest, as far as its owner allows it.
+
+`agent` serves the methods and `permissions` is the owner's word on them; `facts`, `metrics`, `exec`
+and `files` do the work.
+"""

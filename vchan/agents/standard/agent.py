@@ -1,0 +1,234 @@
+"""The standard agent: what most control planes want of a guest, as far as its owner allows it.
+
+    vchan-guest standard-agent [--config FILE] [--socket PATH]
+
+It serves topic `vchan.standard`. Everything but `ping` is off until /etc/vchan/standard.toml allows
+it (`permissions`). It is an agent like any other, in a process of its own: the daemon runs it by
+a unit.
+
+    ping()                                              what is allowed here
+    facts()                                             names, addresses, versions
+    exec(argv, directory, environment, stdin, timeout_s)       an id
+    exec_read(id, stdout_from, stderr_from, wait_s)     what it said, and whether it has ended
+    exec_end(id)                                        end it and forget it
+    file_read(path, offset, count)                      a part, with its checksum
+    file_checksum(path)
+    file_write_begin(path, size, sha256, mode)          an id
+    file_write(id, offset, data, sha256)
+    file_write_end(id)                                  now the file is there, whole
+    file_write_give_up(id)
+
+Bytes travel as base64.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from vchan import __version__
+from vchan.agents.processes import require_safe
+from vchan.agents.standard.exec import Runs
+from vchan.agents.standard.facts import facts
+from vchan.agents.standard.files import CHUNK_BYTES_MAX, Uploads, checksum, read_part
+from vchan.agents.standard.permissions import Rules, parse_rules
+from vchan.client import AGENT_SOCKET, Agent
+from vchan.errors import ConfigError, LinkError, Rejected
+
+TOPIC: Final = "vchan.standard"
+DEFAULT_CONFIG: Final = "/etc/vchan/standard.toml"
+WORKERS: Final = 4
+LOOP_WAIT_S: Final = 10.0
+"""For the loop to do something for a worker: it is never busy for long."""
+EXIT_CONFIG: Final = 2
+"""A wrong argument or configuration value."""
+
+USAGE: Final = f"""\
+usage: vchan-guest standard-agent [--config FILE] [--socket PATH]
+
+  --config FILE   what is allowed [{DEFAULT_CONFIG}, if it is there]
+  --socket PATH   the guest daemon's [$VCHAN_SOCKET, or {AGENT_SOCKET}]
+
+exit status: 0 ended by a signal; {EXIT_CONFIG} wrong arguments or configuration
+"""
+
+
+class Standard:
+    """The methods.
+
+    Args:
+        agent: Whose loop the programs belong to.
+        log: Told what is done.
+    """
+
+    def __init__(self, rules: Rules, agent: Agent, log: Callable[[str], object]) -> None:
+        self._rules = rules
+        self._loop = agent.loop
+        self._log = log
+        self._runs = Runs(agent.loop, rules, self._in_loop, log)
+        self._uploads = Uploads(rules)
+
+    def _in_loop(self, action: Callable[[], Any]) -> Any:
+        done = threading.Event()
+        outcome: list[Any] = []
+
+        def act() -> None:
+            try:
+                outcome.append(action())
+            except Rejected as error:
+                outcome.append(error)
+            done.set()
+
+        self._loop.call_soon_threadsafe(act)
+        if not done.wait(LOOP_WAIT_S):
+            raise Rejected("the agent is ending")
+        if isinstance(outcome[0], Rejected):
+            raise outcome[0]
+        return outcome[0]
+
+    def ping(self) -> dict[str, Any]:
+        """What is allowed here."""
+        if not self._rules.ping:
+            raise self._rules.refuse("ping", "is not allowed", "ping")
+        return {"version": __version__, "allowed": self._rules.allowed()}
+
+    def facts(self) -> dict[str, Any]:
+        """What this guest is."""
+        if not self._rules.facts:
+            raise self._rules.refuse("facts", "are not allowed", "facts")
+        return facts()
+
+    def exec(
+        self,
+        argv: list[str],
+        directory: str = "/",
+        environment: dict[str, str] | None = None,
+        stdin: str = "",
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Run a program, without a shell; `exec_read` tells what it said."""
+        return self._runs.start(argv, directory, environment or {}, stdin, timeout_s)
+
+    def exec_read(
+        self, id: str, stdout_from: int = 0, stderr_from: int = 0, wait_s: float = 0
+    ) -> dict[str, Any]:
+        """What a program said from there on, and whether it has ended."""
+        return self._runs.read(id, stdout_from, stderr_from, wait_s)
+
+    def exec_end(self, id: str) -> dict[str, Any]:
+        """End a program, and forget what it said."""
+        return self._runs.end(id)
+
+    def file_read(self, path: str, offset: int = 0, count: int = CHUNK_BYTES_MAX) -> dict[str, Any]:
+        """A part of a file."""
+        if offset == 0:
+            self._log(f"file_read {path}")
+        return read_part(self._rules, path, offset, count)
+
+    def file_checksum(self, path: str) -> dict[str, Any]:
+        """A file's checksum."""
+        return checksum(self._rules, path)
+
+    def file_write_begin(
+        self, path: str, size: int, sha256: str, mode: int = 0o644
+    ) -> dict[str, Any]:
+        """Begin to write a file."""
+        self._log(f"file_write_begin {path}, {size} bytes")
+        return self._uploads.begin(path, size, sha256, mode)
+
+    def file_write(self, id: str, offset: int, data: str, sha256: str = "") -> dict[str, Any]:
+        """Write a part of it."""
+        return self._uploads.write(id, offset, data, sha256)
+
+    def file_write_end(self, id: str) -> dict[str, Any]:
+        """Have it appear."""
+        done = self._uploads.end(id)
+        self._log(f"file_write_end {done['path']}")
+        return done
+
+    def file_write_give_up(self, id: str) -> dict[str, Any]:
+        """Leave the file as it was."""
+        return self._uploads.give_up(id)
+
+    def _close(self) -> None:
+        self._runs.close()
+        self._uploads.close()
+
+
+def read_rules(path: str, *, required: bool) -> Rules:
+    """The rules of a file; without one, the defaults.
+
+    Raises:
+        ConfigError: It is wrong, or not there though it should be.
+    """
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            require_safe(file.fileno(), path)
+            content = tomllib.load(file)
+    except FileNotFoundError:
+        if required:
+            raise ConfigError(path, "no such file") from None
+        return Rules(path)
+    except OSError as error:
+        raise ConfigError(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(path, f"is no TOML: {error}") from error
+    return parse_rules(path, content)
+
+
+def _options(arguments: list[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name not in ("--config", "--socket") or not (equals or rest):
+            raise ConfigError("command line", f"{name!r}: see vchan-guest standard-agent --help")
+        given[name] = value if equals else rest.pop(0)
+    return given
+
+
+def log(text: str) -> None:
+    """To standard error; several lines where a method has failed."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    try:
+        os.write(2, f"{shown}\n".encode("utf-8", "replace"))
+    except OSError:
+        pass  # nobody reads the log: that is no reason to stop serving
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if "--help" in words:
+        os.write(1, USAGE.encode())
+        return
+    try:
+        options = _options(words)
+        path = options.get("--config", "")
+        rules = read_rules(path or DEFAULT_CONFIG, required=bool(path))
+    except ConfigError as error:
+        log(f"vchan-guest standard-agent: {error}")
+        sys.exit(EXIT_CONFIG)
+    socket = options.get("--socket") or os.environ.get("VCHAN_SOCKET") or AGENT_SOCKET
+    agent = Agent(socket, workers=WORKERS, log=log)
+    standard = Standard(rules, agent, log)
+    agent.serve(TOPIC, standard)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    allowed = ", ".join(name for name, is_allowed in rules.allowed().items() if is_allowed)
+    log(f"standard agent {__version__}: allowed by {rules.where}: {allowed or 'nothing'}")
+    try:
+        agent.run()
+    except LinkError as error:  # not a socket that is away: no socket at all
+        log(f"vchan-guest standard-agent: {error}")
+        sys.exit(EXIT_CONFIG)
+    finally:
+        standard._close()
+
+
+if __name__ == "__main__":
+    main()

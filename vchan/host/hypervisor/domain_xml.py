@@ -1,0 +1,383 @@
+"""What a domain's XML says about its channel, and the XML that gives it one.
+
+Rules of this file
+1. No I/O. XML comes from libvirtd, which we trust, but only in the shape it documents:
+   anything else is a `DomainXmlError`, never a guess. It is read by a parser and nothing else: what
+   stands in its texts is others' and may look like anything.
+2. The socket's path is read from the live XML, never built: libvirt puts a number into it that
+   changes at every start, restore, revert and migration.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import hashlib
+import re
+import types
+import uuid as uuids
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn
+from xml.etree import ElementTree
+from xml.parsers import expat
+from xml.sax import saxutils
+
+from vchan.errors import ConfigError, LimitExceeded, VchanError
+
+# The channel's name: inside the guest it is /dev/virtio-ports/<TARGET_NAME>.
+TARGET_NAME = "org.openstack.vchan.0"
+
+# libvirt keeps aliases that begin with "ua-" in live and next-boot XML alike; only by such an
+# alias can one call detach a channel from both. This is the alias of a channel of that name; others
+# have others (`alias_of`), for an alias can be given only once in a domain.
+ALIAS = "ua-vchan0"
+
+# libvirt's XML takes letters, digits, - and _ in an alias, however many.
+ALIAS_NAME_CHARS_MAX = 40
+
+# libvirt itself refuses XML over 10 MB; a domain with hundreds of devices stays below 200 kB.
+XML_CHARS_MAX = 4 * 1024 * 1024
+
+NOVA_NAMESPACES = (
+    "http://openstack.org/xmlns/libvirt/nova/1.1",
+    "http://openstack.org/xmlns/libvirt/nova/1.0",
+)
+
+METADATA_KEYS = ("project", "user", "flavor", "image", "name")
+
+
+class DomainXmlError(VchanError):
+    """A domain's XML is not what libvirt documents."""
+
+
+class DomainState(enum.Enum):
+    """Whether the guest executes. PAUSED includes a domain that is still migrating in."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTOFF = "shut off"
+    UNKNOWN = "unknown"  # libvirt has the domain, and it could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFacts:
+    """One domain as libvirt describes it now.
+
+    Attributes:
+        incoming: Paused because a migration into this host is under way.
+        outgoing: Paused because a migration to another host is switching over (or has).
+        channel_path: The live channel's socket, None if there is no live channel.
+        guest_opened: Whether a guest process holds the port open; None where libvirt has not
+            heard. Up to one second late, and short flaps are never seen.
+        has_controller: The live XML has a virtio-serial controller, so a channel can be plugged.
+        configured: The channel is in the next-boot XML.
+        persistent: There is next-boot XML.
+        note: What an operator should know of how this was read; '' if nothing.
+        metadata: What nova wrote, by METADATA_KEYS; '' where it wrote nothing.
+    """
+
+    uuid: str
+    name: str
+    state: DomainState
+    incoming: bool = False
+    outgoing: bool = False
+    channel_path: str | None = None
+    guest_opened: bool | None = None
+    has_controller: bool = False
+    configured: bool = False
+    persistent: bool = False
+    note: str = ""
+    metadata: Mapping[str, str] = field(
+        default_factory=lambda: types.MappingProxyType(dict.fromkeys(METADATA_KEYS, ""))
+    )
+
+    @property
+    def active(self) -> bool:
+        return self.state is not DomainState.SHUTOFF
+
+
+@dataclass(frozen=True, slots=True)
+class _Channel:
+    path: str | None
+    guest_opened: bool | None
+
+
+class ChannelElement(NamedTuple):
+    """A channel as it stands in one XML of a domain's.
+
+    Attributes:
+        alias: None where it has none; next-boot XML has only those that users gave.
+        xml: The element, by which libvirt finds it again in the same definition.
+    """
+
+    alias: str | None
+    xml: str
+
+    @property
+    def has_own_alias(self) -> bool:
+        """One that a user gave: libvirt keeps it in the live and the next-boot XML alike."""
+        return self.alias is not None and self.alias.startswith("ua-")
+
+
+def domain_facts(
+    current_xml: str,
+    next_boot_xml: str | None,
+    *,
+    state: DomainState,
+    incoming: bool = False,
+    outgoing: bool = False,
+    target_name: str = TARGET_NAME,
+    note: str = "",
+) -> DomainFacts:
+    """Read a domain's facts.
+
+    Args:
+        current_xml: XMLDesc(0): live XML if the domain is active, next-boot XML otherwise.
+        next_boot_xml: XMLDesc(INACTIVE), or None for a transient domain.
+        state: As libvirt gives it, read after the XML. XML without an id is of a domain that
+            is shut off, whatever this says.
+
+    Raises:
+        DomainXmlError: Not a domain, or without a uuid or name.
+        LimitExceeded: Over XML_CHARS_MAX.
+    """
+    root = _parse(current_xml)
+    # The XML and the state were read one after the other: it is active if both say so.
+    active = root.get("id") is not None and state is not DomainState.SHUTOFF
+    live_channel = _find_channel(root, target_name) if active else None
+    next_channel = (
+        _find_channel(_parse(next_boot_xml), target_name) if next_boot_xml is not None else None
+    )
+    return DomainFacts(
+        uuid=_uuid(root),
+        name=_required_text(root, "name"),
+        state=state if active else DomainState.SHUTOFF,
+        incoming=active and incoming,
+        outgoing=active and outgoing,
+        channel_path=live_channel.path if live_channel else None,
+        guest_opened=live_channel.guest_opened if live_channel else None,
+        has_controller=active and _has_controller(root),
+        configured=next_channel is not None,
+        persistent=next_boot_xml is not None,
+        note=note,
+        metadata=_nova_metadata(root),
+    )
+
+
+def alias_of(target_name: str) -> str:
+    """The alias that we give a channel of this name: of two names, one each."""
+    if target_name == TARGET_NAME:
+        return ALIAS
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", target_name)[:ALIAS_NAME_CHARS_MAX]
+    return f"ua-{readable}-{hashlib.sha256(target_name.encode()).hexdigest()[:8]}"
+
+
+def free_alias(xml: str, target_name: str) -> str | None:
+    """`alias_of` the name, or None if something else has it in this XML: libvirt then makes one.
+
+    Raises:
+        DomainXmlError, LimitExceeded: As `domain_facts`.
+    """
+    ours = alias_of(target_name)
+    taken = any(alias.get("name") == ours for alias in _parse(xml).iterfind("devices/*/alias"))
+    return None if taken else ours
+
+
+def find_channel_element(xml: str, target_name: str) -> ChannelElement | None:
+    """The channel of this name, as it stands in this XML.
+
+    Raises:
+        DomainXmlError, LimitExceeded: As `domain_facts`.
+    """
+    element = _find_element(_parse(xml), target_name)
+    if element is None:
+        return None
+    alias = element.find("alias")
+    text = ElementTree.tostring(element, encoding="unicode").strip()
+    return ChannelElement(alias.get("name") if alias is not None else None, text)
+
+
+def channel_xml(
+    target_name: str = TARGET_NAME, *, alias: str | None = "", path: str | None = None
+) -> str:
+    """The <channel> to attach. Leave `path` out: libvirt then owns it, and SELinux, AppArmor and
+    migration work.
+
+    Args:
+        alias: "": `alias_of` the name. None: libvirt makes one.
+    """
+    alias = alias_of(target_name) if alias == "" else alias
+    source = f" path={saxutils.quoteattr(path)}" if path is not None else ""
+    named = f"<alias name={saxutils.quoteattr(alias)}/>" if alias is not None else ""
+    return (
+        f"<channel type='unix'><source mode='bind'{source}/>"
+        f"<target type='virtio' name={saxutils.quoteattr(target_name)}/>{named}</channel>"
+    )
+
+
+def _parse(xml: str) -> ElementTree.Element:
+    if len(xml) > XML_CHARS_MAX:
+        raise LimitExceeded("domain XML", len(xml), XML_CHARS_MAX, "XML_CHARS_MAX")
+    try:
+        _refuse_document_type(xml)
+        root = ElementTree.fromstring(xml)
+    except (expat.ExpatError, ElementTree.ParseError, ValueError) as error:
+        raise DomainXmlError(f"domain XML cannot be parsed: {error}") from error
+    if root.tag != "domain":
+        raise DomainXmlError(f"domain XML has the root <{root.tag}>, expected <domain>")
+    return root
+
+
+def _refuse_document_type(xml: str) -> None:
+    """libvirt writes none, and only a document type can make a parser grow or fetch things."""
+    prolog = expat.ParserCreate()
+
+    def refuse(*_: object) -> NoReturn:
+        raise DomainXmlError("domain XML has a document type; libvirt never writes one")
+
+    prolog.StartDoctypeDeclHandler = refuse
+    prolog.Parse(xml, True)
+
+
+def _required_text(root: ElementTree.Element, tag: str) -> str:
+    text = root.findtext(tag, "").strip()
+    if not text:
+        raise DomainXmlError(f"domain XML has no <{tag}>")
+    return text
+
+
+def _uuid(root: ElementTree.Element) -> str:
+    text = _required_text(root, "uuid")
+    try:
+        return str(uuids.UUID(text))
+    except ValueError as error:
+        raise DomainXmlError(f"domain XML has the uuid {text!r}: {error}") from error
+
+
+def _find_channel(root: ElementTree.Element, target_name: str) -> _Channel | None:
+    """The virtio channel of that name, of whatever type: the name can be given only once.
+
+    A channel that is not a listening unix socket has no path we could use.
+    """
+    channel = _find_element(root, target_name)
+    if channel is None:
+        return None
+    source, target = channel.find("source"), channel.find("target")
+    assert target is not None
+    path = None
+    if channel.get("type") == "unix" and source is not None and source.get("mode") == "bind":
+        path = source.get("path")
+    return _Channel(path=path, guest_opened=_guest_opened(target.get("state")))
+
+
+def _find_element(root: ElementTree.Element, target_name: str) -> ElementTree.Element | None:
+    for channel in root.iterfind("devices/channel"):
+        target = channel.find("target")
+        if target is None:
+            continue
+        if target.get("type") == "virtio" and target.get("name") == target_name:
+            return channel
+    return None
+
+
+def _guest_opened(state: str | None) -> bool | None:
+    return {"connected": True, "disconnected": False}.get(state or "")
+
+
+def _has_controller(root: ElementTree.Element) -> bool:
+    return any(
+        controller.get("type") == "virtio-serial"
+        for controller in root.iterfind("devices/controller")
+    )
+
+
+def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
+    values = dict.fromkeys(METADATA_KEYS, "")
+    for namespace in NOVA_NAMESPACES:
+        instance = root.find(f"metadata/{{{namespace}}}instance")
+        if instance is not None:
+            tag = f"{{{namespace}}}"
+            values["name"] = instance.findtext(f"{tag}name", "")
+            values["flavor"] = _attribute(instance, f"{tag}flavor", "name")
+            values["project"] = _attribute(instance, f"{tag}owner/{tag}project", "uuid")
+            values["user"] = _attribute(instance, f"{tag}owner/{tag}user", "uuid")
+            values["image"] = _image(instance.find(f"{tag}root"))
+            break
+    return types.MappingProxyType(values)
+
+
+def _attribute(parent: ElementTree.Element, path: str, name: str) -> str:
+    element = parent.find(path)
+    return element.get(name, "") if element is not None else ""
+
+
+def _image(root_disk: ElementTree.Element | None) -> str:
+    """A VM booted from a volume has a root of another type, and no image."""
+    if root_disk is None or root_disk.get("type") != "image":
+        return ""
+    return root_disk.get("uuid", "")
+
+
+# --- which domains get a channel ------------------------------------------------------------
+
+SELECTION_RULES_MAX = 1000
+"""Rules of `select`: each is tried for each domain."""
+
+# Which rules match as globs; the rest are UUIDs, compared as such.
+_GLOB_KEYS = frozenset({"name", "project", "user", "flavor", "image"})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The domains that get a channel attached: those that match any of the rules.
+
+    A domain whose XML has the channel already is served whether it is selected or not; what its
+    guest may do there is the policy's business.
+
+    Rules: `*`, `name:GLOB` (libvirt's name), `uuid:UUID`, `project:GLOB`, `user:GLOB`,
+    `flavor:GLOB`, `image:GLOB` (these four from nova's metadata; without it they never match).
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, rules: Iterable[str], *, where: str = "select") -> Selection:
+        """Read rules, as they stand in the configuration.
+
+        Args:
+            where: The option's name, for messages.
+
+        Raises:
+            ConfigError: A rule is none of the above, or there are over SELECTION_RULES_MAX.
+        """
+        parsed = tuple(_parse_rule(rule.strip(), where) for rule in rules)
+        if len(parsed) > SELECTION_RULES_MAX:
+            raise ConfigError(where, f"{len(parsed)} rules; at most {SELECTION_RULES_MAX}")
+        return cls(parsed)
+
+    def matches(self, facts: DomainFacts) -> bool:
+        return any(_rule_matches(key, pattern, facts) for key, pattern in self.rules)
+
+
+def _parse_rule(rule: str, where: str) -> tuple[str, str]:
+    if rule == "*":
+        return "name", "*"
+    key, colon, pattern = rule.partition(":")
+    if not colon or not pattern or (key not in _GLOB_KEYS and key != "uuid"):
+        expected = ", ".join(["*", "uuid:UUID", *(f"{key}:GLOB" for key in sorted(_GLOB_KEYS))])
+        raise ConfigError(where, f"{rule!r} is not a rule; expected one of {expected}")
+    if key == "uuid":
+        try:
+            return key, str(uuids.UUID(pattern))
+        except ValueError:
+            raise ConfigError(where, f"{pattern!r} in {rule!r} is not a UUID") from None
+    return key, pattern
+
+
+def _rule_matches(key: str, pattern: str, facts: DomainFacts) -> bool:
+    if key == "uuid":
+        return facts.uuid == pattern
+    value = facts.name if key == "name" else facts.metadata.get(key, "")
+    # A missing value must not match `project:*`: that means "any project", not "none".
+    return bool(value) and fnmatch.fnmatchcase(value, pattern)

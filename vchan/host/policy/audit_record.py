@@ -1,0 +1,158 @@
+"""What stands in the audit log: one decision, one line; and how many lines one VM gets.
+
+Rules of this file
+1. Pure: no I/O, no clock. The time of day comes in as text.
+2. What a guest chose is cut to FIELD_CHARS_MAX and escaped to printable ASCII: it can neither end a
+   line nor steer a terminal. Bodies never come here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from vchan.host.policy.rules import Ask, Facts, Verdict
+from vchan.host.policy.token_bucket import TokenBucket
+
+FIELD_CHARS_MAX: Final = 255
+"""As long as AMQP's names may be; a method's name might be longer."""
+REASON_CHARS_MAX: Final = 500
+"""A line's reason: the rest is cut, a line stays readable."""
+LINE_BYTES_MAX: Final = 32 * 1024
+"""No line is longer: an astral character takes twelve bytes, and journald takes 48 KiB."""
+BURST_S: Final = 5.0
+"""A VM that was quiet may have so many seconds' lines at once: agents subscribe to all their topics
+when they start."""
+
+REFUSED: Final = "refused"
+"""The verdict where not the policy but a limit decided."""
+_CUT: Final = "..."
+_encode = json.JSONEncoder(separators=(", ", ": ")).encode
+
+
+class Record(NamedTuple):
+    """One decision.
+
+    Attributes:
+        verdict: An Effect, or REFUSED.
+        rule: The policy's FILE:LINE, or "default", or the limit's name.
+        reason: Why it was refused, in words.
+        via: The host that it came from, where that is not the one that writes this.
+    """
+
+    facts: Facts
+    ask: Ask | None
+    verdict: str
+    rule: str
+    request_id: bytes = b""
+    reason: str = ""
+    via: str = ""
+
+
+def decision(facts: Facts, ask: Ask, verdict: Verdict, request_id: bytes = b"") -> Record:
+    """The record of the policy's verdict."""
+    return Record(facts, ask, verdict.effect.value, verdict.rule, request_id)
+
+
+def format_record(record: Record, *, time: str, host: str, left_out: int = 0) -> bytes:
+    """The line, with its end.
+
+    Args:
+        left_out: Lines of this VM that were not written since its last one.
+    """
+    facts, ask = record.facts, record.ask
+    fields: dict[str, str | int | bool] = {
+        "time": time,
+        "host": host,
+        "vm": facts.uuid,
+        "name": facts.name,
+        "project": facts.project,
+    }
+    if ask is not None:
+        fields |= {
+            "kind": ask.kind.value,
+            "exchange": ask.exchange,
+            "topic": ask.topic,
+            "server": ask.server,
+            "namespace": ask.namespace,
+            "method": ask.method,
+            "fanout": ask.fanout,
+        }
+    fields |= {
+        "verdict": record.verdict,
+        "rule": record.rule,
+        "request": record.request_id.hex(),
+        "reason": _cut(record.reason, REASON_CHARS_MAX),
+        "via": record.via,
+        "left_out": left_out,
+    }
+    shown = {
+        name: _cut(value, REASON_CHARS_MAX if name in ("reason", "rule") else FIELD_CHARS_MAX)
+        if isinstance(value, str)
+        else value
+        for name, value in fields.items()
+        if value or name in ("vm", "name", "project")  # these are always there to be searched for
+    }
+    return _encode(shown).encode("ascii") + b"\n"
+
+
+def format_left_out(facts: Facts, left_out: int, *, time: str, host: str) -> bytes:
+    """The line that says how many were not written, where none comes that could say it."""
+    record = Record(facts, None, "left out", "audit_lines_per_s")
+    return format_record(record, time=time, host=host, left_out=left_out)
+
+
+def _cut(text: str, chars_max: int) -> str:
+    return text if len(text) <= chars_max else text[: chars_max - len(_CUT)] + _CUT
+
+
+class _Quota:
+    """What one VM has left."""
+
+    __slots__ = ("bucket", "facts", "left_out")
+
+    def __init__(self, rate: float) -> None:
+        self.bucket = TokenBucket(rate, max(1.0, rate * BURST_S))
+        self.facts: Facts | None = None
+        self.left_out = 0
+
+
+class Sampler:
+    """Lets each VM's first lines through, then so many a second, and counts the others."""
+
+    def __init__(self) -> None:
+        self._quotas: dict[str, _Quota] = {}
+
+    def admit(self, facts: Facts, lines_per_s: float, now_s: float) -> int | None:
+        """None if the line is to be left out; otherwise how many were, since the last one."""
+        quota = self._quotas.get(facts.uuid)
+        if quota is None or quota.bucket.rate != lines_per_s:
+            left_out = quota.left_out if quota else 0
+            quota = self._quotas[facts.uuid] = _Quota(lines_per_s)
+            quota.left_out = left_out
+        quota.facts = facts
+        if not quota.bucket.try_take(1, now_s):
+            quota.left_out += 1
+            return None
+        left_out, quota.left_out = quota.left_out, 0
+        return left_out
+
+    def overdue(self, now_s: float) -> Iterator[tuple[Facts, int]]:
+        """VMs with lines left out that may have one to say so."""
+        for quota in self._quotas.values():
+            if quota.left_out and quota.facts and quota.bucket.try_take(1, now_s):
+                left_out, quota.left_out = quota.left_out, 0
+                yield quota.facts, left_out
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether lines were left out that no line has told of."""
+        return any(quota.left_out for quota in self._quotas.values())
+
+    def forget(self, vm: str) -> tuple[Facts, int] | None:
+        """The VM is gone. What was left out of it and not told, if anything."""
+        quota = self._quotas.pop(vm, None)
+        if quota is None or not quota.left_out or quota.facts is None:
+            return None
+        return quota.facts, quota.left_out

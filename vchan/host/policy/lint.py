@@ -1,0 +1,251 @@
+"""What is suspicious about a policy that parses: rules that never decide, and rules that say more
+than was meant.
+
+Rules of this file
+1. Pure.
+2. `shadowed` is never said of a rule that can decide. It is not said of every rule that cannot: of
+   one that several earlier rules cover only together, for a kind, it is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import translate
+from typing import Final, NamedTuple
+
+from vchan.host.policy.rules import NONE, SELF, Effect, Glob, LimitRule, Policy, Rule
+
+STATES_MAX: Final = 20_000
+"""Of comparing two patterns. Beyond, the one is taken not to cover the other."""
+
+Who = tuple[tuple[str, Glob], ...]
+
+
+class Suspicion(NamedTuple):
+    """`where` is FILE:LINE, or "" for the policy as a whole."""
+
+    where: str
+    code: str
+    text: str
+
+
+def lint(policy: Policy) -> list[Suspicion]:
+    """Everything that is suspicious, in the policy's order."""
+    lines: tuple[Rule | LimitRule, ...] = (*policy.rules, *policy.limit_rules)
+    places = {line.where: at for at, line in enumerate(lines)}
+    findings = [
+        *_shadowed(policy.rules),
+        *_shadowed_limits(policy.limit_rules),
+        *_everything(policy.rules),
+        *_odd_ids(lines),
+    ]
+    findings.sort(key=lambda finding: places[finding.where])
+    return [*findings, *_missing(policy.rules)]
+
+
+# --- shadowed rules -------------------------------------------------------------------------
+
+
+def _shadowed(rules: Sequence[Rule]) -> Iterator[Suspicion]:
+    """A mode's line is shadowed if all its rules are."""
+    lines: dict[str, list[int]] = {}
+    for at, rule in enumerate(rules):
+        lines.setdefault(rule.where, []).append(at)
+    for where, places in lines.items():
+        before = rules[: places[0]]
+        by: set[str] = set()
+        if all(_is_covered(rules[at], before, by) for at in places):
+            text = f"never decides: {', '.join(sorted(by))} came first for all it matches"
+            yield Suspicion(where, "shadowed", text)
+
+
+def _is_covered(rule: Rule, before: Sequence[Rule], by: set[str]) -> bool:
+    for kind in rule.kinds:
+        first = next((earlier for earlier in before if covers(earlier, rule, kind)), None)
+        if first is None:
+            return False
+        by.add(first.where)
+    return True
+
+
+def covers(one: Rule, other: Rule, kind: str) -> bool:
+    """Whether `one` matches every request of this kind that `other` matches."""
+    return (
+        kind in one.kinds
+        and _who_covers(one.who, other.who)
+        and includes(one.exchange.text, other.exchange.text)
+        and includes(one.topic.text, other.topic.text)
+        and includes(one.server_for(kind).text, other.server_for(kind).text)
+        and includes(one.namespace.text, other.namespace.text)
+        and includes(one.method.text, other.method.text)
+    )
+
+
+def _who_covers(one: Who, other: Who) -> bool:
+    patterns = dict(other)
+    return all(key in patterns and includes(glob.text, patterns[key].text) for key, glob in one)
+
+
+def _shadowed_limits(lines: Sequence[LimitRule]) -> Iterator[Suspicion]:
+    for at, line in enumerate(lines):
+        before = [earlier for earlier in lines[:at] if _who_covers(earlier.who, line.who)]
+        set_before = {name for earlier in before for name, _ in earlier.values}
+        if set_before >= {name for name, _ in line.values}:
+            by = ", ".join(earlier.where for earlier in before)
+            yield Suspicion(line.where, "shadowed", f"never decides: {by} came first")
+
+
+# --- patterns -------------------------------------------------------------------------------
+
+
+def includes(one: str, other: str) -> bool:
+    """Whether the pattern `one` matches every name that `other` matches.
+
+    Exact, but for pairs over STATES_MAX, and for server:@self, which only itself and patterns that
+    match everything include.
+    """
+    if one in ("*", other):
+        return True
+    if SELF in (one, other):
+        return one != SELF and includes(one, "*")
+    return _Inclusion(
+        _parse("" if one == NONE else one), _parse("" if other == NONE else other)
+    ).holds()
+
+
+_Test = Callable[[str], object]
+
+_PIECE: Final = re.compile(r"\[!?+\]?+[^\]]*+\]|.", re.DOTALL)
+
+
+def _parse(pattern: str) -> list[str]:
+    """As pieces: `*`, or what matches one character."""
+    return _PIECE.findall(pattern)
+
+
+class _Inclusion:
+    """Walks through `other` with every character that makes a difference to either pattern, and
+    through `one` beside it, at all places at once."""
+
+    def __init__(self, one: list[str], other: list[str]) -> None:
+        self._one = one
+        self._other = other
+        self._alphabet = _alphabet([*one, *other])
+        pieces = {*one, *other} - {"*"}
+        self._tests = {piece: re.compile(translate(piece)).match for piece in pieces}
+
+    def holds(self) -> bool:
+        todo = deque((place, self._closure({0})) for place in _skip_stars(self._other, 0))
+        seen = set(todo)
+        while todo:
+            place, ours = todo.popleft()
+            if place == len(self._other) and len(self._one) not in ours:
+                return False
+            for pair in self._steps(place, ours):
+                if pair not in seen:
+                    if len(seen) >= STATES_MAX:
+                        return False
+                    seen.add(pair)
+                    todo.append(pair)
+        return True
+
+    def _steps(self, place: int, ours: frozenset[int]) -> Iterator[tuple[int, frozenset[int]]]:
+        if place == len(self._other):
+            return
+        for character in self._alphabet:
+            after = self._step(self._other, place, character)
+            if after is not None:
+                moved = {self._step(self._one, at, character) for at in ours}
+                ours_after = self._closure(at for at in moved if at is not None)
+                for reached in _skip_stars(self._other, after):
+                    yield reached, ours_after
+
+    def _step(self, pieces: list[str], at: int, character: str) -> int | None:
+        """Where this character leads from there; None if nowhere."""
+        if at == len(pieces):
+            return None
+        if pieces[at] == "*":
+            return at
+        return at + 1 if self._tests[pieces[at]](character) else None
+
+    def _closure(self, places: Iterable[int]) -> frozenset[int]:
+        return frozenset(reached for at in places for reached in _skip_stars(self._one, at))
+
+
+def _skip_stars(pieces: list[str], at: int) -> Iterator[int]:
+    """This place, and those after the stars that follow it."""
+    yield at
+    while at < len(pieces) and pieces[at] == "*":
+        at += 1
+        yield at
+
+
+def _alphabet(pieces: list[str]) -> list[str]:
+    """One character of each set that the pieces tell apart: sets are made of ranges, whose ends
+    stand in the pattern."""
+    ends = {character for piece in pieces for character in piece}
+    after = {chr(min(ord(character) + 1, 0x10FFFF)) for character in ends}
+    return sorted(ends | after | {"\0"})
+
+
+# --- the rest -------------------------------------------------------------------------------
+
+
+def _everything(rules: Sequence[Rule]) -> Iterator[Suspicion]:
+    for rule in rules:
+        for word in rule.text.split():
+            key, colon, pattern = word.partition(":")
+            if colon and includes(pattern, "*"):
+                yield Suspicion(rule.where, "everything", _matches_everything(key, rule))
+        # To answer is no more than to be asked, and a report goes no further than this host.
+        opened = sorted(rule.kinds - {"reply", "report"})
+        is_open = includes(rule.topic.text, "*") and includes(rule.exchange.text, "*")
+        if opened and is_open and rule.effect is not Effect.DENY:
+            verb = "allows" if rule.effect is Effect.ALLOW else "conducts"
+            who = "" if rule.who else " for every VM"
+            text = f"{verb} {', '.join(opened)} on every topic{who}"
+            yield Suspicion(rule.where, "everything", text)
+
+
+def _matches_everything(key: str, rule: Rule) -> str:
+    if key == "server" and "listen" in rule.kinds:
+        return "server:* lets a VM listen under any name, other VMs' UUIDs among them"
+    if key in ("server", "namespace", "method"):
+        return f"{key}:* matches any, and none: leave it out"
+    return f"{key}:* matches every VM whose {key} is known: if all are meant, write any"
+
+
+_ID: Final = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ID_PATTERN: Final = re.compile(r"[-0-9a-f*?!\[\]]*")
+
+
+def _odd_ids(rules: Iterable[Rule | LimitRule]) -> Iterator[Suspicion]:
+    """Ids that nova does not write: such a rule matches no VM."""
+    seen: set[tuple[str, str]] = set()
+    for rule in rules:
+        for key, glob in rule.who:
+            if key not in ("project", "user", "image") or (rule.where, key) in seen:
+                continue
+            seen.add((rule.where, key))
+            is_odd = not (_ID.fullmatch(glob.text) or _is_id_pattern(glob.text))
+            if is_odd:
+                text = f"{key}:{glob.text} is no id as nova writes it: hexadecimal, lower case"
+                yield Suspicion(rule.where, "id", text)
+            elif key == "project" and "-" in glob.text and "[" not in glob.text:
+                text = f"{key}:{glob.text}: keystone's project ids have no dashes"
+                yield Suspicion(rule.where, "id", text)
+
+
+def _is_id_pattern(text: str) -> bool:
+    return any(c in text for c in "*?[") and _ID_PATTERN.fullmatch(text) is not None
+
+
+def _missing(rules: Sequence[Rule]) -> Iterator[Suspicion]:
+    allowed = {kind for rule in rules if rule.effect is Effect.ALLOW for kind in rule.kinds}
+    if "listen" not in allowed:
+        yield Suspicion("", "missing", "no rule allows listen: no agent can serve a topic")
+    elif "reply" not in allowed:
+        text = "listen is allowed and reply is not: every call to an agent fails; casts arrive"
+        yield Suspicion("", "missing", text)

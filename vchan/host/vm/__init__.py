@@ -1,0 +1,15 @@
+"""One VM on this host: its channel, and its requests in both directions.
+
+vm               the VM as the daemon holds it: what fails in it stays in it
+channel          the host's end of the virtio channel: connects, reconnects, goes into quarantine
+static_channels  stands for it where the configuration names a socket instead of a VM
+downward         requests into the guest
+served_topics    which topics the guest's agents serve, and may; how many, and how often they change
+upward           requests out of the guest: judged, published, tried again, answered
+mailbox          what came in the VM's own queue, read in slices
+handover         what earlier hosts of the VM have published
+gate             what the VM may do
+throttle         what its stream may cost, and when that puts it into quarantine
+reports          what the guest has told of itself
+clock            the guest's clock, set after the guest stood still
+"""

@@ -1,0 +1,7 @@
+"""What moves bytes: the event loop, the streams, and the link that binds a session to a stream.
+
+`loop` waits for `streams` and `pipes`; `green_loop` does so where eventlet has replaced threads.
+`link` runs one session on one stream. `local_socket` is a daemon's unix socket: each peer that
+`access` admits has a session. `service_manager` tells systemd how the process is. No module of this
+room knows what a request is.
+"""

@@ -1,0 +1,143 @@
+"""A daemon's local unix socket: every connection is a peer with a session of its own."""
+
+import os
+from collections.abc import Callable
+from itertools import count
+from typing import Final, Protocol
+
+from vchan.io.access import Access, Credentials, credentials_of
+from vchan.io.link import Link
+from vchan.io.loop import Loop
+from vchan.io.streams import SocketStream, listen_unix
+from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
+
+ACCEPT_RETRY_S: Final = 1.0
+"""When the process has no descriptor left, peers are accepted again after this."""
+PEERS_MAX: Final = 128
+"""Connections to one local socket at a time. At it: the next one is closed at once, and logged."""
+
+
+class Peers(Protocol):
+    """What a server tells its daemon."""
+
+    def peer_opened(self, key: int, link: Link, who: Credentials) -> None:
+        """A peer's session began: it has no memory of an earlier one."""
+
+    def peer_message(self, key: int, data: bytes) -> None:
+        """A message of a peer whose session is open."""
+
+    def peer_closed(self, key: int) -> None:
+        """Only for peers that were opened."""
+
+
+class LocalServer:
+    """Accepts local peers and keeps their links.
+
+    Args:
+        path: The socket's.
+        mode: Its permissions.
+        instance: The daemon's.
+        name: The daemon's, told to peers.
+        log: Told what an operator may want to know.
+        access: Who may connect; None: whoever may open the socket.
+
+    Raises:
+        LinkError: The socket cannot be made; see `streams.listen_unix`.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: str,
+        mode: int,
+        instance: bytes,
+        name: str,
+        peers: Peers,
+        log: Callable[[str], None],
+        access: Access | None = None,
+    ) -> None:
+        self.path = path
+        self._loop = loop
+        self._config = Config(Role.HOST, instance, name)
+        self._peers = peers
+        self._log = log
+        self._access = access
+        self._links: dict[int, Link] = {}
+        self._opened: set[int] = set()
+        self._keys = count(1)
+        self._server = listen_unix(path, mode)
+        loop.add_reader(self._server.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connected, _ = self._server.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptors left: those who wait must wait on
+            self._log(f"{self.path}: cannot accept a connection: {error.strerror}")
+            self._loop.remove_reader(self._server.fileno())
+            self._loop.call_later(ACCEPT_RETRY_S, self._accept_again)
+            return
+        if len(self._links) >= PEERS_MAX:
+            self._log(f"{self.path}: refused a connection: {PEERS_MAX} are open (PEERS_MAX)")
+            connected.close()
+            return
+        who = credentials_of(connected)
+        if self._access is not None and not self._access.allows(who):
+            self._log(f"{self.path}: refused pid {who.pid}: uid {who.uid} may not connect here")
+            connected.close()
+            return
+        key = next(self._keys)
+        self._links[key] = Link(
+            self._loop,
+            Session(self._config, os.urandom),
+            SocketStream(connected, self.path),
+            lambda event: self._handle(key, event, who),
+            lambda _: self._forget(key),
+        )
+
+    def _accept_again(self) -> None:
+        if self._server.fileno() >= 0:
+            self._loop.add_reader(self._server.fileno(), self._accept)
+
+    def _handle(self, key: int, event: Event, who: Credentials) -> None:
+        match event:
+            case Received():
+                self._peers.peer_message(key, event.message)
+            case Opened(_, resumed):
+                if key in self._opened:
+                    if resumed:  # it greeted again because we were slow to answer: no news
+                        return
+                    self._peers.peer_closed(key)  # it began anew on the same connection
+                self._opened.add(key)
+                self._peers.peer_opened(key, self._links[key], who)
+            case Refused(reason):
+                self._log(f"{self.path}: pid {who.pid} (uid {who.uid}): {reason}")
+            case _:
+                pass
+
+    def drop(self, key: int, reason: str) -> None:
+        """Close a peer's connection, and say why in the log."""
+        link = self._links.get(key)
+        if link is not None:
+            self._log(f"{self.path}: dropped a connection: {reason}")
+            link.close()
+            self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        self._links.pop(key, None)
+        if key in self._opened:
+            self._opened.discard(key)
+            self._peers.peer_closed(key)
+
+    def close(self) -> None:
+        """Close every connection and remove the socket."""
+        self._loop.remove_reader(self._server.fileno())
+        self._server.close()
+        for key in list(self._links):
+            self._links[key].close()
+            self._forget(key)
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass

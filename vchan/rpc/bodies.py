@@ -1,0 +1,171 @@
+"""The JSON inside requests and replies, for those who run methods and those who call them.
+
+The daemons do not look inside. The shapes are oslo.messaging's own, less its envelope:
+
+    request   {"method": "echo", "args": {"x": 1}, "namespace": null, "version": "1.0",
+               "context": {...}}
+    result    any JSON
+    failure   {"class": "ValueError", "module": "builtins", "message": "...", "tb": [...],
+               "args": [...], "kwargs": {...}}
+
+Pure: no I/O, no clock.
+"""
+
+import json
+import json.encoder
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vchan.errors import BadBody
+
+REDELIVERED_KEY = "vchan_redelivered"
+"""In the context of a request that may run for a second time: true."""
+FAILURE_TEXT_MAX = 8192
+"""Characters of a failure's message, and of its traceback."""
+
+
+class Invocation(NamedTuple):
+    """What a request asks for."""
+
+    method: str
+    args: Mapping[str, Any]
+    namespace: str | None
+    version: str | None
+    context: Mapping[str, Any]
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_raw_decode = json.JSONDecoder().raw_decode
+_new_tuple = tuple.__new__
+"""Makes a NamedTuple in half the time that its own constructor takes."""
+
+
+def _make_chunks() -> Callable[[Any, int], Iterable[str]]:
+    """What JSONEncoder makes anew for every value, which takes it twice the time of the encoding:
+    that in C where there is one."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return lambda value, _: _encoder.iterencode(value)
+    text = json.encoder.encode_basestring
+    no_markers, no_indent, no_sorting, no_skipping, allow_nan = None, None, False, False, True
+    chunks: Callable[[Any, int], Iterable[str]] = make(
+        no_markers, _encoder.default, text, no_indent, ":", ",", no_sorting, no_skipping, allow_nan
+    )
+    return chunks
+
+
+_chunks = _make_chunks()
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON.
+
+    Raises:
+        TypeError: `value` holds something JSON cannot say.
+        ValueError: `value` refers to itself, or is nested too deep.
+    """
+    try:
+        text = "".join(_chunks(value, 0))
+    except RecursionError as error:
+        raise ValueError("refers to itself, or is nested too deep") from error
+    return text.encode("utf-8", "surrogatepass")
+
+
+def decode_json(data: bytes) -> Any:
+    """What JSON in any of its encodings says.
+
+    Raises:
+        ValueError: It is not JSON.
+        RecursionError: It is nested too deep.
+    """
+    try:
+        text = data.decode()
+        value, end = _raw_decode(text)
+        if end == len(text):
+            return value
+    except ValueError:
+        pass
+    return json.loads(data)  # three times as slow; takes white space and other encodings too
+
+
+def encode_invocation(
+    method: str,
+    args: Mapping[str, Any],
+    *,
+    namespace: str | None = None,
+    version: str | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The body of a request."""
+    return encode_json(
+        {
+            "method": method,
+            "args": args,
+            "namespace": namespace,
+            "version": version,
+            "context": context or {},
+        }
+    )
+
+
+def decode_invocation(body: bytes) -> Invocation:
+    """What a request's body asks for.
+
+    Raises:
+        BadBody: It is no request's body.
+    """
+    try:
+        value = decode_json(body)
+    except (ValueError, RecursionError) as error:
+        raise BadBody(f"the request's body is not JSON: {error}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("method"), str):
+        raise BadBody('the request\'s body has no "method"')
+    args, context = value.get("args") or {}, value.get("context") or {}
+    if not isinstance(args, dict) or not isinstance(context, dict):
+        raise BadBody('the request\'s "args" and "context" must be objects')
+    fields = (value["method"], args, value.get("namespace"), value.get("version"), context)
+    return _new_tuple(Invocation, fields)
+
+
+def mark_redelivered(body: bytes) -> bytes:
+    """A request's body, with a word to its method: it may have run before. What is no request's
+    body stays as it is: no method will see it."""
+    try:
+        asked = decode_invocation(body)
+    except BadBody:
+        return body
+    context = {**asked.context, REDELIVERED_KEY: True}
+    return encode_json({**asked._asdict(), "context": context})
+
+
+def encode_failure(
+    class_name: str,
+    message: str,
+    *,
+    module: str = "vchan.errors",
+    args: list[Any] | None = None,
+    traceback: list[str] | None = None,
+) -> bytes:
+    """The body of a failed reply, as oslo.messaging serialises exceptions."""
+    message = message[:FAILURE_TEXT_MAX]
+    return encode_json(
+        {
+            "class": class_name,
+            "module": module,
+            "message": message,
+            "tb": traceback or [],
+            "args": [message] if args is None else args,
+            "kwargs": {},
+        }
+    )
+
+
+def decode_failure(body: bytes) -> tuple[str, str]:
+    """(class name, message) of a failed reply; placeholders where it says neither."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return "UnknownError", body[:200].decode("utf-8", "replace")
+    if not isinstance(value, dict):
+        return "UnknownError", str(value)[:200]
+    return str(value.get("class") or "UnknownError"), str(value.get("message") or "")

@@ -1,0 +1,390 @@
+"""Messages: what a session carries.
+
+Rules of this file
+1. No I/O, no clock. Layouts come from `vchan.wire.layout`.
+2. Bytes from a peer never raise: `decode` gives a `BadMessage` that says what is wrong, or that the
+   kind is `Unknown`: those must be passed over, so that later versions may have new ones.
+3. Bodies are JSON and stay opaque here: both daemons route by the head alone.
+
+    requester  -- Request -->  responder      please run this
+    requester  <-- Receipt --  responder      I have taken responsibility (casts)
+    requester  <-- Reply ----  responder      the result, the failure, or a heartbeat (calls)
+    requester  <-- Returned -  responder      it has not run, and why
+    requester  -- Cancel --->  responder      nobody waits any more
+    requester  -- Settled -->  responder      these ids will never come again: forget them
+    agent      -- Subscribe ->  daemon        all the topics I serve, and no others
+    agent      -- Holding -->  daemon         ids I have taken and still remember, and its charges
+    daemon     -- Holding -->  agent          its charges
+"""
+
+from collections.abc import Iterable
+from struct import Struct
+from typing import Final, NamedTuple
+from zlib import crc32
+
+from vchan.session import STREAMS
+from vchan.wire import layout
+
+ID_BYTES: Final = 16
+"""An id: oslo.messaging's `_unique_id`, a UUID."""
+DEFAULT_EXCHANGE: Final = "openstack"
+"""oslo.messaging's default control_exchange."""
+NAME_BYTES_MAX: Final = 255
+"""An exchange, topic or server name: AMQP's own limit."""
+TEXT_BYTES_MAX: Final = 1024
+"""The text of a Returned. At it: the rest is cut."""
+TOPICS_MAX: Final = 64
+"""Topics one peer may serve. At it: the peer is disconnected, with the reason in the log."""
+IDS_MAX: Final = 1000
+"""Ids in one Settled or Holding: so many fit one frame."""
+
+_KINDS: Final = frozenset(
+    {
+        *(layout.MESSAGE_REQUEST, layout.MESSAGE_RECEIPT, layout.MESSAGE_REPLY),
+        *(layout.MESSAGE_RETURNED, layout.MESSAGE_CANCEL, layout.MESSAGE_SETTLED),
+        *(layout.MESSAGE_SUBSCRIBE, layout.MESSAGE_HOLDING),
+    }
+)
+_REQUEST: Final = Struct(layout.REQUEST)
+_REQUEST_BYTES: Final = _REQUEST.size
+_RECEIPT: Final = Struct(layout.RECEIPT)
+_REPLY: Final = Struct(layout.REPLY)
+_RETURNED: Final = Struct(layout.RETURNED)
+_ID_LIST: Final = Struct(layout.ID_LIST)
+_SUBSCRIPTION: Final = Struct(layout.SUBSCRIPTION)
+_CHARGE: Final = Struct(">BLQ")
+_SUBSCRIBE: Final = bytes([layout.MESSAGE_SUBSCRIBE])
+_REQUEST_KIND: Final = bytes([layout.MESSAGE_REQUEST])
+SUBSCRIBE_BYTES_MAX: Final = _ID_LIST.size + TOPICS_MAX * (_SUBSCRIPTION.size + 2 * NAME_BYTES_MAX)
+"""The largest Subscribe: TOPICS_MAX topics with the longest names."""
+
+CALL: Final = layout.REQUEST_FLAG_CALL
+FANOUT: Final = layout.REQUEST_FLAG_FANOUT
+NOTIFICATION: Final = layout.REQUEST_FLAG_NOTIFICATION
+REDELIVERED: Final = layout.REQUEST_FLAG_REDELIVERED
+"""This request may have been handed out before."""
+OUT_OF_TURN: Final = layout.REQUEST_FLAG_OUT_OF_TURN
+"""It does not come as its queue handed it out: neither its place among the others nor the time it
+has left says when it was made."""
+LOCAL: Final = layout.REQUEST_FLAG_LOCAL
+"""It comes from a program on the host: not out of the broker's queue."""
+FINAL: Final = layout.REPLY_FLAG_FINAL
+FAILURE: Final = layout.REPLY_FLAG_FAILURE
+
+NO_AGENT: Final = layout.REASON_NO_AGENT
+AGENT_GONE: Final = layout.REASON_AGENT_GONE
+BUSY: Final = layout.REASON_BUSY
+REFUSED: Final = layout.REASON_REFUSED
+EXPIRED: Final = layout.REASON_EXPIRED
+NO_DOMAIN: Final = layout.REASON_NO_DOMAIN
+RELEASED: Final = layout.REASON_RELEASED
+
+
+_new_tuple = tuple.__new__
+"""Makes a NamedTuple in half the time that its own constructor takes."""
+
+
+class Topic(NamedTuple):
+    """What an agent serves."""
+
+    exchange: str
+    name: str
+
+
+GUEST_TOPIC: Final = Topic(DEFAULT_EXCHANGE, "vchan.guest")
+"""What a guest's daemon serves itself, as it is announced. It serves the name in any exchange."""
+
+
+class Request(NamedTuple):
+    """A call, cast, fanout or notification. Times are in milliseconds from now; 0: none."""
+
+    id: bytes
+    flags: int
+    timeout_ms: int
+    monitor_ms: int
+    exchange: str
+    topic: str
+    server: str
+    body: bytes
+
+    @property
+    def is_call(self) -> bool:
+        """The requester waits for a Reply."""
+        return self.flags & CALL != 0
+
+    @property
+    def target(self) -> Topic:
+        """Whom it is for."""
+        return _new_tuple(Topic, (self.exchange, self.topic))
+
+
+class Receipt(NamedTuple):
+    """A cast's responder has taken responsibility for it."""
+
+    id: bytes
+
+
+class Reply(NamedTuple):
+    """A call's result or failure, or (not FINAL) a heartbeat."""
+
+    id: bytes
+    flags: int
+    body: bytes
+
+
+class Returned(NamedTuple):
+    """The request has not run (AGENT_GONE: may have)."""
+
+    id: bytes
+    reason: int
+    text: str
+
+
+class Cancel(NamedTuple):
+    """Nobody waits for this request any more."""
+
+    id: bytes
+
+
+class Settled(NamedTuple):
+    """These requests will never be sent again."""
+
+    ids: tuple[bytes, ...]
+
+
+class Subscribe(NamedTuple):
+    """The whole set of topics the sender serves."""
+
+    topics: tuple[Topic, ...]
+
+
+class Holding(NamedTuple):
+    """Requests the sender has taken before, on an earlier connection; and `charge`s."""
+
+    ids: tuple[bytes, ...]
+
+
+class BadMessage(NamedTuple):
+    """Bytes that are no message, and why."""
+
+    reason: str
+
+
+class Unknown(NamedTuple):
+    """A message of a kind that is not known here: a newer peer's. No fault of its sender's."""
+
+    kind: int
+    size: int
+
+
+Message = Request | Receipt | Reply | Returned | Cancel | Settled | Subscribe | Holding
+
+
+Queue = tuple[str, int]
+"""A topic's name, and FANOUT, LOCAL, both or neither."""
+QUEUE_KINDS: Final = (0, FANOUT, LOCAL, FANOUT | LOCAL)
+
+
+def milliseconds(seconds: float) -> int:
+    """A time as a request has it: at least 1, for 0 says that there is none."""
+    return max(1, int(seconds * 1000))
+
+
+def deadline_of(request: Request, now_s: float) -> float | None:
+    """When the time of a request that came now is over; None: it has none."""
+    return now_s + request.timeout_ms / 1000 if request.timeout_ms else None
+
+
+def with_time_left(request: Request, deadline_s: float | None, now_s: float) -> Request:
+    """A request, with the time that it has left until its deadline."""
+    if deadline_s is None:
+        return request
+    return request._replace(timeout_ms=milliseconds(deadline_s - now_s))
+
+
+def encode_request(request: Request) -> bytes:
+    """Encode; names are at most NAME_BYTES_MAX bytes of UTF-8, times under 2**32 ms."""
+    exchange = request.exchange.encode()
+    topic = request.topic.encode()
+    server = request.server.encode()
+    head = _REQUEST.pack(
+        layout.MESSAGE_REQUEST,
+        request.flags,
+        request.id,
+        request.timeout_ms,
+        request.monitor_ms,
+        len(exchange),
+        len(topic),
+        len(server),
+    )
+    return b"".join((head, exchange, topic, server, request.body))
+
+
+def encode_reply(request_id: bytes, flags: int, body: bytes) -> bytes:
+    """Encode a Reply."""
+    return _REPLY.pack(layout.MESSAGE_REPLY, flags, request_id) + body
+
+
+def encode_receipt(request_id: bytes) -> bytes:
+    """Encode a Receipt."""
+    return _RECEIPT.pack(layout.MESSAGE_RECEIPT, request_id)
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message."""
+    match message:
+        case Request():
+            return encode_request(message)
+        case Reply():
+            return encode_reply(*message)
+        case Receipt():
+            return encode_receipt(message.id)
+        case Returned():
+            text = message.text.encode()[:TEXT_BYTES_MAX].decode("utf-8", "ignore").encode()
+            return _RETURNED.pack(layout.MESSAGE_RETURNED, message.reason, message.id) + text
+        case Cancel():
+            return _RECEIPT.pack(layout.MESSAGE_CANCEL, message.id)
+        case Settled():
+            return _encode_ids(layout.MESSAGE_SETTLED, message.ids)
+        case Holding():
+            return _encode_ids(layout.MESSAGE_HOLDING, message.ids)
+        case _:
+            return _encode_subscribe(message.topics)
+
+
+def _encode_ids(kind: int, ids: tuple[bytes, ...]) -> bytes:
+    assert len(ids) <= IDS_MAX
+    listed = b"".join(ids)
+    assert len(listed) == len(ids) * ID_BYTES, "the peer counts by that"
+    return _ID_LIST.pack(kind, len(ids)) + listed
+
+
+def _encode_subscribe(topics: tuple[Topic, ...]) -> bytes:
+    parts = [_ID_LIST.pack(layout.MESSAGE_SUBSCRIBE, len(topics))]
+    for topic in topics:
+        exchange, name = topic.exchange.encode(), topic.name.encode()
+        parts += (_SUBSCRIPTION.pack(len(exchange), len(name)), exchange, name)
+    return b"".join(parts)
+
+
+def decode(data: bytes) -> Message | BadMessage | Unknown:
+    """The message in `data`, which has one byte at least."""
+    kind = data[0] if data else 0
+    try:
+        if kind == layout.MESSAGE_REQUEST:
+            return _decode_request(data)
+        if kind == layout.MESSAGE_REPLY and len(data) >= _REPLY.size:
+            return _new_tuple(Reply, (data[2:18], data[1], data[18:]))
+        if kind == layout.MESSAGE_RECEIPT and len(data) == _RECEIPT.size:
+            return Receipt(data[1:])
+        if kind == layout.MESSAGE_RETURNED and len(data) >= _RETURNED.size:
+            text = data[18 : 18 + TEXT_BYTES_MAX].decode("utf-8", "replace")
+            return Returned(data[2:18], data[1], text)
+        if kind == layout.MESSAGE_CANCEL and len(data) == _RECEIPT.size:
+            return Cancel(data[1:])
+        if kind == layout.MESSAGE_SETTLED:
+            ids = _decode_ids(data)
+            return Settled(ids) if ids is not None else BadMessage("Settled: wrong length")
+        if kind == layout.MESSAGE_HOLDING:
+            ids = _decode_ids(data)
+            return Holding(ids) if ids is not None else BadMessage("Holding: wrong length")
+        if kind == layout.MESSAGE_SUBSCRIBE:
+            return _decode_subscribe(data)
+    except UnicodeDecodeError:
+        return BadMessage(f"kind {kind}: a name is not UTF-8")
+    if kind not in _KINDS:
+        return Unknown(kind, len(data))
+    return BadMessage(f"kind {kind}, {len(data)} bytes: no such message")
+
+
+def _decode_request(data: bytes) -> Request | BadMessage:
+    if len(data) < _REQUEST.size:
+        return BadMessage("Request: too short")
+    _, flags, request_id, timeout_ms, monitor_ms, a, b, c = _REQUEST.unpack_from(data)
+    a += _REQUEST_BYTES
+    b += a
+    c += b
+    if len(data) < c:
+        return BadMessage("Request: shorter than its names")
+    exchange, topic, server = data[_REQUEST_BYTES:a], data[a:b], data[b:c]
+    names = (exchange.decode(), topic.decode(), server.decode())
+    return _new_tuple(Request, (request_id, flags, timeout_ms, monitor_ms, *names, data[c:]))
+
+
+def _decode_ids(data: bytes) -> tuple[bytes, ...] | None:
+    if len(data) < _ID_LIST.size:
+        return None
+    _, count = _ID_LIST.unpack_from(data)
+    start = _ID_LIST.size
+    if count > IDS_MAX or len(data) != start + count * ID_BYTES:
+        return None
+    return tuple([data[at : at + ID_BYTES] for at in range(start, len(data), ID_BYTES)])
+
+
+def is_request(data: bytes) -> bool:
+    """Whether it may be a Request, without a look into it."""
+    return data[:1] == _REQUEST_KIND
+
+
+def is_subscribe(data: bytes) -> bool:
+    """Whether it may be a Subscribe, without a look into it."""
+    return data[:1] == _SUBSCRIBE and len(data) <= SUBSCRIBE_BYTES_MAX
+
+
+def _decode_subscribe(data: bytes) -> Subscribe | BadMessage:
+    if len(data) < _ID_LIST.size:
+        return BadMessage("Subscribe: too short")
+    _, count = _ID_LIST.unpack_from(data)
+    if count > TOPICS_MAX:
+        return BadMessage(f"Subscribe: {count} topics, TOPICS_MAX is {TOPICS_MAX}")
+    topics = []
+    at = _ID_LIST.size
+    for _ in range(count):
+        if len(data) < at + _SUBSCRIPTION.size:
+            return BadMessage("Subscribe: shorter than its topics")
+        exchange_length, name_length = _SUBSCRIPTION.unpack_from(data, at)
+        at += _SUBSCRIPTION.size
+        stop = at + exchange_length + name_length
+        if len(data) < stop or not name_length:
+            return BadMessage("Subscribe: shorter than its topics, or one without a name")
+        middle = at + exchange_length
+        topics.append(Topic(data[at:middle].decode(), data[middle:stop].decode()))
+        at = stop
+    if at != len(data):
+        return BadMessage("Subscribe: longer than its topics")
+    return Subscribe(tuple(topics))
+
+
+def request_stream(topic: str) -> int:
+    """The stream for requests to `topic`: what goes to one target stays in order."""
+    return 1 + crc32(topic.encode()) % (STREAMS - 1)
+
+
+def reply_stream(request_id: bytes) -> int:
+    """The stream for what answers a call: a large answer delays no other."""
+    return 1 + request_id[0] % (STREAMS - 1)
+
+
+def queue_of(request: Request) -> Queue:
+    """Where it has its place in an order: exchanges share the queues of a topic."""
+    return request.topic, request.flags & (FANOUT | LOCAL)
+
+
+def charge(queue: Queue) -> bytes:
+    """Stands among ids for all requests of a queue: what has been handed out of it and is not
+    settled is held by one agent, or by nobody at all. A daemon says so to its agent, and the agent
+    to the next daemon."""
+    topic, kind = queue
+    name = topic.encode()
+    return b"all" + _CHARGE.pack(kind, crc32(name), len(name))
+
+
+def is_charge(request_id: bytes) -> bool:
+    """Whether it is a charge: a random id is none."""
+    return request_id[:3] == b"all" and request_id[8:15] == bytes(7)
+
+
+def id_chunks(ids: Iterable[bytes]) -> list[tuple[bytes, ...]]:
+    """Ids in lots that fit one message."""
+    everything = tuple(ids)
+    return [everything[at : at + IDS_MAX] for at in range(0, len(everything), IDS_MAX)]

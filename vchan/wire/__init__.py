@@ -1,0 +1,6 @@
+"""The wire: what crosses a channel, byte for byte. Pure.
+
+`layout` is generated from `vchan.protocol`. `frames` turns payloads into numbered, checked frames,
+and finds frames again in whatever bytes arrive. What a kind of frame means, the tables in
+`vchan.session.session` say. `reserved_ports` are names of ports that others talk on.
+"""

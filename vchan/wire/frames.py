@@ -1,0 +1,306 @@
+"""Frames: what crosses a channel, checked and numbered; and greetings, the frames of the handshake.
+
+Rules of this file
+1. No I/O, no clock, no randomness, no logging.
+2. Bytes from a peer never raise here. What is no frame is skipped and counted.
+3. Every layout comes from `vchan.wire.layout`, which is generated from `vchan.protocol`.
+
+A frame is a header with its own CRC (so a damaged length never makes the decoder wait for
+bytes that do not come), a payload, and the payload's CRC. Both CRCs are seeded with the key of
+the session, so bytes that were chosen before the session began cannot become a frame in it.
+Greetings alone are unseeded.
+"""
+
+from struct import Struct
+from typing import Final, NamedTuple
+from zlib import crc32
+
+from vchan.wire import layout
+
+_HEADER: Final = Struct(layout.FRAME_HEADER)
+_CRC: Final = Struct(layout.CRC)
+_GREETING: Final = Struct(layout.GREETING)
+
+HEADER_BYTES: Final = _HEADER.size + _CRC.size
+"""A frame's fixed part, with its own CRC."""
+OVERHEAD_BYTES: Final = HEADER_BYTES + _CRC.size
+"""What a frame costs beyond its payload."""
+FRAME_BYTES_MAX: Final = 16 * 1024
+"""Half of a virtio-console write (32 KiB), so that writes are whole frames, and a large message
+never delays a small one by more than this. At it: messages are cut into frames."""
+FRAME_BYTES_MIN: Final = 2 * 1024
+"""A peer must take at least this: a greeting and a fragment worth its header."""
+PAYLOAD_BYTES_MAX: Final = FRAME_BYTES_MAX - OVERHEAD_BYTES
+"""What one frame carries of a message."""
+
+GREETING_BYTES_MAX: Final = 1024
+"""The payload of a greeting. What passes for one inside a torn payload can swallow no more than
+this of what follows."""
+
+FLUSH: Final = bytes(FRAME_BYTES_MAX)
+"""Sent first on every stream that is opened: it completes whatever frame the stream's former
+user left torn into one whose CRC fails. It holds no MAGIC."""
+
+ZERO_ID: Final = bytes(16)
+
+_MAGIC: Final = layout.MAGIC
+_LAYOUT: Final = layout.LAYOUT
+_CRC_BYTES: Final = _CRC.size
+_BODY_BYTES: Final = _HEADER.size
+_GREETING_KINDS: Final = frozenset({layout.KIND_HELLO, layout.KIND_WELCOME, layout.KIND_REFUSE})
+
+_pack_header = _HEADER.pack
+_unpack_header = Struct(layout.FRAME_HEADER + layout.CRC.lstrip(">")).unpack_from
+_pack_crc = _CRC.pack
+_unpack_crc = _CRC.unpack_from
+_new_tuple = tuple.__new__
+"""Makes a NamedTuple in half the time that its own constructor takes."""
+
+
+class Key(NamedTuple):
+    """Seeds of the two CRCs of one direction of one session."""
+
+    header_seed: int
+    payload_seed: int
+
+
+NO_KEY: Final = Key(0, 0)
+"""What greetings are sealed with."""
+
+
+def session_keys(host_nonce: bytes, guest_nonce: bytes) -> tuple[Key, Key]:
+    """The keys (host to guest, guest to host) of a session.
+
+    Not cryptography: both daemons are trusted with it, and nobody else sees it. It keeps bytes
+    that somebody placed in a payload from passing as frames, and each end contributes 128 bits, so
+    that a guest cloned with its random numbers still gets keys of its own.
+
+    Args:
+        host_nonce: 16 bytes, fresh.
+        guest_nonce: 16 bytes, fresh.
+    """
+    mixed = int.from_bytes(host_nonce, "big") ^ int.from_bytes(guest_nonce, "big")
+    words = [(mixed >> shift) & 0xFFFFFFFF for shift in (96, 64, 32, 0)]
+    return Key(words[0], words[1]), Key(words[2], words[3])
+
+
+class Frame(NamedTuple):
+    """One frame, as it came out of the decoder."""
+
+    kind: int
+    flags: int
+    stream: int
+    total: int
+    seq: int
+    ack: int
+    credit: int
+    payload: bytes
+    candidate: bool
+    """True when sealed with the decoder's candidate key."""
+
+
+def encode_frame(
+    key: Key,
+    kind: int,
+    flags: int,
+    stream: int,
+    total: int,
+    seq: int,
+    ack: int,
+    credit: int,
+    payload: bytes,
+) -> bytes:
+    """One frame, sealed with `key`. The payload is at most PAYLOAD_BYTES_MAX bytes."""
+    header = _pack_header(
+        _MAGIC, _LAYOUT, kind, flags, stream, len(payload), total, seq, ack, credit
+    )
+    header_crc = crc32(header, key[0])
+    payload_crc = crc32(payload, header_crc ^ key[1])
+    return b"".join((header, _pack_crc(header_crc), payload, _pack_crc(payload_crc)))
+
+
+class Decoder:
+    """Turns a byte stream, in any chunks and with any damage, into frames.
+
+    Holds at most one frame's worth of bytes. Skips to the next frame that checks out and counts
+    what it skipped.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_held",
+        "_need",
+        "bad_payloads",
+        "bytes_skipped",
+        "candidate",
+        "key",
+        "stopped",
+    )
+
+    def __init__(self) -> None:
+        self.key: Key | None = None
+        self.candidate: Key | None = None
+        self.stopped = False  # behind a frame that may change the keys: there may be more
+        self.bytes_skipped = 0
+        self.bad_payloads = 0
+        self._chunks: list[bytes] = []
+        self._held = 0
+        self._need = HEADER_BYTES
+
+    def reset(self) -> None:
+        """Forget keys and any partial frame: the stream is a new one."""
+        self.key = None
+        self.candidate = None
+        self.stopped = False
+        self._chunks.clear()
+        self._held = 0
+        self._need = HEADER_BYTES
+
+    @property
+    def wanted_bytes(self) -> int:
+        """So many complete the header or the frame that has begun: nothing is done before."""
+        return self._need - self._held
+
+    def receive_data(self, data: bytes) -> list[Frame]:
+        """Take the next bytes of the stream; return the frames they complete.
+
+        Stops behind a frame that may change the keys (a greeting, or one sealed with the
+        candidate): while `stopped`, call again with no data.
+        """
+        self.stopped = False
+        if self._chunks or len(data) < self._need:
+            if data:
+                self._chunks.append(data)
+                self._held += len(data)
+            if self._held < self._need:
+                return []
+            data = b"".join(self._chunks)
+            self._chunks.clear()
+            self._held = 0
+        return self._scan(data)
+
+    def _scan(self, data: bytes) -> list[Frame]:
+        frames: list[Frame] = []
+        position = 0
+        end = len(data)
+        while True:
+            if end - position < HEADER_BYTES:
+                self._need = HEADER_BYTES
+                break
+            (magic, version, kind, flags, stream, length, total, seq, ack, credit, header_crc) = (
+                _unpack_header(data, position)
+            )
+            if magic != _MAGIC:
+                position = self._skip(data, position)
+                continue
+            header = data[position : position + _BODY_BYTES]
+            key = None if kind in _GREETING_KINDS else self.key
+            is_usual = key is not None and crc32(header, key[0]) == header_crc
+            if not is_usual:
+                key = self._other_key(header, header_crc, kind)
+            if (
+                key is None
+                or version != _LAYOUT
+                or length > (GREETING_BYTES_MAX if key is NO_KEY else PAYLOAD_BYTES_MAX)
+            ):
+                position = self._skip(data, position)
+                continue
+            start = position + HEADER_BYTES
+            stop = start + length
+            if end < stop + _CRC_BYTES:
+                self._need = stop + _CRC_BYTES - position
+                break
+            payload = data[start:stop]
+            if crc32(payload, header_crc ^ key[1]) != _unpack_crc(data, stop)[0]:
+                self.bad_payloads += 1
+                position = self._skip(data, position)
+                continue
+            is_candidate = not is_usual and key is not NO_KEY
+            fields = (kind, flags, stream, total, seq, ack, credit, payload, is_candidate)
+            frames.append(_new_tuple(Frame, fields))
+            position = stop + _CRC_BYTES
+            if not is_usual:
+                self.stopped = True
+                self._need = HEADER_BYTES
+                break
+        if position < end:
+            self._chunks.append(data[position:])
+            self._held = end - position
+            assert self.stopped or self._held < self._need, "only what is incomplete is held"
+        return frames
+
+    def _other_key(self, header: bytes, crc: int, kind: int) -> Key | None:
+        """The key, not the one in force, that a header was sealed with: a greeting's, or the
+        candidate."""
+        key = NO_KEY if kind in _GREETING_KINDS else self.candidate
+        return key if key is not None and crc32(header, key[0]) == crc else None
+
+    def _skip(self, data: bytes, position: int) -> int:
+        """The place of the next MAGIC after `position`, or of what may be its beginning."""
+        found = data.find(_MAGIC, position + 1)
+        if found < 0:
+            found = len(data)
+            for size in range(len(_MAGIC) - 1, 0, -1):
+                if data.endswith(_MAGIC[:size]):
+                    found -= size
+                    break
+        assert found > position, "the same bytes would be looked at for ever"
+        self.bytes_skipped += found - position
+        return found
+
+
+class Greeting(NamedTuple):
+    """What HELLO and WELCOME say. See `docs/protocol.md`."""
+
+    version_min: int
+    version_max: int
+    role: int
+    instance: bytes
+    nonce: bytes
+    echo: bytes
+    session: bytes
+    recv_next: int
+    send_base: int
+    send_next: int
+    credit: int
+    frame_bytes_max: int
+    message_bytes_max: int
+    reassembly_bytes_max: int
+    name: str
+    attached: str
+
+    def encode(self) -> bytes:
+        """The payload of a HELLO or WELCOME. Names are cut to 255 bytes of UTF-8."""
+        head = _GREETING.pack(*self[:-2])
+        return head + _encode_name(self.name) + _encode_name(self.attached)
+
+
+def decode_greeting(payload: bytes) -> Greeting | None:
+    """The greeting in `payload`, or None if it is none. Bytes after it are ignored: a later
+    version may add fields."""
+    if len(payload) < _GREETING.size:
+        return None
+    fields = _GREETING.unpack_from(payload)
+    name, position = _decode_name(payload, _GREETING.size)
+    attached, position = _decode_name(payload, position)
+    if name is None or attached is None:
+        return None
+    return Greeting._make((*fields, name, attached))
+
+
+def _encode_name(name: str) -> bytes:
+    raw = name.encode("utf-8", "replace")[:255]
+    raw = raw.decode("utf-8", "ignore").encode()
+    return bytes((len(raw),)) + raw
+
+
+def _decode_name(payload: bytes, position: int) -> tuple[str | None, int]:
+    if position >= len(payload):
+        return None, position
+    stop = position + 1 + payload[position]
+    if stop > len(payload):
+        return None, position
+    try:
+        return payload[position + 1 : stop].decode(), stop
+    except UnicodeDecodeError:
+        return None, position
