@@ -1,6 +1,7 @@
 """How hard the property tests try: HYPOTHESIS_PROFILE is dev (the default), ci or nightly."""
 
 import os
+import signal
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -11,3 +12,6 @@ settings.register_profile("dev", max_examples=30, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=5000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# What a shell starts in the background ignores Ctrl-C; so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)

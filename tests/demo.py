@@ -27,8 +27,8 @@ from tests.rig.rabbit import RabbitServer
 from tests.rig.requirements import missing_for_libvirt, missing_for_qemu, missing_for_rabbit
 from tests.rig.traffic import Report, TrafficProcess
 from vchan.client import Client
-from vchan.host.domains import DomainEvent, Happened
-from vchan.host.hypervisor import Hypervisor
+from vchan.host.hypervisor.domains import DomainEvent, Happened
+from vchan.host.hypervisor.libvirt_client import Hypervisor
 
 VM = "demo-vm"
 TOPIC = "demo"

@@ -20,18 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from vchan import _layout as layout
-from vchan.frames import (
-    NO_KEY,
-    OVERHEAD_BYTES,
-    PAYLOAD_BYTES_MAX,
-    ZERO_ID,
-    Decoder,
-    Greeting,
-    Key,
-    encode_frame,
-)
-from vchan.messages import (
+from vchan.rpc.messages import (
     CALL,
     FAILURE,
     FINAL,
@@ -44,10 +33,22 @@ from vchan.messages import (
     Settled,
     Subscribe,
     Topic,
+    Unknown,
     decode,
     encode,
 )
 from vchan.session import Config, Received, Role, Session, State
+from vchan.wire import layout
+from vchan.wire.frames import (
+    NO_KEY,
+    OVERHEAD_BYTES,
+    PAYLOAD_BYTES_MAX,
+    ZERO_ID,
+    Decoder,
+    Greeting,
+    Key,
+    encode_frame,
+)
 
 WHOLE = layout.FLAG_FIRST | layout.FLAG_LAST
 READ_BYTES = 1 << 16
@@ -297,7 +298,7 @@ class Hostile:
 
     def _hear(self, data: bytes) -> None:
         message = decode(data)
-        if not isinstance(message, BadMessage):
+        if not isinstance(message, BadMessage | Unknown):
             self.heard.append(message)
             self.counts["requests_heard"] += isinstance(message, Request)
 
@@ -337,8 +338,8 @@ class Hostile:
         self._write_all(session.data_to_send())  # the proof that we have the key
         self.key = session._tx_key
         self.seq = self.cost = 0
-        self.recv_next = session._recv_next
-        self.credit = session._peer_credit
+        self.recv_next = session._receiver.next
+        self.credit = session._sender.credit
         self._decoder = session._decoder
         self.heard = []
         for event in events:
@@ -485,6 +486,33 @@ def unread_replies(guest: Hostile, word: str) -> None:
     while True:
         guest.flow([_request(guest) for _ in range(200)], deaf=True)
         guest.stand(deaf=True)
+
+
+def unread_answers(guest: Hostile, word: str) -> None:
+    """Calls whose answers are large, and that nobody reads."""
+    while True:
+        guest.flow([_request(guest, LARGE, "control") for _ in range(16)], deaf=True)
+        guest.stand(deaf=True)
+
+
+AT_A_TIME = 16
+"""Calls with large answers."""
+LARGE = b'{"method":"large","args":{"size":2000000}}'
+
+
+def large_answers(guest: Hostile, word: str) -> None:
+    """Calls whose answers are large, read and settled as fast as it goes."""
+    while True:
+        ids = [guest.random(16) for _ in range(AT_A_TIME)]
+        calls = [Request(each, CALL, 60_000, 0, "openstack", "control", "", LARGE) for each in ids]
+        guest.flow(list(map(encode, calls)))
+        quiet = 0
+        while quiet < 4:
+            before = guest.counts["bytes_read"]
+            guest.stand()
+            guest.write(guest.frame(layout.KIND_ACK))
+            quiet = quiet + 1 if guest.counts["bytes_read"] == before else 0
+        guest.flow([encode(Settled(tuple(ids)))])
 
 
 def _request(
@@ -674,6 +702,8 @@ ATTACKS: dict[str, Attack] = {
         tiny_frames,
         tiny_fragments,
         unread_replies,
+        unread_answers,
+        large_answers,
         acks_of_unsent,
         holes,
         credit_games,

@@ -1,6 +1,6 @@
-"""A well-behaved guest: serves the topic `agent`, and answers every call with its arguments.
+"""Well-behaved guests: they serve the topic `agent`, and answer every call with its arguments.
 
-python -m tests.attack.neighbour SOCKET
+python -m tests.attack.neighbour SOCKET...
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import socket
 import sys
 from collections.abc import Callable
 
-from vchan.exchange import Deliver, Responder
-from vchan.link import Link
-from vchan.loop import Loop
-from vchan.messages import BadMessage, Subscribe, Topic, decode, encode
+from vchan.io.link import Link
+from vchan.io.loop import Loop
+from vchan.io.streams import SocketStream, Stream
+from vchan.rpc.in_flight import Deliver, Responder
+from vchan.rpc.messages import BadMessage, Subscribe, Topic, Unknown, decode, encode
 from vchan.session import CONTROL, Config, Event, Opened, Received, Role, Session
-from vchan.streams import SocketStream, Stream
 
 TOPIC = Topic("openstack", "agent")
 
@@ -45,7 +45,7 @@ class Neighbour:
                     self._send(encode(Subscribe((TOPIC,))), CONTROL)
             case Received(_, data):
                 message = decode(data)
-                assert not isinstance(message, BadMessage)
+                assert not isinstance(message, BadMessage | Unknown)
                 for delivery in self._responder.receive(message, now_s):
                     if isinstance(delivery, Deliver):
                         request_id, body = delivery.request.id, delivery.request.body
@@ -56,8 +56,13 @@ class Neighbour:
 
 def main() -> None:
     """Serve until killed."""
-    path = sys.argv[1]
     loop = Loop()
+    servers = [_serve(loop, path) for path in sys.argv[1:]]
+    assert servers
+    loop.run()
+
+
+def _serve(loop: Loop, path: str) -> socket.socket:
     neighbour = Neighbour(loop, os.urandom)
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
@@ -65,7 +70,7 @@ def main() -> None:
     loop.add_reader(
         server.fileno(), lambda: neighbour.serve(SocketStream(server.accept()[0], path))
     )
-    loop.run()
+    return server
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """A host's daemon less its threads, beside it an attacker: one clock, no I/O but the audit log's.
 
-Everything of the host's that a guest's bytes meet is the real code: link, session, channel, guard,
-relay, gate, policy, identity, audit. The broker confirms what it is given, and notes it.
+Everything of the host's that a guest's bytes meet is the real code: link, session, channel,
+throttle, Downward, gate, policy, identity, audit. The broker confirms what it is given, and notes
+it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,20 +16,23 @@ from typing import Any, NamedTuple, cast
 
 from tests.attack.hostile import STAND_S, Gone, Hostile
 from tests.attack.neighbour import Neighbour
+from tests.rig.phases import serve
 from tests.simulate import network
 from tests.simulate.patches import installed
 from tests.simulate.world import Machine, Process, World
-from vchan.bodies import encode_invocation
-from vchan.exchange import Outcome
 from vchan.host import config
-from vchan.host.authority import Authority
-from vchan.host.broker_events import Form, Publication
-from vchan.host.channels import Channel, End
-from vchan.host.envelope import CONTEXT_ALLOW, BrokerRequest
-from vchan.host.outbound import Told
-from vchan.host.policy import Facts
-from vchan.loop import Loop
-from vchan.messages import CALL, Request, Topic
+from vchan.host.broker.vm_queues import OWN_PREFETCH
+from vchan.host.enforcer import Enforcer
+from vchan.host.hypervisor.domains import Domain, DomainFacts, DomainState
+from vchan.host.oslo_wire.downward_envelope import CONTEXT_ALLOW, BrokerRequest, ReplyPublication
+from vchan.host.oslo_wire.upward_envelope import Form, Publication
+from vchan.host.policy.rules import Facts
+from vchan.host.vm.channel import Channel, End, Home
+from vchan.io.loop import Loop
+from vchan.rpc.bodies import encode_invocation
+from vchan.rpc.dispatcher import Told
+from vchan.rpc.in_flight import Outcome
+from vchan.rpc.messages import CALL, Request, Topic
 
 NEIGHBOUR, ATTACKER = "good", "bad"
 UUIDS = {
@@ -98,8 +103,15 @@ class SimulatedWire:
         self._server.close()
 
 
+def stock_reply(request_id: bytes, result: object) -> bytes:
+    """As oslo.messaging's servers write it."""
+    message = {"result": result, "failure": None, "ending": True, "_msg_id": request_id.hex()}
+    message["_unique_id"] = request_id.hex()
+    return json.dumps({"oslo.version": "2.0", "oslo.message": json.dumps(message)}).encode()
+
+
 class Consumed(NamedTuple):
-    """What a VM's relay has asked of the broker."""
+    """What a VM's Downward has asked of the broker."""
 
     vm: str
     topics: frozenset[Topic]
@@ -112,13 +124,18 @@ class Broker:
         self._host = host
         self._vm = vm
         self._token = 0
+        self.answer_bytes = 0
+        """Of the answers to calls of what is SERVED; 0: none comes."""
+        self.waiting: deque[Callable[[], bytes]] = deque()  # in the VM's own queue
+        self._unacked: dict[int, Callable[[], bytes]] = {}
+        self._listens = False
         self.consumed: list[Consumed] = []
         self.published: list[Publication] = []
         self.replies: list[Any] = []
 
     @property
-    def _relay(self) -> Any:
-        return self._host.channels[self._vm].relay
+    def _downward(self) -> Any:
+        return self._host.channels[self._vm].downward
 
     def _later(self, call: Callable[..., object], *args: Any, **named: Any) -> None:
         def do() -> None:
@@ -127,46 +144,67 @@ class Broker:
 
         self._host.after(LATENCY_S, do)
 
-    def consume(self, vm: str, topics: frozenset[Topic]) -> None:
+    def consume(self, vm: str, topics: frozenset[Topic], owned: frozenset[Topic]) -> None:
         self.consumed.append(Consumed(vm, topics))
 
-    def release(self, vm: str) -> None:
+    def release(self, vm: str, *, for_good: bool = False) -> None:
         assert vm == self._host.uuid(self._vm)
-        self._later(self._relay.released)
+        self._listens = False
+        self.waiting.extendleft(reversed(self._unacked.values()))
+        self._unacked.clear()
+        self._later(self._downward.released)
 
-    def ack(self, token: object) -> None:
-        pass
+    def ack(self, token: Any) -> None:
+        if self._unacked.pop(token, None) is not None:
+            self._hand_out()
 
-    def barrier(self, vm: str, token: object, ids: tuple[bytes, ...]) -> None:
+    def complete(
+        self,
+        vm: str,
+        request_id: bytes,
+        tokens: tuple[object, ...],
+        reply: ReplyPublication | None = None,
+    ) -> None:
         assert vm == self._host.uuid(self._vm)
-        self._later(self._relay.settled, ids)
+        if reply is not None:
+            self.publish_heartbeat(*reply[:2])
+        self._later(self._downward.completed, (request_id,), proven=True)
 
-    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+    def publish_heartbeat(self, reply_q: str, body: bytes) -> None:
         self.replies.append(json.loads(json.loads(body)["oslo.message"]))
-        self._later(self._published, key)
-
-    def _published(self, key: bytes) -> None:
-        self._relay.published(key, ok=True, now_s=self._host.now_s)
 
     def listen_for_answers(self, vm: str) -> None:
         assert vm == self._host.uuid(self._vm)
+        self._listens = True
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._listens and self.waiting and len(self._unacked) < OWN_PREFETCH:
+            self._token += 1
+            make = self._unacked[self._token] = self.waiting.popleft()
+            self._later(self._mail, self._token, make)
 
     def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
         assert vm == self._host.uuid(self._vm)
-        self._token += 1
         is_mail = publication.form is Form.MAIL
         if is_mail:
-            self._later(self._mail, self._token, publication.body)
+            self.waiting.append(lambda: publication.body)
         else:
             self.published.append(publication)
+            if self.answer_bytes and publication.routing_key == SERVED:
+                size = self.answer_bytes
+                self.waiting.append(lambda: stock_reply(request_id, "x" * size))
+        self._hand_out()
         self._later(self._sent, request_id, is_mail or publication.routing_key == SERVED)
 
-    def _mail(self, token: int, body: bytes) -> None:
-        self._relay.outbound.mail(token, body, self._host.now_s)
+    def _mail(self, token: int, make: Callable[[], bytes]) -> None:
+        self._host.channels[self._vm].mail(token, make())
 
     def _sent(self, request_id: bytes, ok: bool) -> None:
         now_s = self._host.now_s
-        self._relay.outbound.sent(request_id, ok=ok, unroutable=not ok, doubtful=False, now_s=now_s)
+        self._downward.upward.sent(
+            request_id, ok=ok, unroutable=not ok, doubtful=False, now_s=now_s
+        )
 
 
 class SimulatedHost:
@@ -190,7 +228,7 @@ class SimulatedHost:
         lines = ["[vchan]", "host = h1", f"policy_dir = {files}", f"audit_log = {self.audit}"]
         (directory / "vchan.conf").write_text("\n".join([*lines, *options]))
         conf = config.load(["--config-file", str(directory / "vchan.conf")])
-        self.authority = Authority(cast(Loop, self._process.loop), conf)
+        self.enforcer = Enforcer(cast(Loop, self._process.loop), conf)
         self.brokers: dict[str, Broker] = {}
         self.channels: dict[str, Channel] = {}
 
@@ -209,22 +247,23 @@ class SimulatedHost:
         """A VM's channel, as the daemon makes it."""
         facts = Facts(UUIDS[name], name, f"project of {name}", "", "", "")
         broker = self.brokers[name] = Broker(self, name)
+        domain = Domain(UUIDS[name], DomainFacts(UUIDS[name], name, DomainState.RUNNING))
         channel = self.channels[name] = Channel(
             cast(Loop, self._process.loop),
-            UUIDS[name],
-            name,
-            ("h1", bytes(16)),
+            domain,
+            Home("h1", bytes(16), CONTEXT_ALLOW, self.log.append),
             broker,
-            self.authority.gate(facts),
-            CONTEXT_ALLOW,
+            self.enforcer.gate(facts),
             _offer_nothing,
-            self.log.append,
-            self.authority.guard(facts),
-            lambda reason: self.authority.quarantined(facts, reason),
+            self.enforcer.throttle(facts),
+            lambda reason, for_s: self._quarantined(facts, reason, for_s),
             End(lambda path: cast(Any, network.connect(self._world, path))),
         )
-        self._process.enter(channel.connect, path)
-        self._process.enter(channel.speak)
+        self._process.enter(serve, channel, path)
+
+    def _quarantined(self, facts: Facts, reason: str, for_s: float) -> None:
+        self.log.append(f"{facts.name} ({facts.uuid}): in quarantine for {for_s:.0f} s: {reason}")
+        self.enforcer.quarantined(facts, reason)
 
     def ask(self, name: str, request_id: bytes, args: Mapping[str, Any]) -> list[Outcome]:
         """A local program's call to the topic `agent`. What it is told is added to the list."""
@@ -235,7 +274,7 @@ class SimulatedHost:
         channel = self.channels[name]
 
         def submit() -> None:
-            channel.relay.submit_local(request, told.append, self.now_s)
+            channel.downward.submit_local(request, told.append, self.now_s)
             channel.set_timer()
 
         self._process.enter(submit)
@@ -252,7 +291,7 @@ class SimulatedHost:
         channel = self.channels[name]
 
         def deliver() -> None:
-            channel.relay.delivered(
+            channel.downward.delivered(
                 number, origin, AGENT, fanout=False, redelivered=False, now_s=self.now_s
             )
             channel.set_timer()
@@ -335,23 +374,24 @@ class Scene:
 def held(channel: Channel) -> dict[str, int]:
     """What the host holds for a guest: bytes, and how many of what has no bytes to speak of."""
     session: Any = channel._session
-    relay: Any = channel.relay
-    outbound: Any = relay.outbound
-    responder = outbound._responder
+    downward: Any = channel.downward
+    upward: Any = downward.upward
+    responder = upward._responder
     link: Any = channel._link
     return {
         "decoder": session._decoder._held,
-        "reassembly": sum(len(partial.data) for partial in session._partials.values()),
+        "reassembly": sum(len(partial.data) for partial in session._receiver._partials.values()),
         "backlog": session.backlog_bytes,
-        "in flight": session._in_flight,
+        "mail": upward.mailbox.bytes,
+        "in flight": session._sender.in_flight,
         "output": len(link._out) if link is not None else 0,
-        "entries": len(relay._entries),
-        "topics": len(relay._topics_seen) + len(relay._asked),
-        "requests": len(outbound._items),
-        "request bytes": outbound._bytes,
+        "entries": len(downward._entries),
+        "topics": downward._served.seen + len(downward._served.asked),
+        "requests": len(upward._items),
+        "request bytes": upward._bytes,
         "responder": len(responder._running) + len(responder._over) + len(responder._settled),
         "replies": responder._reply_bytes,
-        "past": len(outbound._history),
+        "past": len(upward._history),
     }
 
 
@@ -364,5 +404,5 @@ def scene(
     with ExitStack() as stack:
         stack.enter_context(installed(world, {}))
         made = Scene(world, directory, policy, options)
-        stack.callback(made.host.authority.close)
+        stack.callback(made.host.enforcer.close)
         yield made

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.bench import counting, starting, suite
+from tests.bench import check, counting, native, starting, suite
 from tests.bench.machine import machine
 from tests.bench.suite import GA, IN_AGENT, IN_DAEMON, RAW_ASYNCIO, RAW_C, RAW_PYTHON, RAW_RELAY
 from tests.rig import RigError, oslo_image, rig_directory
@@ -18,12 +18,14 @@ from tests.rig.requirements import (
     missing_for_rabbit,
 )
 
+EXIT_SLOWER = 1
 EXIT_CANNOT = 3
 ATTACK_S = 3.0
 """Of each attack, in each round, and before it."""
 
 EPILOG = """\
-exit status: 0 measured; 2 wrong arguments; 3 this machine lacks a part, or a part failed
+exit status: 0 measured; 1 --check found something slower; 2 wrong arguments; 3 this machine lacks a
+part, or a part failed
 """
 SUBJECTS = (RAW_C, RAW_PYTHON, RAW_ASYNCIO, RAW_RELAY, GA, IN_DAEMON, IN_AGENT)
 COLUMNS = (
@@ -80,13 +82,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines += ["", "a frame with 64 bytes of payload, on the host (us)      encode    decode"]
     for name, cost in result["frame_us"].items():
         lines.append(f"{name:<52}{cost['encode_us']:>10.2f}{cost['decode_us']:>10.2f}")
-    native = result["native"]
-    lines += ["", "the same daemon and agent on this machine, not emulated"]
-    for place in ("daemon", "agent"):
-        p50_us, rate = native[f"{place}_p50_us"], native[f"{place}_rate_64"]
-        lines.append(f"call in the {place + ':':<8}{p50_us:>6.0f} us, 64 in flight{rate:>7.0f} /s")
-    mbs = native["to_agent_mbs"], native["from_agent_mbs"]
-    lines.append(f"64 KiB to the agent: {mbs[0]:.0f} MB/s, from it: {mbs[1]:.0f} MB/s")
+    lines += ["", native.table(result["native"])]
     lines += ["", "against the aims"]
     lines += [f"{what:<60}{value:>8.2f}   aim {aim}" for what, value, aim in aims(result)]
     lines += ["", f"machine's load: {result['load'][0]:.1f} before, {result['load'][1]:.1f} after"]
@@ -108,6 +104,19 @@ def main() -> int:
         "--instructions",
         action="store_true",
         help="count the guest's instructions instead of time: for a machine that is not quiet",
+    )
+    parser.add_argument(
+        "--native",
+        action="store_true",
+        help="without a guest: the same programs beside qemu-ga and raw echoes on this machine",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="instructions and CPU a call beside the numbers that are kept: 10 %% more fails",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="with --check: keep what is measured from now on"
     )
     parser.add_argument(
         "--start",
@@ -151,6 +160,10 @@ def main() -> int:
                 report = measure_attacks(directory, options)
             elif options.start:
                 report = measure_start(directory)
+            elif options.native:
+                report = measure_native(directory, options)
+            elif options.check:
+                return check_kept(directory, options)
             else:
                 report = count(directory) if options.instructions else measure(directory, options)
     except RigError as error:
@@ -197,14 +210,43 @@ def measure_broker_guest(directory: Path, options: argparse.Namespace) -> tuple[
 
 def measure_attacks(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:
     """Measure what attacks cost."""
-    from tests.attack import run  # here: it needs the host's side
+    from tests.attack import crowd, run  # here: it needs the host's side
 
     before = suite.load()
     rows = list(run.measure(directory, seconds=ATTACK_S, rounds=options.rounds))
     load = (before, suite.load())
     lines = [run.HEAD, *map(run.line, rows)]
     lines.append(f"machine's load: {load[0]:.1f} before, {load[1]:.1f} after")
-    return {"attacks": rows, "load": load}, "\n".join(lines)
+    with rig_directory() as another:
+        many = crowd.measure(another)
+    lines += ["", crowd.table(many)]
+    return {"attacks": rows, "crowd": many, "load": load}, "\n".join(lines)
+
+
+def measure_native(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:
+    """Measure without a guest."""
+    before = suite.load()
+    result = native.measure(
+        directory, suite.small_body(), rounds=options.rounds, calls=options.calls
+    )
+    load = (before, suite.load())
+    ratios = {what: ratio for what, ratio, _ in native.ratios(result)}
+    text = f"{native.table(result)}\nmachine's load: {load[0]:.1f} before, {load[1]:.1f} after"
+    return {"native": result, "ratios": ratios, "load": load}, text
+
+
+def check_kept(directory: Path, options: argparse.Namespace) -> int:
+    """Measure, compare, say what is slower."""
+    kept = {} if options.keep else check.load()
+    numbers = check.measure(directory, suite.small_body(), kept)
+    if options.keep:
+        check.keep(numbers)
+    rows = check.compare(numbers, check.load())
+    print(json.dumps(numbers) if options.json else check.table(rows))
+    found = check.problems(rows)
+    for problem in found:
+        print(f"bench: {problem}", file=sys.stderr)
+    return EXIT_SLOWER if found else 0
 
 
 def measure_start(directory: Path) -> tuple[Any, str]:

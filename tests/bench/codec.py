@@ -5,8 +5,8 @@ from collections.abc import Callable
 from zlib import crc32
 
 from vchan import protocol
-from vchan._layout import KIND_DATA
-from vchan.frames import Decoder, Key, encode_frame
+from vchan.wire.frames import Decoder, Key, encode_frame
+from vchan.wire.layout import KIND_DATA
 
 PAYLOAD = bytes(range(64))
 KEY = Key(0x01234567, 0x89ABCDEF)
@@ -65,7 +65,7 @@ def measure() -> dict[str, dict[str, float]]:
             "encode_us": _cost_us(lambda: encode_with(compiled.build)),
             "decode_us": _cost_us(lambda: decode_with(compiled.parse, frame)),
         },
-        "vchan.frames": {
+        "vchan.wire.frames": {
             "encode_us": _cost_us(encode_fast),
             "decode_us": _cost_us(lambda: decoder.receive_data(frame)),
         },

@@ -21,8 +21,8 @@ from tests.bench.suite import LARGE_BYTES, SMALL_BYTES, small_body
 from tests.rig import RigError
 from tests.rig.guest import QemuGuest
 from tests.rig.guest_image import VCHAN_PORT
-from vchan.bodies import encode_json
-from vchan.streams import connect_unix
+from vchan.io.streams import connect_unix
+from vchan.rpc.bodies import encode_json
 
 CALLS = 200
 LARGE_CALLS = 24

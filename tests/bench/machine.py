@@ -12,7 +12,7 @@ from tests.bench.peers import READY_TIMEOUT_S
 from tests.rig import RigError
 from tests.rig.guest import GuestSpec, QemuGuest
 from tests.rig.guest_image import PORT_ECHO, PYTHON, VCHAN_PORT, Service, build
-from vchan import _layout as layout
+from vchan.wire import layout
 
 IN_GUEST = Path(__file__).with_name("in_guest")
 PORTS = Path("/dev/virtio-ports")

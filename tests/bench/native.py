@@ -1,73 +1,310 @@
-"""The same programs on this machine, without a guest: what they cost where nothing is emulated."""
+"""The same programs on this machine, without a guest: what they cost where nothing is emulated.
 
+Every subject is a process, or two, at the other end of a unix socket; all run at once and are
+measured in turns. CPU is what the kernel accounts to those processes, in nanoseconds: of all
+figures the one that other load disturbs least.
+"""
+
+import base64
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, Final, NamedTuple
 
-from tests.bench.peers import AGENT_TOPIC, DAEMON_TOPIC, Vchan
-from vchan.bodies import encode_json
-from vchan.streams import SocketStream, listen_unix
+from tests.bench.peers import AGENT_TOPIC, DAEMON_TOPIC, GuestAgent, Vchan
+from tests.rig import RigError
+from tests.rig.guest_image import peers_root, port_echo
+from vchan.io.streams import SocketStream, listen_unix
+from vchan.rpc.bodies import encode_json
 
 ROOT = Path(__file__).parents[2]
-AGENT = Path(__file__).with_name("in_guest") / "agent.py"
+IN_GUEST = Path(__file__).with_name("in_guest")
 START_TIMEOUT_S = 10.0
-CALLS = 2000
-IN_FLIGHT = 64
+WARM_CALLS = 50
+EXECS = 20
+"""guest-exec starts a process each time: a twentieth of the calls say enough."""
+SMALL_BYTES = 64
 LARGE_BYTES = 64 * 1024
-LARGE_COUNT = 256
 LARGE_IN_FLIGHT = 8
+FILE_CHUNK_BYTES = 1 << 20  # the fastest that guest-file-read has; its own default is 4 KiB
+IN_FLIGHT: Final = (1, 16, 64)
+
+RAW_C, RAW_PYTHON, RELAY = "raw_c", "raw_python", "raw_python_relay"
+GA, EXEC, DAEMON, AGENT = "qemu_ga", "qemu_ga_exec", "vchan_daemon", "vchan_agent"
+SUBJECTS: Final = {
+    RAW_C: "raw C",
+    RAW_PYTHON: "raw Python",
+    RELAY: "raw Python, 2 processes",
+    GA: "qemu-ga, guest-ping",
+    EXEC: "qemu-ga, guest-exec until its output is there",
+    DAEMON: "vchan, in the daemon",
+    AGENT: "vchan, in an agent",
+}
+COLUMNS: Final = (
+    ("p10_us", "p10 us", "{:.0f}"),
+    ("p50_us", "p50 us", "{:.0f}"),
+    ("p99_us", "p99 us", "{:.0f}"),
+    *((f"cpu_us_{count}", f"CPU us {count}", "{:.1f}") for count in IN_FLIGHT),
+    *((f"rate_{count}", f"{count} /s", "{:.0f}") for count in IN_FLIGHT[1:]),
+    ("to_mbs", "to MB/s", "{:.0f}"),
+    ("from_mbs", "from MB/s", "{:.0f}"),
+)
+"""Measures, their titles and forms. The measures' names are the JSON's."""
+RATIOS: Final = (
+    (DAEMON, "p50_us", GA, "p50_us", "<= 2.0"),
+    (AGENT, "p50_us", RELAY, "p50_us", "<= 2.0"),
+    (AGENT, "p50_us", EXEC, "p50_us", "<= 0.2"),
+    (DAEMON, "cpu_us_1", GA, "cpu_us_1", ""),
+    (DAEMON, "cpu_us_64", GA, "cpu_us_64", ""),
+    (AGENT, "cpu_us_1", RELAY, "cpu_us_1", ""),
+    (AGENT, "cpu_us_64", RELAY, "cpu_us_1", ""),
+    (AGENT, "from_mbs", GA, "from_mbs", ""),
+    (AGENT, "to_mbs", GA, "to_mbs", ""),
+)
+"""Subject and measure over subject and measure, and what is aimed at."""
 
 
-def measure(directory: Path, body: bytes) -> dict[str, float]:
-    """What calls cost between processes of this machine, over unix sockets."""
-    channel, agents = str(directory / "channel"), str(directory / "agents")
-    daemon = ("-m", "vchan.guest.daemon", "--quiet", "--port", f"unix:{channel}")
+class Subject(NamedTuple):
+    """One that is measured.
+
+    Attributes:
+        pids: Whose CPU it is.
+        call: One round trip.
+        flood: So many round trips, so many of them at a time; None: it takes one at a time.
+        calls: Of how many there are in a turn, its share: 1.0 but for what is slow.
+    """
+
+    pids: tuple[int, ...]
+    call: Callable[[], object]
+    flood: Callable[[int, int], object] | None
+    share: float = 1.0
+
+
+def measure(
+    directory: Path, body: bytes, *, rounds: int = 5, calls: int = 1000
+) -> dict[str, dict[str, float]]:
+    """Medians over the rounds: by subject, then by measure; see SUBJECTS and COLUMNS.
+
+    Args:
+        directory: For sockets; a short path.
+        body: The body of a request that is answered by what it holds.
+        calls: Round trips of each subject, in each round.
+    """
+    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        listener = stack.enter_context(listen_unix(channel, 0o600))
-        stack.enter_context(_program(*daemon, "--socket", agents))
-        listener.settimeout(START_TIMEOUT_S)
-        connected, _ = listener.accept()
-        stack.enter_context(_program(str(AGENT), agents))
-        vchan = Vchan(SocketStream(connected, channel))
-        stack.callback(vchan.close)
-        vchan.settle(AGENT_TOPIC)
-        result = {}
-        for place, topic in (("daemon", DAEMON_TOPIC), ("agent", AGENT_TOPIC)):
-            result[f"{place}_p50_us"] = _p50_us(partial(vchan.call, topic, body))
-            taken_s = _taken_s(partial(vchan.flood, topic, body, CALLS, IN_FLIGHT))
-            result[f"{place}_rate_{IN_FLIGHT}"] = CALLS / taken_s
-        for way, method, args in (
-            ("to", "take", {"data": "x" * LARGE_BYTES}),
-            ("from", "give", {"size": LARGE_BYTES}),
-        ):
-            large = encode_json({"method": method, "args": args})
-            flood = partial(vchan.flood, AGENT_TOPIC, large, LARGE_COUNT, LARGE_IN_FLIGHT)
-            result[f"{way}_agent_mbs"] = LARGE_COUNT * LARGE_BYTES / _taken_s(flood) / 1e6
-        return result
+        subjects, bulk = _start(stack, directory, body)
+        for subject in subjects.values():  # what is done for the first time is slower
+            for _ in range(int(WARM_CALLS * subject.share) + 1):
+                subject.call()
+        for _ in range(rounds):
+            for name, subject in subjects.items():
+                for measured, value in _turn(subject, int(calls * subject.share)):
+                    samples[name][measured].append(value)
+            for name, measured, transfer in bulk:
+                taken_s = _taken_s(partial(transfer, calls // 4))
+                mbs = calls // 4 * LARGE_BYTES / taken_s / 1e6
+                samples[name][measured].append(mbs)
+    return {
+        name: {measured: statistics.median(values) for measured, values in of.items()}
+        for name, of in samples.items()
+    }
 
 
-@contextmanager
-def _program(*arguments: str) -> Iterator[None]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, *arguments], env=environment)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+def ratios(result: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, str]]:
+    """What is compared, the ratio, and the aim, "" where there is none."""
+    return [
+        (f"{one}.{what} / {other}.{that}", result[one][what] / result[other][that], aim)
+        for one, what, other, that, aim in RATIOS
+    ]
 
 
-def _p50_us(action: Callable[[], object]) -> float:
-    return statistics.median(_taken_s(action) for _ in range(CALLS)) * 1e6
+def table(result: Mapping[str, Mapping[str, float]]) -> str:
+    """The result, for people."""
+    width = max(map(len, SUBJECTS.values())) + 1
+    lines = ["natively, over unix sockets: 64 bytes there and back; 64 KiB messages to and from"]
+    lines.append(" " * width + "".join(f"{title:>10}" for _, title, _ in COLUMNS))
+    for name, subject in SUBJECTS.items():
+        cells = (
+            form.format(result[name][measured]) if measured in result[name] else ""
+            for measured, _, form in COLUMNS
+        )
+        lines.append(f"{subject:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    lines.append("CPU us N: of its processes, a call, with N calls in flight")
+    for what, ratio, aim in ratios(result):
+        lines.append(f"{what:<60}{ratio:>8.2f}" + (f"   aim {aim}" if aim else ""))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+Transfer = tuple[str, str, Callable[[int], object]]
+
+
+def _start(
+    stack: ExitStack, directory: Path, body: bytes
+) -> tuple[dict[str, Subject], list[Transfer]]:
+    subjects = {
+        RAW_C: _echo(stack, str(port_echo())),
+        RAW_PYTHON: _echo(stack, sys.executable, str(IN_GUEST / "echo_select.py")),
+        RELAY: _echo(stack, sys.executable, str(IN_GUEST / "echo_relay.py")),
+    }
+    ga_subjects, ga_bulk = _guest_agent(stack, directory)
+    vchan_subjects, vchan_bulk = _vchan(stack, directory, body)
+    return subjects | ga_subjects | vchan_subjects, ga_bulk + vchan_bulk
+
+
+def _echo(stack: ExitStack, *command: str) -> Subject:
+    """A program that sends back what comes, at the other end of a socket that it inherits."""
+    ours, theirs = socket.socketpair()
+    stack.enter_context(closing(ours))
+    inherited = theirs.fileno()
+    program = _program(*command, f"fd:{inherited}", inherited=inherited)
+    pid = stack.enter_context(program)
+    theirs.close()
+    payload = bytes(SMALL_BYTES)
+
+    def call() -> None:
+        ours.sendall(payload)
+        if ours.recv(1 << 16) != payload:
+            raise RigError(f"{command[-1]} does not echo")
+
+    call()
+    return Subject(_with_children(pid), call, None)
+
+
+def _guest_agent(stack: ExitStack, directory: Path) -> tuple[dict[str, Subject], list[Transfer]]:
+    root = peers_root()
+    path = directory / "ga"
+    libraries = root / "usr" / "lib" / "x86_64-linux-gnu"
+    command = (str(root / "usr/sbin/qemu-ga"), "-m", "unix-listen", "-p", str(path))
+    where = ("-f", str(directory / "ga.pid"), "-t", str(directory))
+    pid = stack.enter_context(_program(*command, *where, LD_LIBRARY_PATH=str(libraries)))
+    agent = GuestAgent(_connected(path))
+
+    def run() -> None:
+        started = agent.execute(
+            "guest-exec", path="/bin/echo", arg=["x"], **{"capture-output": True}
+        )
+        while not agent.execute("guest-exec-status", pid=started["pid"])["exited"]:
+            pass
+
+    file = directory / "ga.file"
+
+    def read(count: int) -> None:
+        file.write_bytes(os.urandom(LARGE_BYTES) * count)
+        agent.read_file(str(file), FILE_CHUNK_BYTES)
+
+    def write(count: int) -> None:
+        handle = agent.execute("guest-file-open", path=str(file), mode="w")
+        part = base64.b64encode(bytes(LARGE_BYTES)).decode()
+        for _ in range(count):
+            agent.execute("guest-file-write", handle=handle, **{"buf-b64": part})
+        agent.execute("guest-file-close", handle=handle)
+
+    subjects = {
+        GA: Subject((pid,), agent.ping, agent.flood),
+        EXEC: Subject((pid,), run, None, EXECS / 1000),
+    }
+    return subjects, [(GA, "from_mbs", read), (GA, "to_mbs", write)]
+
+
+def _vchan(
+    stack: ExitStack, directory: Path, body: bytes
+) -> tuple[dict[str, Subject], list[Transfer]]:
+    channel, agents = str(directory / "channel"), str(directory / "agents")
+    listener = stack.enter_context(listen_unix(channel, 0o600))
+    command = ("-m", "vchan.guest.daemon", "--quiet", "--port", f"unix:{channel}")
+    daemon = stack.enter_context(_program(sys.executable, *command, "--socket", agents))
+    listener.settimeout(START_TIMEOUT_S)
+    connected, _ = listener.accept()
+    agent = stack.enter_context(_program(sys.executable, str(IN_GUEST / "agent.py"), agents))
+    vchan = Vchan(SocketStream(connected, channel))
+    stack.callback(vchan.close)
+    vchan.settle(AGENT_TOPIC)
+
+    def subject(topic: str, *pids: int) -> Subject:
+        return Subject(pids, partial(vchan.call, topic, body), partial(vchan.flood, topic, body))
+
+    def large(topic: str, method: str, **args: Any) -> Callable[[int], object]:
+        content = encode_json({"method": method, "args": args})
+        return lambda count: vchan.flood(topic, content, count, LARGE_IN_FLIGHT)
+
+    subjects = {DAEMON: subject(DAEMON_TOPIC, daemon), AGENT: subject(AGENT_TOPIC, daemon, agent)}
+    return subjects, [
+        (AGENT, "to_mbs", large(AGENT_TOPIC, "take", data="x" * LARGE_BYTES)),
+        (AGENT, "from_mbs", large(AGENT_TOPIC, "give", size=LARGE_BYTES)),
+    ]
+
+
+# ---------------------------------------------------------------- how
+
+
+def _turn(subject: Subject, calls: int) -> Iterator[tuple[str, float]]:
+    """Measures and values of one turn."""
+    before_us = _cpu_us(subject.pids)
+    times_us = sorted(_taken_s(subject.call) * 1e6 for _ in range(calls))
+    yield "cpu_us_1", (_cpu_us(subject.pids) - before_us) / calls
+    for percent in (10, 50, 99):
+        yield f"p{percent}_us", times_us[calls * percent // 100]
+    if subject.flood is None:
+        return
+    for in_flight in IN_FLIGHT[1:]:
+        before_us = _cpu_us(subject.pids)
+        taken_s = _taken_s(partial(subject.flood, 2 * calls, in_flight))
+        yield f"cpu_us_{in_flight}", (_cpu_us(subject.pids) - before_us) / (2 * calls)
+        yield f"rate_{in_flight}", 2 * calls / taken_s
 
 
 def _taken_s(action: Callable[[], object]) -> float:
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
+
+
+def _cpu_us(pids: tuple[int, ...]) -> float:
+    """CPU time of all threads of these processes, in microseconds."""
+    spent_ns = 0
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            spent_ns += int(thread.read_text().split()[0])
+    return spent_ns / 1000
+
+
+def _with_children(pid: int) -> tuple[int, ...]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (pid, *map(int, children))
+
+
+def _connected(path: Path) -> socket.socket:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    client = socket.socket(socket.AF_UNIX)
+    while True:
+        try:
+            client.connect(str(path))
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise RigError(f"{path}: {error}") from error
+            time.sleep(0.02)
+        else:
+            return client
+
+
+@contextmanager
+def _program(*command: str, inherited: int | None = None, **variables: str) -> Iterator[int]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    descriptors = () if inherited is None else (inherited,)
+    process = subprocess.Popen(command, env=environment, pass_fds=descriptors)
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()

@@ -17,14 +17,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from vchan.link import Link
-from vchan.loop import Loop
-from vchan.messages import (
+from vchan.io.link import Link
+from vchan.io.loop import Loop
+from vchan.io.streams import SocketStream, listen_unix
+from vchan.rpc.messages import (
     FINAL,
     BadMessage,
     Request,
     Subscribe,
     Topic,
+    Unknown,
     decode,
     encode,
     encode_receipt,
@@ -32,7 +34,6 @@ from vchan.messages import (
     reply_stream,
 )
 from vchan.session import CONTROL, Config, Event, Opened, Received, Role, Session
-from vchan.streams import SocketStream, listen_unix
 
 TOPIC = "bench"
 COUNT_FILE = "count"
@@ -108,7 +109,7 @@ class Guest:
                     self._link.send(answer, reply_stream(message.id))
                 else:
                     self._link.send(encode_receipt(message.id), CONTROL)
-            assert not isinstance(message, BadMessage)
+            assert not isinstance(message, BadMessage | Unknown)
 
 
 def serve_guests(directory: Path, count: int) -> None:

@@ -19,7 +19,7 @@ from tests.bench.machine import DAEMON, DAEMON_SAYS, START, Machine, Taken, mach
 from tests.bench.peers import DAEMON_TOPIC, Vchan
 from tests.bench.suite import small_body
 from tests.rig.guest_image import PYTHON
-from vchan.streams import connect_unix
+from vchan.io.streams import connect_unix
 
 STARTS: Final = 10
 AIM_MS: Final = 1000

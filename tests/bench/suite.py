@@ -24,9 +24,9 @@ from tests.bench.machine import (
 )
 from tests.bench.peers import AGENT_TOPIC, DAEMON_TOPIC, GuestAgent, RawChannel, Vchan
 from tests.rig.guest_image import PYTHON, VCHAN_PORT
-from vchan.bodies import encode_json
-from vchan.messages import CALL
-from vchan.streams import connect_unix
+from vchan.io.streams import connect_unix
+from vchan.rpc.bodies import encode_json
+from vchan.rpc.messages import CALL
 
 SMALL_BYTES = 64
 LARGE_BYTES = 64 * 1024

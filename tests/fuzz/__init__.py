@@ -2,7 +2,7 @@
 
 targets.py      a function for each parser: takes any bytes, raises if a promise is broken
 session.py      ... and for the session: the bytes are what a hostile peer does
-relay.py        ... and for the host's requests: what a hostile guest and its broker do
+downward.py     ... and for the host's requests: what a hostile guest and its broker do
 script.py       reads choices off a fuzzer's bytes
 corpus/         inputs that reach something, a line each; what once broke has a name
 seeds.py        what the corpora begin with: the test vectors, and examples

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vchan import _layout as layout
-from vchan.bodies import encode_failure
+from vchan.rpc.bodies import encode_failure
+from vchan.wire import layout
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 POLICY = Path(__file__).parents[2] / "etc" / "policy.d"
@@ -67,13 +67,22 @@ def _session() -> Iterator[bytes]:
         yield bytes((role, handshake, *say, drain, wait, 4, wait, 4, wait, 4, handshake))
 
 
-def _relay() -> Iterator[bytes]:
+def _downward() -> Iterator[bytes]:
     call = (0, 1, 0, 1, 0, 2, 3, 0)
     subscribe = (0, 0, 0, 1, 7, 0)
     yield bytes((*call, 12, 0, 15, 1, 0, 0, 6, 1, 1, 1))
     yield bytes((*subscribe, 16, 10, 2, 11, 0, 1, 1, 0, 0, 0, 1, 0, 1, 2, 13, 0, 10, 2, 14))
     yield bytes((*call, 17, 1, 17, 0, 1, *call, 15, 1, 3, 1, 2))
     yield bytes((18, 1, 1, 1, 0, 1, 0, 1, 2, 10, 3, 19))
+
+
+def _byte_streams() -> Iterator[bytes]:
+    offer, take, read, write = (0,), (6,), (8, 0, 255), (9, 0, 255, 255)
+    opened = (1, 0, 0, 0, 0, 1, 7, 0)
+    yield bytes((*offer, *opened, *take, 3, 0, 1, 0, 0, 0, 5, *b"hello", *read, *take))
+    yield bytes((*offer, 5, *take, 2, 16, 1, 2, 0, 0, 255, 255, *write, *take, 12, 2, *take))
+    yield bytes((*offer, *opened, *write, 10, 0, *take, 2, 0, 1, 4, 0, 3, 255, 255, *take, 11, 0))
+    yield bytes((*offer, *opened, 3, 0, 1, 1, 0, 0, 0, *read, 4, 0, 1, 3, 13, *take))
 
 
 def _prefixed(*first: int) -> list[bytes]:
@@ -133,7 +142,9 @@ _SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
     "greeting": lambda: _vectors("greetings.json", "greetings", "payload"),
     "session": _session,
     "message": lambda: _vectors("messages.json", "messages", "message"),
-    "relay": _relay,
+    "downward": _downward,
+    "byte_stream": lambda: _vectors("byte_streams.json", "messages", "message"),
+    "byte_streams": _byte_streams,
     "request": lambda: _prefixed(0, 1, 4),
     "reply": lambda: _prefixed(0, 1),
     "mail": _envelopes,

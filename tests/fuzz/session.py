@@ -6,18 +6,7 @@ import hashlib
 import math
 
 from tests.fuzz.script import Script
-from vchan import _layout as layout
 from vchan.errors import LimitExceeded
-from vchan.frames import (
-    FRAME_BYTES_MAX,
-    NO_KEY,
-    OVERHEAD_BYTES,
-    PAYLOAD_BYTES_MAX,
-    ZERO_ID,
-    Greeting,
-    Key,
-    encode_frame,
-)
 from vchan.session import (
     BACKLOG_BYTES_MAX,
     IN_FLIGHT_BYTES_MAX,
@@ -27,6 +16,17 @@ from vchan.session import (
     Role,
     Session,
     State,
+)
+from vchan.wire import layout
+from vchan.wire.frames import (
+    FRAME_BYTES_MAX,
+    NO_KEY,
+    OVERHEAD_BYTES,
+    PAYLOAD_BYTES_MAX,
+    ZERO_ID,
+    Greeting,
+    Key,
+    encode_frame,
 )
 
 MESSAGE_BYTES_MAX = 64 * 1024
@@ -122,16 +122,20 @@ class _Victim:
     def check(self) -> None:
         """Its books are right, and everything is within its limit."""
         session = self.session
-        partials = session._partials.values()
-        assert session._reassembly == sum(each.total for each in partials) <= REASSEMBLY_BYTES_MAX
+        partials = session._receiver._partials.values()
+        assert (
+            session._receiver.reassembly
+            == sum(each.total for each in partials)
+            <= REASSEMBLY_BYTES_MAX
+        )
         assert all(len(each.data) <= each.total for each in partials)
         assert session._decoder._held <= FRAME_BYTES_MAX
-        cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sent)
-        assert session._in_flight == cost <= IN_FLIGHT_BYTES_MAX
-        assert session._tail == session._base + len(session._sent)
-        assert session._base <= session._cursor <= session._tail
-        waiting = sum(len(m) for s in session._streams for m in s.messages)
-        assert session._backlog == waiting - sum(s.offset for s in session._streams)
+        cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sender._sent)
+        assert session._sender.in_flight == cost <= IN_FLIGHT_BYTES_MAX
+        assert session._sender.tail == session._sender.base + len(session._sender._sent)
+        assert session._sender.base <= session._sender.cursor <= session._sender.tail
+        waiting = sum(len(m) for s in session._sender._streams for m in s.messages)
+        assert session._sender.backlog == waiting - sum(s.offset for s in session._sender._streams)
         assert not session._events
 
     def check_work(self, waits: int) -> None:
@@ -165,7 +169,7 @@ def _step(script: Script, victim: _Victim) -> int:
     what = script.number() % 16
     if what < 6:
         key = session._decoder.key or session._decoder.candidate or NO_KEY
-        frame = sealed(script, key, seq=session._recv_next, ack=session._tail)
+        frame = sealed(script, key, seq=session._receiver.next, ack=session._sender.tail)
         victim.receive(frame * (1 + script.number() % 4))
     elif what == 6:
         victim.receive(script.block())
@@ -195,9 +199,9 @@ def _step(script: Script, victim: _Victim) -> int:
             0,
             0,
             0,
-            session._recv_next,
-            session._tail,
-            session._tx_cost + WINDOW_BYTES,
+            session._receiver.next,
+            session._sender.tail,
+            session._sender._tx_cost + WINDOW_BYTES,
             b"",
         )
         victim.receive(ack)
@@ -207,16 +211,16 @@ def _step(script: Script, victim: _Victim) -> int:
 def _greeting(script: Script, session: Session) -> bytes:
     kind = script.pick((layout.KIND_HELLO, layout.KIND_WELCOME, layout.KIND_REFUSE))
     if kind == layout.KIND_REFUSE:
-        nonce = session._hello.nonce if session._hello else ZERO_ID
+        nonce = session._handshake.hello.nonce if session._handshake.hello else ZERO_ID
         return encode_frame(NO_KEY, kind, 0, 0, 0, 0, 0, 0, nonce + script.block()[:900])
     made = _peer_greeting(session)._replace(
         version_min=script.pick((1, 0, 2, 255)),
         version_max=script.pick((1, 0, 2, 255)),
         nonce=script.number(1).to_bytes(16, "big"),
-        session=script.pick((ZERO_ID, session._session_id)),
-        recv_next=script.pick((0, session._tail, session._base, 2**64 - 1)),
-        send_base=script.pick((0, session._recv_next, 2**64 - 1)),
-        send_next=script.pick((0, session._recv_next, 2**64 - 1)),
+        session=script.pick((ZERO_ID, session._handshake.session_id)),
+        recv_next=script.pick((0, session._sender.tail, session._sender.base, 2**64 - 1)),
+        send_base=script.pick((0, session._receiver.next, 2**64 - 1)),
+        send_next=script.pick((0, session._receiver.next, 2**64 - 1)),
         credit=script.pick((0, WINDOW_BYTES, 2**64 - 1)),
         frame_bytes_max=script.pick((FRAME_BYTES_MAX, 0, 2048, 2**32 - 1)),
         message_bytes_max=script.pick((MESSAGE_BYTES_MAX, 0, 2**32 - 1)),
@@ -234,7 +238,7 @@ def _peer_greeting(session: Session) -> Greeting:
         role,
         b"peer".ljust(16, b"-"),
         _NONCE,
-        session._hello.nonce if session._hello else ZERO_ID,
+        session._handshake.hello.nonce if session._handshake.hello else ZERO_ID,
         ZERO_ID,
         0,
         0,
@@ -252,7 +256,7 @@ def _shake_hands(victim: _Victim) -> None:
     """Answer its HELLO, as a good peer does."""
     victim.write()
     session = victim.session
-    if session._hello is not None and session.state is not State.CLOSED:
+    if session._handshake.hello is not None and session.state is not State.CLOSED:
         welcome = _peer_greeting(session)
         victim.receive(
             encode_frame(NO_KEY, layout.KIND_WELCOME, 0, 0, 0, 0, 0, 0, welcome.encode())

@@ -12,13 +12,21 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from tests.fuzz import relay, session
+from tests.fuzz import byte_streams, downward, session
 from tests.fuzz.script import Script
-from vchan import bodies
-from vchan._layout import KIND_HELLO, KIND_REFUSE, KIND_WELCOME
-from vchan.conductor import desk
+from vchan.conductor import admission
 from vchan.errors import BadBody, ConfigError, LimitExceeded
-from vchan.frames import (
+from vchan.host.broker.config import import_oslo_messaging
+from vchan.host.hypervisor.domain_xml import DomainState, DomainXmlError, domain_facts
+from vchan.host.oslo_wire import downward_envelope, envelope, upward_envelope
+from vchan.host.oslo_wire.mail import read_mail
+from vchan.host.policy.audit_record import LINE_BYTES_MAX, Record, format_record
+from vchan.host.policy.lint import lint
+from vchan.host.policy.rule_parser import PolicyError, parse
+from vchan.host.policy.rules import Ask, Facts, Kind, Policy
+from vchan.rpc import bodies
+from vchan.rpc.messages import BadMessage, Request, Unknown, decode, encode
+from vchan.wire.frames import (
     FLUSH,
     FRAME_BYTES_MAX,
     GREETING_BYTES_MAX,
@@ -29,13 +37,7 @@ from vchan.frames import (
     Key,
     decode_greeting,
 )
-from vchan.host import envelope, upward_envelope
-from vchan.host.audit_record import LINE_BYTES_MAX, Record, format_record
-from vchan.host.broker_config import import_oslo_messaging
-from vchan.host.domain_xml import DomainState, DomainXmlError, domain_facts
-from vchan.host.policy import Ask, Facts, Kind, Policy, PolicyError, parse
-from vchan.host.policy_lint import lint
-from vchan.messages import BadMessage, Request, decode, encode
+from vchan.wire.layout import KIND_HELLO, KIND_REFUSE, KIND_WELCOME
 
 with warnings.catch_warnings():  # of each other, and of what they import
     warnings.simplefilter("ignore")
@@ -115,7 +117,7 @@ def greeting(data: bytes) -> None:
 def message(data: bytes) -> None:
     """A message that decodes says the same when it is encoded again."""
     read = decode(data)
-    if not isinstance(read, BadMessage):
+    if not isinstance(read, BadMessage | Unknown):
         again = decode(encode(read))
         assert again == read or "�" in str(read)  # a text that was no UTF-8 is made one
 
@@ -124,7 +126,7 @@ def message(data: bytes) -> None:
 
 
 def body(data: bytes) -> None:
-    """An agent or a client reads what came through the relays."""
+    """An agent or a client reads what came through the daemons."""
     try:
         bodies.decode_invocation(data)
     except BadBody:
@@ -149,14 +151,16 @@ def request(data: bytes) -> None:
         "_unique_id",
         *(("_msg_id", "_reply_q", "_timeout") if read.ask.kind is Kind.CALL else ()),
     ]
-    assert envelope.decode(made.body, expiration=None).id == ID
+    assert downward_envelope.decode(made.body, expiration=None).id == ID
 
 
 def reply(data: bytes) -> None:
     """Whatever a guest answers, a stock client gets a result or an exception of it."""
     is_failure = bool(data and data[0] & 1)
     failure = data[1:] if is_failure else None
-    message = _oslo_message(envelope.encode_reply("id", result_json=data[1:], failure_json=failure))
+    message = _oslo_message(
+        downward_envelope.encode_reply("id", result_json=data[1:], failure_json=failure)
+    )
     assert message["_msg_id"] == "id" and message["ending"] is True
     if message["failure"] is not None:
         rebuilt = oslo.deserialize_remote_exception(message["failure"], [])
@@ -173,7 +177,7 @@ def _oslo_message(body: bytes) -> dict[str, Any]:
 def mail(data: bytes) -> None:
     """What stands in a VM's own queue: services write there."""
     try:
-        upward_envelope.read_mail(data)
+        read_mail(data)
     except envelope.EnvelopeError:
         pass
 
@@ -181,10 +185,10 @@ def mail(data: bytes) -> None:
 def caller(data: bytes) -> None:
     """What a service publishes for a guest."""
     try:
-        read = envelope.decode(data, expiration=None)
+        read = downward_envelope.decode(data, expiration=None)
     except envelope.EnvelopeError:
         return
-    bodies.decode_invocation(envelope.request_body(read))
+    bodies.decode_invocation(downward_envelope.request_body(read))
 
 
 def audit(data: bytes) -> None:
@@ -209,7 +213,7 @@ def handed(data: bytes) -> None:
         return
     for kind in (Kind.CALL, Kind.CAST, Kind.NOTIFY):
         try:
-            read = desk.read(kind, context, args)
+            read = admission.read(kind, context, args)
         except envelope.EnvelopeError:
             continue
         assert read.facts.uuid == context["vchan_instance_uuid"]
@@ -258,7 +262,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "greeting": greeting,
     "session": session.run,
     "message": message,
-    "relay": relay.run,
+    "downward": downward.run,
+    "byte_stream": byte_streams.message,
+    "byte_streams": byte_streams.run,
     "request": request,
     "reply": reply,
     "mail": mail,

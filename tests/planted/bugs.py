@@ -42,24 +42,224 @@ class Bug(NamedTuple):
     was_real: bool = False
 
 
-_FRAMES: Final = "vchan/frames.py"
-_SESSION: Final = "vchan/session.py"
-_EXCHANGE: Final = "vchan/exchange.py"
+_FRAMES: Final = "vchan/wire/frames.py"
+_SESSION: Final = "vchan/session/session.py"
+_HANDSHAKE: Final = "vchan/session/handshake.py"
+_SENDER: Final = "vchan/session/sender.py"
+_RECEIVER: Final = "vchan/session/receiver.py"
+_LIVENESS: Final = "vchan/session/liveness.py"
+_MESSAGES: Final = "vchan/rpc/messages.py"
+_EXCHANGE: Final = "vchan/rpc/in_flight.py"
 _ROUTER: Final = "vchan/guest/router.py"
-_RELAY: Final = "vchan/host/relay.py"
-_CHANNELS: Final = "vchan/host/channels.py"
-_DOMAINS: Final = "vchan/host/domains.py"
-_LINK: Final = "vchan/link.py"
+_DISPATCHER: Final = "vchan/rpc/dispatcher.py"
+_DOWNWARD: Final = "vchan/host/vm/downward.py"
+_CHANNELS: Final = "vchan/host/vm/channel.py"
+_DOMAINS: Final = "vchan/host/hypervisor/domains.py"
+_DOMAIN_XML: Final = "vchan/host/hypervisor/domain_xml.py"
+_HOSTED: Final = "vchan/host/vm/vm.py"
+_HOST_BROKER: Final = "vchan/host/broker/broker.py"
+_REPORTS: Final = "vchan/guest/reports.py"
+_REPORTS_TESTS: Final = "tests/unit/test_guest_reports.py::"
+_CONTAINMENT_TESTS: Final = "tests/unit/test_containment.py::"
+_CONTAINMENT_ANY: Final = _CONTAINMENT_TESTS + "test_a_fault_in_any_method_costs_one_vm_its_channel"
+_LINK: Final = "vchan/io/link.py"
 _CLIENT: Final = "vchan/client.py"
 _UPWARD: Final = "vchan/guest/upward.py"
-_OUTBOUND: Final = "vchan/host/outbound.py"
-_HISTORY: Final = "vchan/host/history.py"
-_BROKER_VM: Final = "vchan/host/broker_vm.py"
-_OUTBOUND_TESTS: Final = "tests/unit/test_outbound.py::"
+_HOST_UPWARD: Final = "vchan/host/vm/upward.py"
+_HISTORY: Final = "vchan/host/vm/handover.py"
+_BROKER_VM: Final = "vchan/host/broker/vm_queues.py"
+_COMPLETIONS: Final = "vchan/host/broker/completions.py"
+_COMPLETIONS_TESTS: Final = "tests/unit/test_completions.py::"
+_OUTBOUND_TESTS: Final = "tests/unit/test_vm_upward.py::"
 _UPWARD_TESTS: Final = "tests/unit/test_upward.py::"
 _BROKER: Final = "tests/simulate/broker.py"
 
+_AMQP_CONTENT: Final = "vchan/host/broker/amqp_content.py"
+_AMQP_LINK_TESTS: Final = "tests/unit/test_amqp.py::"
+_DROPPED_TESTS: Final = "tests/unit/test_dropped_casts.py::"
+_STREAM_ENDS: Final = "vchan/streams/ends.py"
+_STREAM_HALVES: Final = "vchan/streams/halves.py"
+_STREAM_TESTS: Final = "tests/unit/test_byte_streams.py::"
+_CARRIED: Final = "tests/unit/test_byte_streams_carried.py"
+
 BUGS: Final = (
+    # ---------------------------------------------------------------- byte streams
+    Bug(
+        "bytes behind a hole are taken",
+        Patch(_STREAM_HALVES, "        if offset > have:", "        if False:"),
+        Test(_CARRIED),
+    ),
+    Bug(
+        "bytes that overlap are taken twice",
+        Patch(_STREAM_HALVES, "data[have - offset :]", "data"),
+        Test(_CARRIED),
+    ),
+    Bug(
+        "an acknowledgement of what is being sent again leaves a hole",
+        Patch(_STREAM_HALVES, "            self.sent = max(self.sent, received)\n", ""),
+        Test(_CARRIED),
+    ),
+    Bug(
+        "old news takes credit back",
+        Patch(_STREAM_HALVES, "self.credit = max(self.credit, credit)", "self.credit = credit"),
+        Test(_STREAM_TESTS + "test_an_outgoing_half_sends_within_its_credit_and_its_end_last"),
+    ),
+    Bug(
+        "an end counts as read before it was",
+        Patch(
+            _STREAM_HALVES,
+            "        if is_end:\n            self.end = stop\n",
+            "        if is_end:\n            self.end = stop\n"
+            "            self.is_done = not self._held\n",
+        ),
+        Test("tests/unit/test_byte_streams_stateful.py"),
+        was_real=True,
+    ),
+    Bug(
+        "a half is ended before the stream is accepted",
+        Patch(
+            _STREAM_ENDS,
+            "            if stream.phase is not StreamPhase.OPEN:",
+            "            if False:",
+        ),
+        Test(_STREAM_TESTS + "test_bytes_written_before_it_is_accepted_wait"),
+        was_real=True,
+    ),
+    Bug(
+        "credit is told of a stream that is not accepted",
+        Patch(_STREAM_ENDS, "if stream.phase is StreamPhase.OPEN and untold", "if untold"),
+        Test(_STREAM_TESTS + "test_reading_before_it_is_accepted_says_nothing"),
+        was_real=True,
+    ),
+    Bug(
+        "two runs of an end are taken for one",
+        Patch(_STREAM_ENDS, "        if stream.tag == tag:", "        if True:"),
+        Test(_STREAM_TESTS + "test_an_open_that_comes_late_to_a_new_run_does_not_mix_two_streams"),
+    ),
+    Bug(
+        "streams do not ask in a new session",
+        Patch(
+            _STREAM_ENDS,
+            "                stream.owe(ASK)\n",
+            "                pass\n",
+        ),
+        Test(_STREAM_TESTS + "test_a_new_session_makes_up_for_what_was_lost"),
+    ),
+    Bug(
+        "an answer that shows a loss is not acted on",
+        Patch(_STREAM_ENDS, "message.received < stream.asked_sent", "False"),
+        Test(_STREAM_TESTS + "test_a_new_session_makes_up_for_what_was_lost"),
+    ),
+    Bug(
+        "a peer may have everything sent again as often as it likes",
+        Patch(_STREAM_ENDS, "        if now_s - stream.rewind_s < REWIND_S:", "        if False:"),
+        Test(_STREAM_TESTS + "test_a_peer_that_asks_for_everything_again_and_again_gets_it_seldom"),
+    ),
+    Bug(
+        "two ends that are done answer each other for ever",
+        Patch(_STREAM_ENDS, "        elif is_question:", "        else:"),
+        Test(_STREAM_TESTS + "test_a_stream_that_is_over_answers_who_asks_and_not_who_tells"),
+    ),
+    Bug(
+        "many streams fill the session's window",
+        Patch(_STREAM_ENDS, "IN_FLIGHT_BYTES_MAX - self.in_flight", "IN_FLIGHT_BYTES_MAX"),
+        Test(_STREAM_TESTS + "test_in_flight_is_bounded_over_all_streams"),
+    ),
+    Bug(
+        "the first stream sends as long as it can",
+        Patch(
+            _STREAM_ENDS,
+            "                self._streams[stream.id] = self._streams.pop(stream.id)"
+            "  # the others' turn\n",
+            "",
+        ),
+        Test(_STREAM_TESTS + "test_streams_take_turns"),
+    ),
+    Bug(
+        "an open storm is answered without a limit",
+        Patch(
+            _STREAM_ENDS,
+            "if len(self._replies) >= REPLIES_MAX and stream_id not in self._replies:",
+            "if False:",
+        ),
+        Test(_STREAM_TESTS + "test_an_open_storm_costs_bounded_memory"),
+    ),
+    Bug(
+        "a program speaks for another's stream",
+        Patch(
+            "vchan/streams/switchboard.py",
+            "        if self._routes.get(stream) != number:",
+            "        if stream not in self._routes:",
+        ),
+        Test("tests/unit/test_byte_streams_switchboard.py"),
+    ),
+    Bug(
+        "a stream that is no longer allowed goes on in the guest",
+        Patch(
+            "vchan/streams/switchboard.py",
+            "                self._put(program.down, refusal)\n",
+            "                pass\n",
+        ),
+        Test("tests/unit/test_byte_streams_switchboard.py"),
+    ),
+    Bug(
+        "a stream that was opened once is not judged again",
+        Patch(
+            "vchan/streams/switchboard.py",
+            "        judged = self._judge(number, message)\n",
+            "        known = message.id in self._routes\n"
+            "        judged = message if known else self._judge(number, message)\n",
+        ),
+        Test("tests/unit/test_byte_streams_switchboard.py"),
+    ),
+    Bug(
+        "who reads tells his sender of no room",
+        Patch(_STREAM_ENDS, "untold >= WINDOW_BYTES // 4", "False"),
+        Test(_STREAM_TESTS + "test_who_does_not_read_stops_its_sender_and_nobody_else"),
+    ),
+    # ---------------------------------------------------------------- the broker's messages
+    Bug(
+        "VMs' quorum queues without a delivery limit of their own",
+        Patch(_BROKER_VM, '        arguments["x-delivery-limit"] = DELIVERY_LIMIT\n', ""),
+        Simulation(0, 3, "given_back_again_and_again_with_nonsense_between"),
+        was_real=True,
+    ),
+    Bug(
+        "a header of a type that is not known is an error",
+        Patch(
+            _AMQP_CONTENT,
+            "            if size is None:\n                break\n",
+            "            assert size is not None\n",
+        ),
+        Test(_AMQP_LINK_TESTS + "test_an_unknown_header_type_costs_nothing"),
+        was_real=True,
+    ),
+    Bug(
+        "an exception of one VM's owner goes on to the connection",
+        Patch(
+            "vchan/host/broker/amqp.py",
+            "attempt(lambda: owner.on_failure(fault), None)",
+            "attempt(lambda: Owner.on_failure(owner, fault), None)",
+        ),
+        Test(_AMQP_LINK_TESTS + "test_a_fault_of_ours_costs_its_vm_the_channel_and_no_other"),
+    ),
+    Bug(
+        "a cast that the guest refused is acknowledged without a word",
+        Patch(
+            _DOWNWARD,
+            "        if not is_call and reason not in (NO_AGENT, BUSY):",
+            "        if False:",
+        ),
+        Test(_DROPPED_TESTS + "test_a_cast_that_comes_back_for_good"),
+        was_real=True,
+    ),
+    Bug(
+        "what the broker drops after a return is not noticed",
+        Patch(
+            _DOWNWARD, "                self._awaited.add(request_id)\n", "                pass\n"
+        ),
+        Test(_DROPPED_TESTS + "test_what_does_not_come_again_before_what_is_new_was_dropped"),
+    ),
     # ---------------------------------------------------------------- frames
     Bug(
         "CRC not seeded with the session's key",
@@ -68,9 +268,7 @@ BUGS: Final = (
             "return Key(words[0], words[1]), Key(words[2], words[3])",
             "return Key(1, 1), Key(1, 1)",
         ),
-        Test(
-            "tests/unit/test_session.py::test_old_frames_that_arrive_in_the_new_session_mean_nothing"
-        ),
+        Test("tests/unit/test_session.py::test_frames_of_an_old_session_are_ignored_in_a_new_one"),
     ),
     Bug(
         "payload CRC not checked",
@@ -90,8 +288,8 @@ BUGS: Final = (
     Bug(
         "resumed without a check of what the peer has",
         Patch(
-            _SESSION,
-            "            and self._base <= peer.recv_next <= self._tail\n"
+            _HANDSHAKE,
+            "            and self._sender.base <= peer.recv_next <= self._sender.tail\n"
             "            and peer.send_base <= mine.recv_next <= peer.send_next\n",
             "",
         ),
@@ -100,23 +298,23 @@ BUGS: Final = (
     Bug(
         "go-back-N off by one",
         Patch(
-            _SESSION,
-            "            self._rewind_not_before_s = self._now_s + REWIND_S\n"
-            "            self._cursor = self._base\n",
-            "            self._rewind_not_before_s = self._now_s + REWIND_S\n"
-            "            self._cursor = min(self._base + 1, self._tail)\n",
+            _SENDER,
+            "            self._rewind_not_before_s = now_s + REWIND_S\n"
+            "            self.cursor = self.base\n",
+            "            self._rewind_not_before_s = now_s + REWIND_S\n"
+            "            self.cursor = min(self.base + 1, self.tail)\n",
         ),
         Simulation(0),
     ),
     Bug(
         "credit ignored",
-        Patch(_SESSION, "            or self._tx_cost + cost > self._peer_credit\n", ""),
+        Patch(_SENDER, "            or self._tx_cost + cost > self.credit\n", ""),
         Test("tests/unit/test_session.py::test_an_unread_peer_is_written_to_up_to_its_credit_only"),
     ),
     Bug(
         "a new message overtakes older ones of its stream",
         Patch(
-            _SESSION,
+            _SENDER,
             "        outgoing.messages.append(message)\n",
             "        outgoing.messages.insert(1 if outgoing.offset else 0, message)\n",
         ),
@@ -126,18 +324,19 @@ BUGS: Final = (
         "HELLO trusted",
         Patch(
             _SESSION,
-            "        self._welcome = candidate.mine\n        self._dues |= _WELCOME\n\n",
-            "        self._welcome = candidate.mine\n        self._dues |= _WELCOME\n"
-            "        self._establish(*candidate)\n\n",
+            "        handshake.welcome_candidate()\n",
+            "        handshake.welcome_candidate()\n"
+            "        assert handshake.candidate is not None\n"
+            "        self._establish(*handshake.candidate)\n",
         ),
         Test("tests/unit/test_session.py::test_a_hello_alone_changes_nothing_in_an_open_session"),
     ),
     Bug(
         "silence never told, so a wedge is never cured",
         Patch(
-            _SESSION,
-            "            self._events.append(Silent(now_s - self._heard_s))\n",
-            "",
+            _LIVENESS,
+            "        return Silent(now_s - self.heard_s)\n",
+            "        return None\n",
         ),
         Simulation(0, 60, "wedged_in_company"),
     ),
@@ -145,14 +344,132 @@ BUGS: Final = (
         "duplicates accepted as new",
         Patch(
             _SESSION,
-            "        if seq != self._recv_next:\n            if seq < self._recv_next:",
-            "        if seq > self._recv_next:\n            if seq < self._recv_next:",
+            "        if frame.seq == receiver.next:\n",
+            "        if frame.seq <= receiver.next:\n",
         ),
         Test(
             "tests/unit/test_session.py::test_frames_that_come_twice_are_dropped_and_acknowledged_at_once"
         ),
     ),
+    Bug(
+        "credit leaks by a frame's overhead",
+        Patch(
+            _RECEIVER,
+            "        self.cost += len(frame.payload) + OVERHEAD_BYTES\n",
+            "        self.cost += len(frame.payload)\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "what was acknowledged still counts as in flight",
+        Patch(
+            _SENDER,
+            "            freed += len(sent.popleft().payload) + OVERHEAD_BYTES\n",
+            "            freed += len(sent.popleft().payload)\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "credit that a greeting gave is taken back",
+        Patch(
+            _RECEIVER,
+            "            return max(self.credit_told, self.credit_greeted, self.cost)\n",
+            "            return max(self.credit_told, self.cost)\n",
+        ),
+        Test(
+            "tests/unit/test_session.py::test_a_host_does_not_take_back_the_credit_it_greeted_with"
+        ),
+        was_real=True,
+    ),
+    Bug(
+        "more is acknowledged than was sent, and believed",
+        Patch(_SENDER, "        if ack > self.tail:\n            return False\n", ""),
+        Simulation(0),
+    ),
+    Bug(
+        "a frame that has not come is acknowledged",
+        Patch(
+            _SESSION,
+            "credit = self._tx_key, receiver.next, receiver.grant(sender.backlog)\n",
+            "credit = self._tx_key, receiver.next + 1, receiver.grant(sender.backlog)\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "reassembly memory is never given back",
+        Patch(_RECEIVER, "            self.reassembly -= partial.total\n", ""),
+        Simulation(0),
+    ),
+    Bug(
+        "a place in the peer's reassembly memory is never given back",
+        Patch(_SENDER, "            self._large_open -= total\n", ""),
+        Simulation(0),
+    ),
+    Bug(
+        "a fragment of no message is taken for one",
+        Patch(
+            _RECEIVER,
+            '            return "a fragment of no message"\n',
+            '            return ""\n',
+        ),
+        Simulation(0, 200),
+    ),
+    Bug(
+        "a question whether the peer is there is not answered",
+        Patch(
+            _SESSION,
+            "        if self._on_any(frame):\n            self._dues |= _PONG\n",
+            "        self._on_any(frame)\n",
+        ),
+        Simulation(0),
+    ),
     # ---------------------------------------------------------------- exchange
+    Bug(
+        "Settled names the first id alone",
+        Patch(
+            _MESSAGES,
+            "_encode_ids(layout.MESSAGE_SETTLED, message.ids)",
+            "_encode_ids(layout.MESSAGE_SETTLED, message.ids[:1])",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "of what is settled, a responder forgets the first id alone",
+        Patch(
+            _EXCHANGE,
+            "                for request_id in ids:\n                    self._settle(",
+            "                for request_id in ids[:1]:\n                    self._settle(",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "agents are told of the first settled id alone",
+        Patch(_DISPATCHER, "server.requester.settle(ids)", "server.requester.settle(ids[:1])"),
+        Simulation(0),
+    ),
+    Bug(
+        "of a lot that is proved the first id alone is told",
+        Patch(
+            _COMPLETIONS,
+            "            ids = tuple(completion.id for completion in completions)\n",
+            "            ids = tuple(completion.id for completion in completions[:1])\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "answers that were settled still count as kept",
+        Patch(_EXCHANGE, "            self._reply_bytes -= len(record.reply)\n", ""),
+        Simulation(0),
+    ),
+    Bug(
+        "a deadline outlives its request",
+        Patch(
+            _EXCHANGE,
+            "        self._deadlines.discard(request_id)\n        return item\n",
+            "        return item\n",
+        ),
+        Simulation(0),
+    ),
     Bug(
         "a new session repeats nothing",
         Patch(
@@ -194,19 +511,19 @@ BUGS: Final = (
     ),
     Bug(
         "a call whose agent died is forgotten",
-        Patch(_EXCHANGE, "        if reason == AGENT_GONE:\n", "        if reason < 0:\n"),
-        Test("tests/unit/test_exchange.py::test_a_copy_of_what_may_have_run_does_not_run"),
+        Patch(_EXCHANGE, "if is_over or reason == AGENT_GONE:\n", "if is_over:\n"),
+        Test("tests/unit/test_in_flight.py::test_a_copy_of_what_may_have_run_does_not_run"),
         was_real=True,
     ),
     # ---------------------------------------------------------------- router
     Bug(
         "receipt before the agent acknowledged",
         Patch(
-            _ROUTER,
-            "        self._owners[request.id] = set(keys)\n",
-            "        self._owners[request.id] = set(keys)\n"
+            _DISPATCHER,
+            "        served.owners.update(keys)\n",
+            "        served.owners.update(keys)\n"
             "        if not request.is_call:\n"
-            "            self._host.take(request.id, now_s)\n",
+            "            served.told(Taken(request.id), now_s)\n",
         ),
         Test(
             "tests/unit/test_router.py::test_casts_of_an_agent_that_left_go_to_the_next_in_their_order"
@@ -215,9 +532,9 @@ BUGS: Final = (
     Bug(
         "who holds a request is ignored",
         Patch(
-            _ROUTER,
-            "        holder = self._holders.get(request.id)\n        if holder is not None",
-            "        holder = None\n        if holder is not None",
+            _DISPATCHER,
+            "return None if request.flags & FANOUT else self._holders.get(request.id)",
+            "return None",
         ),
         Test(
             "tests/unit/test_router.py::test_during_the_grace_what_is_held_goes_straight_to_its_holder"
@@ -236,9 +553,9 @@ BUGS: Final = (
     Bug(
         "put back in reverse",
         Patch(
-            _ROUTER,
-            "for request in reversed(requests))",
-            "for request in requests)",
+            _DISPATCHER,
+            "extendleft(reversed(requests))",
+            "extendleft(requests)",
         ),
         Test(
             "tests/unit/test_router.py::test_casts_of_an_agent_that_left_go_to_the_next_in_their_order"
@@ -247,9 +564,9 @@ BUGS: Final = (
     Bug(
         "a fanout goes only to who holds it",
         Patch(
-            _ROUTER,
-            "        if holder is not None and not is_fanout:\n",
-            "        if holder is not None:\n",
+            _DISPATCHER,
+            "return None if request.flags & FANOUT else self._holders.get(request.id)",
+            "return self._holders.get(request.id)",
         ),
         Test("tests/unit/test_router.py::test_a_fanout_during_the_grace_waits_for_all_agents"),
         was_real=True,
@@ -257,14 +574,9 @@ BUGS: Final = (
     Bug(
         "casts handed back when no agent is there",
         Patch(
-            _ROUTER,
-            "        casts = deque(item for item in waiting if not item.request.timeout_ms)\n"
-            "        if casts:\n"
-            "            self._waiting[topic] = casts\n"
-            "        for item in waiting:\n"
-            "            if item.request.timeout_ms:\n"
-            "                self._refuse(item.request)\n",
-            "        for item in waiting:\n            self._refuse(item.request)\n",
+            _DISPATCHER,
+            "give_up_s = _FOREVER if forever else now_s",
+            "give_up_s = now_s",
         ),
         Test("tests/unit/test_router.py::test_what_waits_when_a_topic_is_given_up"),
         was_real=True,
@@ -273,68 +585,144 @@ BUGS: Final = (
         "a redelivered call is called unrun",
         Patch(
             _ROUTER,
-            "        if request.is_call and request.flags & REDELIVERED:\n            # Nobody",
-            "        if False:\n            # Nobody",
+            "        if not (is_unserved and self._is_doubtful(outcome.id)):\n",
+            "        if True:\n",
         ),
         Test("tests/unit/test_router.py::test_a_call_nobody_serves_is_handed_back"),
         was_real=True,
     ),
-    # ---------------------------------------------------------------- relay
+    # ---------------------------------------------------------------- downward
     Bug(
         "acknowledged before the reply is confirmed",
         Patch(
-            _RELAY,
-            "        self._broker.publish_reply(entry.origin.reply_q, entry.reply, request_id)\n",
-            "        self._broker.publish_reply(entry.origin.reply_q, entry.reply, request_id)\n"
-            "        for token in entry.tokens:\n            self._broker.ack(token)\n",
+            _COMPLETIONS,
+            "        else:\n            self._publish(completion)\n\n    def channel_ended",
+            "        else:\n            self._publish(completion)\n"
+            "            self._acknowledge(completion)\n\n    def channel_ended",
         ),
-        Test("tests/unit/test_relay.py::test_a_call_is_acknowledged_when_its_reply_is_published"),
+        Test(_COMPLETIONS_TESTS + "test_a_call_is_acknowledged_when_its_reply_is_confirmed"),
     ),
     Bug(
         "settled without the broker's proof",
         Patch(
-            _RELAY,
-            "            self._broker.barrier(self.vm, self._settle_token, ids)\n",
-            "            self._requester.settle(ids)\n",
+            _COMPLETIONS,
+            "        self._channel.prove(self._proved)\n",
+            "        self._proved()\n",
         ),
         Simulation(0),
     ),
     Bug(
+        "what is acknowledged on a channel that ends is told as proved",
+        Patch(
+            _COMPLETIONS,
+            "        self._end(lost, proven=False)\n",
+            "        self._end(lost, proven=True)\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "a lot whose proof is under way is forgotten when the channel ends",
+        Patch(_COMPLETIONS, "(*self._asked, self._take_lot())", "(self._take_lot(),)"),
+        Test(_COMPLETIONS_TESTS + "test_the_channel_ends_before_the_proof"),
+    ),
+    Bug(
+        "the second lot's proof is taken for the first's",
+        Patch(_COMPLETIONS, "self._asked.popleft()", "self._asked.pop()"),
+        Test(_COMPLETIONS_TESTS + "test_lots_are_proved_in_their_order"),
+    ),
+    Bug(
         "only the last copy is acknowledged",
         Patch(
-            _RELAY,
-            "        for token in entry.tokens:\n            self._broker.ack(token)\n        if",
-            "        for token in entry.tokens[-1:]:\n"
-            "            self._broker.ack(token)\n        if",
+            _COMPLETIONS, "        for token in tokens:\n", "        for token in tokens[-1:]:\n"
         ),
-        Test("tests/unit/test_relay.py::test_every_copy_is_acknowledged"),
+        Test(_COMPLETIONS_TESTS + "test_every_copy_is_acknowledged"),
+    ),
+    Bug(
+        "a copy that comes while the reply is under way is not acknowledged with it",
+        Patch(
+            _COMPLETIONS,
+            "        completion.tokens += filter(self._channel.holds, tokens)\n"
+            "        if known is not None:\n",
+            "        if known is None:\n"
+            "            completion.tokens += filter(self._channel.holds, tokens)\n"
+            "        else:\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "a reply that the broker did not confirm is not published again",
+        Patch(
+            _COMPLETIONS,
+            "        elif self._retry_timer is None:\n",
+            "        elif self._retry_timer is None and is_gone:\n",
+        ),
+        Simulation(0),
+    ),
+    Bug(
+        "a reply under way is given up with its channel",
+        Patch(
+            _COMPLETIONS,
+            "            completion.tokens.clear()\n",
+            "            completion.tokens.clear()\n        self._replies.clear()\n",
+        ),
+        Test(_COMPLETIONS_TESTS + "test_a_reply_is_published_though_the_channel_ends"),
+    ),
+    Bug(
+        "what is acknowledged by a dead token is proved on the next channel",
+        Patch(_COMPLETIONS, "            completion.tokens.clear()\n", "            pass\n"),
+        Test(_COMPLETIONS_TESTS + "test_a_reply_is_published_though_the_channel_ends"),
+    ),
+    Bug(
+        "a channel is closed for other topics while a caller waits for its proof",
+        Patch(
+            _BROKER_VM,
+            "            if self._leaves and not self.completions.waits_for_proof:\n",
+            "            if self._leaves:\n",
+        ),
+        Test(
+            _COMPLETIONS_TESTS
+            + "test_topics_are_not_taken_away_before_what_was_returned_is_forgotten"
+        ),
+    ),
+    Bug(
+        "what a channel delivers that is about to be closed is posted",
+        Patch(
+            _BROKER_VM,
+            "        if self._is_closing or self._leaves:\n",
+            "        if self._is_closing:\n",
+        ),
+        Test(
+            _COMPLETIONS_TESTS
+            + "test_topics_are_not_taken_away_before_what_was_returned_is_forgotten"
+        ),
+    ),
+    Bug(
+        "a reply that comes back counts as confirmed",
+        Patch(
+            "vchan/host/broker/reply_publisher.py",
+            '"returned" if is_returned else problem',
+            "problem",
+        ),
+        Test(_COMPLETIONS_TESTS + "test_a_reply_that_nobody_takes_is_given_up_in_the_end"),
     ),
     Bug(
         "deliveries of a released channel are taken",
         Patch(
-            _RELAY,
+            _DOWNWARD,
             "        if self._handing_back or topic not in self._consumed:\n",
             "        if False:\n",
         ),
         Test(
-            "tests/unit/test_relay.py::test_deliveries_of_another_topic_or_a_channel_that_is_gone_are_ignored"
+            "tests/unit/test_vm_downward.py::test_deliveries_of_another_topic_or_a_channel_that_is_gone_are_ignored"
         ),
         was_real=True,
     ),
     Bug(
-        "ids of a lost channel are settled",
-        Patch(
-            _RELAY,
-            "    def _drop_tokens(self) -> None:\n        self._settle_ids.clear()\n",
-            "    def _drop_tokens(self) -> None:\n",
-        ),
-        Simulation(0, 60, "broker_is_cut_again_and_again"),
-    ),
-    Bug(
         "a VM that has left is consumed for",
         Patch(
-            _RELAY,
-            "            self._broker.release(self.vm)\n            self._drop_tokens()\n",
+            _DOWNWARD,
+            "            self._broker.release(self.vm, for_good=for_good)\n"
+            "            self._drop_tokens()\n",
             "            self._drop_tokens()\n",
         ),
         Simulation(0),
@@ -343,7 +731,7 @@ BUGS: Final = (
     Bug(
         "receipted before the broker has it",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "        self._broker.publish_request(self.vm, request.id, made)\n",
             "        self._broker.publish_request(self.vm, request.id, made)\n"
             "        if not request.is_call:\n"
@@ -355,21 +743,68 @@ BUGS: Final = (
     Bug(
         "order lost on retry",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "self._queue.extendleft(reversed(self._unsent))",
             "self._queue.extend(self._unsent)",
         ),
         Test(_OUTBOUND_TESTS + "test_what_was_refused_goes_again_before_what_is_new"),
     ),
     Bug(
+        "order lost among what was not confirmed",
+        Patch(_HOST_UPWARD, "            self._unsent.sort(key=lambda item: item.number)\n", ""),
+        Simulation(0, 60, "broker_is_in_trouble"),
+    ),
+    Bug(
+        "new requests overtake what was not confirmed",
+        Patch(
+            _HOST_UPWARD,
+            "self._retry_at_s is not None or bool(self._unsent)",
+            "self._retry_at_s is not None",
+        ),
+        Simulation(0, 60, "broker_is_in_trouble"),
+    ),
+    Bug(
+        "what was not confirmed goes behind what is new",
+        Patch(
+            _HOST_UPWARD,
+            "            self._queue.extendleft(reversed(self._unsent))\n",
+            "            self._queue.extend(self._unsent)\n",
+        ),
+        Simulation(0, 60, "broker_is_in_trouble"),
+    ),
+    Bug(
+        "doubt forgotten at the next attempt",
+        Patch(
+            _HOST_UPWARD,
+            "item.doubtful = item.doubtful or doubtful",
+            "item.doubtful = doubtful",
+        ),
+        Simulation(0, 60, "broker_is_in_trouble"),
+    ),
+    Bug(
+        "doubt left out of the note",
+        Patch(
+            _HOST_UPWARD,
+            "return Past.DOUBT if self.doubtful or self.state is not _State.QUEUED else None",
+            "return Past.DOUBT if self.state is not _State.QUEUED else None",
+        ),
+        Simulation(0, 60, "broker_is_in_trouble"),
+    ),
+    Bug(
+        "the time to ask again runs while the guest stands still",
+        Patch(_CHANNELS, "                self.downward.upward.silent()\n", ""),
+        Simulation(0, 60, "paused_after_its_host_died"),
+        was_real=True,
+    ),
+    Bug(
         "not marked as perhaps published before",
-        Patch(_OUTBOUND, "redelivered=item.doubtful)", "redelivered=False)"),
+        Patch(_HOST_UPWARD, "redelivered=item.doubtful)", "redelivered=False)"),
         Simulation(0),
     ),
     Bug(
         "no note left",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "        if self._listening:\n            self._note_is_due",
             "        if False:\n            self._note_is_due",
         ),
@@ -385,7 +820,7 @@ BUGS: Final = (
     Bug(
         "a note without what is in doubt",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "return Past.DOUBT if self.doubtful or self.state is not _State.QUEUED else None",
             "return None",
         ),
@@ -401,8 +836,8 @@ BUGS: Final = (
     Bug(
         "a note that only says what was published",
         Patch(
-            _OUTBOUND,
-            "        self._note_is_due = bool(self._sending)",
+            _HOST_UPWARD,
+            "        self._note_is_due = not note.is_last",
             "        self._note_is_due = False",
         ),
         Test(_OUTBOUND_TESTS + "test_a_vm_that_is_let_go_before_the_broker_has_spoken"),
@@ -410,14 +845,14 @@ BUGS: Final = (
     ),
     Bug(
         "published before everything written before is read",
-        Patch(_OUTBOUND, "(not history.is_read or is_again or", "(is_again or"),
+        Patch(_HOST_UPWARD, "(not history.is_read or is_again or", "(is_again or"),
         Test(_OUTBOUND_TESTS + "test_it_publishes_when_its_arrival_has_come_back"),
         was_real=True,
     ),
     Bug(
         "our own arrival is taken out of the queue",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "                self._arrival_tokens.append(self._log_tokens.pop())\n",
             "                pass\n",
         ),
@@ -426,7 +861,7 @@ BUGS: Final = (
     Bug(
         "what the next host has written is taken out of the queue",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "        if not history.is_read or history.is_ours(message):\n",
             "        if True:\n",
         ),
@@ -435,34 +870,34 @@ BUGS: Final = (
     ),
     Bug(
         "a note speaks for the last stay only",
-        Patch(_OUTBOUND, "            history.stays(),\n", "            (history.stay,),\n"),
+        Patch(_HOST_UPWARD, "            history.stays(),\n", "            (history.stay,),\n"),
         Test(_OUTBOUND_TESTS + "test_a_new_session_begins_a_new_stay"),
         was_real=True,
     ),
     Bug(
         "a host that died is not missed",
-        Patch(_HISTORY, "            self._open[stay] = True\n", "            pass\n"),
+        Patch(_HISTORY, "            self._await(arrival.stay, 0.0)\n", "            pass\n"),
         Simulation(0),
     ),
     Bug(
         "what waited here while the guest was elsewhere is new",
-        Patch(_OUTBOUND, " or self.number <= number\n", "\n"),
+        Patch(_HOST_UPWARD, " or self.number <= number\n", "\n"),
         Test(_OUTBOUND_TESTS + "test_a_guest_that_comes_back_may_have_been_elsewhere"),
         was_real=True,
     ),
     Bug(
         "an answer acknowledged before the guest has it",
         Patch(
-            _OUTBOUND,
-            "            self._hold(token, answer.id, None, now_s)\n            self._reply(",
-            "            self._broker.ack(token)\n            self._reply(",
+            _HOST_UPWARD,
+            "self._hold(token, answer.id, None, now_s)\n            self._responder.answer(",
+            "self._broker.ack(token)\n            self._responder.answer(",
         ),
         Test(_OUTBOUND_TESTS + "test_a_call_s_answer_is_the_broker_s_until_the_guest_has_it"),
     ),
     Bug(
         "two answers to one call, and one is never acknowledged",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "self._broker.ack(held.token)  # the same again: it was called, or handed out, twice",
             "pass",
         ),
@@ -472,7 +907,7 @@ BUGS: Final = (
     Bug(
         "an answer that nobody waits for is held",
         Patch(
-            _OUTBOUND,
+            _HOST_UPWARD,
             "        elif item is None and self._responder.is_over(answer.id):\n",
             "        elif False:\n",
         ),
@@ -487,7 +922,7 @@ BUGS: Final = (
     ),
     Bug(
         "what may have run is refused as unrun",
-        Patch(_OUTBOUND, "        if maybe_ran:\n", "        if False:\n"),
+        Patch(_HOST_UPWARD, "        if maybe_ran:\n", "        if False:\n"),
         Test(_OUTBOUND_TESTS + "test_what_may_have_run_is_not_said_to_be_unserved"),
         was_real=True,
     ),
@@ -542,16 +977,14 @@ BUGS: Final = (
         ),
         Simulation(0),
     ),
-    Bug(
-        "barrier not bound to the channel's generation",
-        Patch(
-            _BROKER,
-            ' == token.generation and not state.closing:\n            self._say("barrier"',
-            ' and not state.closing:\n            self._say("barrier"',
-        ),
-        Simulation(0, 60, "broker_is_cut_again_and_again"),
-    ),
     # ---------------------------------------------------------------- channels and domains
+    Bug(
+        "a paused VM's connection is cut every few seconds",
+        Patch(
+            _CHANNELS, " is Phase.SERVING and not self._domain.is_paused\n", " is Phase.SERVING\n"
+        ),
+        Simulation(0),
+    ),
     Bug(
         "a wedge is not cured",
         Patch(_CHANNELS, "                self._cure(for_s)\n", ""),
@@ -561,10 +994,8 @@ BUGS: Final = (
         "spoken to before the guest runs",
         Patch(
             _DOMAINS,
-            "    def _connect_silently(self, domain: _Domain) -> list[Effect]:\n"
-            "        return self._connect(domain, Phase.ARRIVING)\n",
-            "    def _connect_silently(self, domain: _Domain) -> list[Effect]:\n"
-            "        return self._connect_and_speak(domain)\n",
+            "    (Phase.IDLE, Situation.INCOMING): Domains._connect,\n",
+            "    (Phase.IDLE, Situation.INCOMING): Domains._connect_and_speak,\n",
         ),
         Simulation(0),
     ),
@@ -572,8 +1003,8 @@ BUGS: Final = (
         "a source goes on consuming after the guest has left",
         Patch(
             _DOMAINS,
-            "        domain.phase = Phase.LEAVING\n        return [Hush(domain.uuid)]\n",
-            "        domain.phase = Phase.LEAVING\n        return []\n",
+            "        return domain.change(Hush(domain.uuid))\n",
+            "        domain.change(Hush(domain.uuid))\n        return []\n",
         ),
         Test("tests/unit/test_domains.py::test_migration_seen_by_the_source"),
     ),
@@ -588,12 +1019,12 @@ BUGS: Final = (
         was_real=True,
     ),
     Bug(
-        "a relay that put off consuming is never woken",
+        "a VM that put off consuming is never woken",
         Patch(
             _CHANNELS,
-            "            self.relay.opened(resumed=True, now_s=self._loop.time())\n"
+            "            self.downward.opened(resumed=True, now_s=self._loop.time())\n"
             "            self.set_timer()\n",
-            "            self.relay.opened(resumed=True, now_s=self._loop.time())\n",
+            "            self.downward.opened(resumed=True, now_s=self._loop.time())\n",
         ),
         Simulation(0, 60, "migration_fails_at_the_end"),
         was_real=True,
@@ -614,18 +1045,333 @@ BUGS: Final = (
         "an agent does not say what it holds",
         Patch(
             _CLIENT,
-            "        for chunk in id_chunks(self.responder.remembered()):\n",
+            "        for chunk in id_chunks(self.responder.remembered() + self._charges):\n",
             "        for chunk in ():\n",
         ),
-        Simulation(0, 60, "guest_daemon_restarts_under_load"),
+        Test("tests/unit/test_guest_daemon.py::test_the_daemon_is_killed_and_the_agent_lives"),
     ),
     Bug(
         "an agent runs before it gives its receipt",
         Patch(
             _CLIENT,
-            "            if not responder.take(request.id, self.loop.time()):\n",
-            "            if False:\n",
+            "        if not responder.take(request.id, self._scheduler.time()):\n",
+            "        if False:\n",
         ),
         Simulation(0),
+    ),
+    Bug(
+        "a worker that is to end leaves its caller without an answer",
+        Patch(
+            _CLIENT, "        except BaseException as error:", "        except OSError as error:"
+        ),
+        Test("tests/unit/test_agent_log.py::test_a_worker_that_is_to_end_answers"),
+        was_real=True,
+    ),
+    Bug(
+        "a task that is cancelled leaves its call behind",
+        Patch(
+            "vchan/aio.py",
+            "            connection.withdraw(request.id)\n            raise\n",
+            "            raise\n",
+        ),
+        Test("tests/unit/test_aio.py::test_a_task_that_is_cancelled_withdraws_its_call"),
+    ),
+    # ---------------------------------------------------------------- one VM's trouble
+    Bug(
+        "what a VM's loop callbacks let out is everybody's",
+        Patch(
+            _HOSTED,
+            "        self._loop.call_soon(partial(self._run, callback))\n",
+            "        self._loop.call_soon(callback)\n",
+        ),
+        Test(_CONTAINMENT_ANY + "[Link._planned_flush]"),
+    ),
+    Bug(
+        "a channel that failed keeps its socket",
+        Patch(_HOSTED, ", channel.close_stream]", "]"),
+        Test(_CONTAINMENT_ANY + "[Channel.steps_of_release]"),
+        was_real=True,
+    ),
+    Bug(
+        "a channel made anew speaks whatever its phase",
+        Patch(_HOSTED, "        if self._domain.phase is Phase.SERVING:\n", "        if True:\n"),
+        Test(
+            _CONTAINMENT_TESTS
+            + "test_a_vm_that_leaves_in_quarantine_is_said_nothing_until_it_stays"
+        ),
+    ),
+    Bug(
+        "a guest that we found leaving is not hushed",
+        Patch(
+            _DOMAINS,
+            "        return [*self._connect(domain), *self._hush(domain)]\n",
+            "        return self._connect(domain)\n",
+        ),
+        Test("tests/unit/test_domains.py::test_levels"),
+    ),
+    Bug(
+        "a VM's timers at the broker are everybody's",
+        Patch(_HOST_BROKER, "partial(self.within, vm, work, None)", "work"),
+        Test(_CONTAINMENT_TESTS + "test_a_fault_in_a_vms_timer_at_the_broker_is_its_own"),
+    ),
+    Bug(
+        "a message of a VM's own queue breaks us for ever",
+        Patch(
+            _CHANNELS,
+            "self._handle_mail(self, token, body, partial(upward.work, now_s))",
+            "upward.work(now_s)",
+        ),
+        Test(_CONTAINMENT_TESTS + "test_so_is_one_of_the_vms_own_queue"),
+    ),
+    Bug(
+        "a domain that could not be read counts as gone",
+        Patch(
+            _DOMAINS,
+            "        return frozenset(read | {unread.uuid for unread in self.unreadable})\n",
+            "        return frozenset(read)\n",
+        ),
+        Test("tests/unit/test_domains.py::test_what_cannot_be_read_stays_what_it_was"),
+        was_real=True,
+    ),
+    Bug(
+        "a document type is looked for in all of the text",
+        Patch(
+            _DOMAIN_XML,
+            "        _refuse_document_type(xml)\n",
+            '        if "<!DOCTYPE" in xml:\n            raise ValueError(xml)\n',
+        ),
+        Test("tests/unit/test_domain_xml.py::test_what_stands_in_texts_is_text"),
+        was_real=True,
+    ),
+    Bug(
+        "channels of every name have the same alias",
+        Patch(_DOMAIN_XML, "    if target_name == TARGET_NAME:\n", "    if target_name:\n"),
+        Test(
+            "tests/unit/test_domain_xml.py::test_aliases_are_such_that_libvirt_keeps_and_one_each"
+        ),
+        was_real=True,
+    ),
+    Bug(
+        "a secret's value is shown when it is wrong",
+        Patch(
+            "vchan/host/config_files.py",
+            '            f"{path}:{error.lineno}",\n            f"',
+            '            f"{path}:{error.lineno}",\n            f"{error.line}: ',
+        ),
+        Test("tests/unit/test_host_config.py::test_a_refusal_names_file_and_option_and_no_secret"),
+    ),
+    Bug(
+        "a link that nobody keeps is believed",
+        Patch(
+            "vchan/guest/port.py",
+            "    if is_links or not os.path.exists(device):\n",
+            "    if os.path.exists(link) or not os.path.exists(device):\n",
+        ),
+        Test("tests/unit/test_port.py::test_a_stale_udev_link_is_not_followed"),
+    ),
+    # ---------------------------------------------------------------- told, and in doubt
+    Bug(
+        "a caller hears that its call has not run before the broker has proved it",
+        Patch(
+            _COMPLETIONS,
+            "        if reply is None or completion.waits_for_proof:\n",
+            "        completion.waits_for_proof = False\n        if reply is None:\n",
+        ),
+        Simulation(200),
+        was_real=True,
+    ),
+    Bug(
+        "the guest's daemon forgets what it has refused",
+        Patch(
+            _EXCHANGE,
+            "(record.is_told or reason not in COMES_AGAIN)",
+            "reason not in COMES_AGAIN",
+        ),
+        Test("tests/unit/test_router.py::test_a_call_nobody_serves_is_handed_back"),
+        was_real=True,
+    ),
+    Bug(
+        "a call in doubt runs",
+        Patch(
+            _ROUTER,
+            "        if request.is_call:\n            return None\n",
+            "",
+        ),
+        Simulation(0, 60, "guests_lose_their_memory"),
+        was_real=True,
+    ),
+    Bug(
+        "a cast in doubt is not marked",
+        Patch(
+            _ROUTER,
+            "return request._replace(body=mark_redelivered(request.body))",
+            "return request",
+        ),
+        Simulation(0, 60, "guests_lose_their_memory"),
+        was_real=True,
+    ),
+    Bug(
+        "a fresh request says that nothing older can come, though it is a program's",
+        Patch(
+            "vchan/rpc/messages.py",
+            "    return request.topic, request.flags & (FANOUT | LOCAL)\n",
+            "    return request.topic, request.flags & FANOUT\n",
+        ),
+        Test(
+            "tests/unit/test_router.py::"
+            "test_after_the_first_fresh_request_of_a_queue_nothing_is_older_than_the_daemon"
+        ),
+    ),
+    Bug(
+        "an agent keeps its charge when another serves the topic",
+        Patch(
+            _ROUTER,
+            "sorted({topic.name for topic in self._dispatcher.topics_of(key)} - others)",
+            "sorted({topic.name for topic in self._dispatcher.topics_of(key)})",
+        ),
+        Simulation(0, 150, "guests_lose_their_memory"),
+    ),
+    Bug(
+        "an agent has its charge while what a dead one had is not settled",
+        Patch(_ROUTER, "        if self._orphaned:\n            return ()\n", ""),
+        Simulation(280, 20, "guests_lose_their_memory"),
+    ),
+    Bug(
+        "an agent does not tell the next daemon of its charges",
+        Patch(
+            _CLIENT,
+            "self.responder.remembered() + self._charges",
+            "self.responder.remembered()",
+        ),
+        Test("tests/unit/test_guest_daemon.py::test_the_daemon_is_killed_and_the_agent_lives"),
+    ),
+    Bug(
+        "a second copy is given to a later run of the guest",
+        Patch(
+            _DOWNWARD,
+            "        return request_id in self._answers or not known\n",
+            "        return request_id in self._answers\n",
+        ),
+        Test(
+            "tests/unit/test_vm_downward.py::"
+            "test_a_second_copy_of_what_an_earlier_run_of_the_guest_had_is_over"
+        ),
+    ),
+    Bug(
+        "each host waits anew for a note that is lacking",
+        Patch(_HISTORY, "self._await(stay, waited_ms / 1000)", "self._await(stay, 0.0)"),
+        Simulation(0, 20, "moves_on_and_on_after_a_host_daemon_died"),
+        was_real=True,
+    ),
+    Bug(
+        "a note with doubts is followed by a better one, for ever",
+        Patch(
+            _HISTORY,
+            "if not (note.is_last or self.is_settled) and",
+            "if note.doubt and not self.is_settled and",
+        ),
+        Simulation(0, 40, "moves_on_and_on_after_a_host_daemon_died"),
+        was_real=True,
+    ),
+    Bug(
+        "a cast to the guest's daemon runs before it is receipted",
+        Patch(
+            _ROUTER,
+            "            self._flush()\n",
+            "",
+        ),
+        Test("tests/unit/test_router.py::test_a_cast_to_the_daemon_is_receipted_before_it_runs"),
+        was_real=True,
+    ),
+    Bug(
+        "a channel whose stream ended while its guest was to leave is given up",
+        Patch(
+            _CHANNELS,
+            "        if self._domain.phase is not Phase.LEAVING:\n",
+            '        self._gone = self._domain.phase is Phase.LEAVING or hasattr(self, "_gone")\n'
+            "        if not self._gone:\n",
+        ),
+        Test(
+            "tests/unit/test_failed_migration.py::"
+            "test_a_guest_that_stays_is_connected_to_however_often_its_stream_ends"
+        ),
+        was_real=True,
+    ),
+    Bug(
+        "the old connection of a program that came back cancels its request",
+        Patch(
+            "vchan/host/local/programs.py",
+            "            self._let_go(before, request.id)\n",
+            "            pass\n",
+        ),
+        Test("tests/unit/test_local_repeats.py::test_the_new_connection_hears_the_answer"),
+        was_real=True,
+    ),
+    Bug(
+        "an agent says its charges to the daemon that it had them from",
+        Patch(_CLIENT, "        if daemon == self._daemon:\n", "        if False:\n"),
+        Test("tests/unit/test_charges.py::test_the_same_daemon_has_given_it_to_others"),
+    ),
+    Bug(
+        "a daemon does not take back the charges that an agent had before",
+        Patch(
+            _ROUTER,
+            ".charges += tuple(filter(is_charge, ids))",
+            ".charges += ()",
+        ),
+        Test("tests/unit/test_router.py::test_a_charge_that_is_not_true_any_more_is_taken_back"),
+    ),
+    Bug(
+        "a host that is new to a guest is not told what another knows",
+        Patch(
+            _REPORTS, "            state.here = state.is_refused", "            state.is_refused"
+        ),
+        Test(f"{_REPORTS_TESTS}test_a_new_host_is_told_again_what_another_knows"),
+    ),
+    Bug(
+        "services hear of a guest's state again from each host that it comes to",
+        Patch(_REPORTS, '"known": state.now == state.told}', '"known": False}'),
+        Test(f"{_REPORTS_TESTS}test_a_new_host_is_told_again_what_another_knows"),
+    ),
+    Bug(
+        "a report whose fate nobody knows is taken for one that services have heard of",
+        Patch("vchan/host/vm/reports.py", "(is_same and not again)", "is_same"),
+        Test("tests/unit/test_vm_reports.py::test_what_services_hear_of"),
+    ),
+    Bug(
+        "file systems stay frozen when the daemon is killed",
+        Patch(
+            "vchan/guest/freezer.py",
+            '            self._why = "the daemon is gone"\n',
+            "            time.sleep(0.1)\n",
+        ),
+        Test("tests/unit/test_freezer.py::test_the_daemon_is_gone"),
+    ),
+    Bug(
+        "a pause counts when a guest is called dead",
+        Patch(
+            "vchan/host/ops/deaths.py",
+            "now_s - silence.seen_s < self._dead_s",
+            "now_s - silence.began_s < self._dead_s",
+        ),
+        Test("tests/unit/test_deaths.py::test_who_was_paused_and_is_late_is_not_dead"),
+    ),
+    Bug(
+        "any VM may serve a topic that another one owns",
+        Patch(
+            "vchan/host/policy/rules.py",
+            "Verdict(Effect.ALLOW if is_owner else Effect.DENY, own.where)",
+            "Verdict(Effect.ALLOW, own.where)",
+        ),
+        Test("tests/unit/test_policy_rules.py::test_each_vm_owns_the_topic_with_its_uuid"),
+    ),
+    Bug(
+        "a topic that a reload gives to a VM is not consumed as its own",
+        Patch(
+            _DOWNWARD,
+            "is_known = (self.topics, self._topics_owned()) == (self._consumed, self._owned)",
+            "is_known = self.topics == self._consumed",
+        ),
+        Test("tests/unit/test_vm_downward.py::test_a_topic_that_a_reload_gives_to_the_vm"),
     ),
 )

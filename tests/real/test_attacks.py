@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import amqp
 import pytest
 
+from tests.attack import crowd
 from tests.attack.hostile import ATTACKS
 from tests.rig import end_process, rig_directory, tail, wait_until
 from tests.rig.guest import GuestSpec, QemuGuest
@@ -30,7 +31,10 @@ from tests.rig.guest_image import VCHAN_PORT, Service, build
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
 from vchan.client import Client
 from vchan.errors import CallTimeout, RemoteError
-from vchan.host.limits import Limits
+from vchan.host.policy.log_budget import BURST_BYTES, BYTES_PER_S
+from vchan.host.policy.vm_limits import Limits
+from vchan.host.vm.upward import ANSWERS_BYTES_MAX
+from vchan.session import BACKLOG_BYTES_MAX
 
 if TYPE_CHECKING:
     from tests.rig.rabbit import RabbitServer
@@ -90,6 +94,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "tiny_frames": ("throttled",),
     "tiny_fragments": ("throttled",),
     "unread_replies": ("guest_requests",),
+    "unread_answers": ("guest_requests",),  # here nobody serves what they ask
+    "large_answers": ("guest_requests",),
     "acks_of_unsent": ("quarantines", f"{VIOLATIONS}it acknowledged frame"),
     "holes": ("throttled", "losses"),
     "credit_games": ("throttled", "guest_denied"),
@@ -232,9 +238,13 @@ class Bounds:
     def _lines(self) -> int:
         return int(self._daemon.log.read_text(errors="replace").count("\n"))
 
+    def _log_bytes(self) -> int:
+        return int(self._daemon.log.stat().st_size)
+
     def __enter__(self) -> None:
         Path(f"/proc/{self._daemon.pid}/clear_refs").write_text("5")  # the peak begins anew
         self._before = self._memory_kib("VmRSS"), self._lines()
+        self._log_before, self._began_s = self._log_bytes(), time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -242,6 +252,9 @@ class Bounds:
             assert self._daemon.is_running
             assert self._memory_kib("VmHWM") - rss_kib < RSS_KIB_MAX
             assert self._lines() - lines < LOG_LINES_MAX, tail(self._daemon.log)
+            budget = BURST_BYTES + BYTES_PER_S * (time.monotonic() - self._began_s)
+            written = self._log_bytes() - self._log_before
+            assert written < 2 * budget, tail(self._daemon.log)  # the time stands in each line
 
 
 def counters_in(status: Any) -> dict[str, int]:
@@ -366,8 +379,8 @@ class VmScene:
             }
         )
         good = (
-            Service("vchan-guest", "python3.11 -m vchan.guest.daemon"),
-            Service("agent", "python3.11 /app/agent.py agent"),
+            Service("vchan-guest", "python3 -m vchan.guest.daemon"),
+            Service("agent", "python3 /app/agent.py agent"),
         )
         self.host = UndrivenHost(directory / "h", [NEIGHBOUR, "bad"], policy=policy(VM_LIMITS))
         self.daemon = self.host.daemon
@@ -421,9 +434,7 @@ class VmScene:
         """In the VM, at full speed."""
         before = self.status()["session"]["greetings"]
         shell = self.guests["bad"].shell
-        shell(
-            f"python3.11 /app/hostile.py {PORT} {name} 600 >/dev/console 2>&1 & echo $! >/run/bad"
-        )
+        shell(f"python3 /app/hostile.py {PORT} {name} 600 >/dev/console 2>&1 & echo $! >/run/bad")
         try:
             wait_until(
                 lambda: self.status()["session"]["greetings"] > before,
@@ -434,6 +445,16 @@ class VmScene:
             yield
         finally:
             shell("kill $(cat /run/bad); while kill -0 $(cat /run/bad); do sleep 0.1; done")
+
+
+def test_a_crowd_of_attackers_is_measured_and_nobody_else_fails() -> None:
+    with rig_directory() as directory:
+        result = crowd.measure(directory, vms=6, hostile=2, seconds=0.5, rounds=1)
+    for row in (result["without"], result["with"]):
+        assert row["calls"] > 0
+        assert row["failed"] == 0
+        assert row["wait_p99_us"] > 0
+    assert result["with"]["attacker_ms_per_s"] > result["without"]["attacker_ms_per_s"]
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +482,7 @@ def test_a_vm_that_was_closed_off_is_served_again_when_it_behaves(vms: VmScene) 
         outlive("giant_lengths", vms, vms.status, since={})
     assert vms.status()["state"] == "quarantined"
     vms.release()
-    vms.guests["bad"].shell("python3.11 -m vchan.guest.daemon >/dev/console 2>&1 &")
+    vms.guests["bad"].shell("python3 -m vchan.guest.daemon >/dev/console 2>&1 &")
     vms.daemon.wait_ready("bad")
     vms.call_neighbour()
 
@@ -596,6 +617,43 @@ def test_a_request_that_is_replayed_runs_once(
         assert brokered.attackers["bad"].status()["requests"]["from_guest"]["guest_published"] == 1
         ran = service.finish()["hostile"]
     assert len(ran) == 1
+
+
+@needs_rabbit
+def test_answers_that_nobody_reads_stay_with_the_broker(
+    brokered: Scene, rabbit: RabbitServer, directory: Path
+) -> None:
+    """And the memory that they take comes back when who did not read them is gone."""
+    from tests.rig.control_service import ControlService
+
+    attacker = brokered.attackers["bad"]
+    own = f"vchan_vm_{brokered.uuid_of('bad')}"
+
+    def held() -> Any:
+        return attacker.status()["backlog_bytes"]
+
+    with ControlService(rabbit.url, "control", directory / "service.log"):
+        with attacker.attacking("unread_answers", 60.0):
+            wait_until(
+                lambda: attacker.status()["requests"]["from_guest"]["answers_wait"],
+                timeout_s=WAIT_S,
+                interval_s=0.1,
+                failure=lambda: f"{attacker.status()}",
+            )
+            over_s = time.monotonic() + 3.0
+            while time.monotonic() < over_s:
+                brokered.call_neighbour()
+                assert held() <= ANSWERS_BYTES_MAX
+            assert rabbit.queues()[own].ready > 0
+            verdicts = {(each["verdict"], each.get("kind")) for each in brokered.audit("bad")}
+            assert ("refused", "call") in verdicts
+        wait_until(
+            lambda: held() < BACKLOG_BYTES_MAX,
+            timeout_s=WAIT_S,
+            interval_s=0.1,
+            failure=lambda: f"{attacker.status()}",
+        )
+    brokered.call_neighbour()
 
 
 @needs_rabbit

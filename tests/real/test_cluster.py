@@ -23,9 +23,9 @@ from tests.rig.broker_load import (
 from tests.rig.broker_peers import Clients, Host
 from tests.rig.rabbit import RabbitCluster, RabbitServer
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
-from vchan.host import broker_vm
-from vchan.host.broker_config import BrokerConfig, BrokerHost
-from vchan.host.broker_events import (
+from vchan.host.broker import request_publisher, vm_queues
+from vchan.host.broker.config import BrokerConfig, BrokerHost
+from vchan.host.broker.events import (
     Connected,
     Consuming,
     Disconnected,
@@ -66,7 +66,7 @@ def whole_again(cluster: RabbitCluster) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_vm, "RETRY_MIN_S", 0.1)
+    monkeypatch.setattr(vm_queues, "RETRY_MIN_S", 0.1)
 
 
 @pytest.fixture
@@ -84,8 +84,11 @@ def config_of(*nodes: RabbitServer, quorum: bool) -> BrokerConfig:
 # -------------------------------------------------------------------- quorum queues
 
 
-def test_a_lost_node_loses_nothing(cluster: RabbitCluster, vms: list[str]) -> None:
+def test_a_lost_node_loses_nothing(
+    cluster: RabbitCluster, vms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each node is killed in turn under load, both ways: so the leaders of all queues are, once."""
+    monkeypatch.setattr(request_publisher, "UNHEARD_MAX", 10**6)  # it is read at the end
     guests = Guests(config_of(*cluster.nodes, quorum=True))
     url = f"{cluster.url}?{QUORUM}&heartbeat_timeout_threshold=4"
     gathered = Gathered(cluster.nodes[0])

@@ -95,7 +95,7 @@ def test_the_daemon_starts_while_the_vm_is_paused(vm: Vm) -> None:
     with vm.traffic() as traffic:
         vm.domain.suspend()
         vm.here.daemon.restart()
-        vm.wait_status(lambda seen: seen["state"] == "waiting", "does not wait")
+        vm.wait_status(lambda seen: seen["state"] == "paused", "is not paused")
         vm.domain.resume()
         traffic.flows()
         report = traffic.finish()
@@ -111,12 +111,14 @@ def test_a_reset_that_the_channel_does_not_show(vm: Vm) -> None:
         ran = vm.ran(f"{traffic.name}caster")
         report = traffic.finish()
     # What agents had taken died with the guest. The rest ran in the new one: once, in order.
-    assert report.calls_failed == []
+    # A call that was under way then may have run in the guest that is gone: it is not run again.
+    assert len(report.calls_failed) <= CALLERS, report.calls_failed
+    assert all("AgentGone" in failure for failure in report.calls_failed), report.calls_failed
     assert (report.duplicated, report.reordered, report.wrong_answers) == (0, 0, 0), report.brief()
     assert ran == list(range(ran[0], ran[-1] + 1))
-    assert report.lost == report.casts_sent - report.casts_executed + (
-        report.fanouts_sent - report.fanouts_executed
-    )
+    missing = report.casts_sent - report.casts_executed
+    missing += report.fanouts_sent - report.fanouts_executed
+    assert missing <= report.lost <= missing + len(report.calls_failed), report.brief()
 
 
 def test_save_and_restore(vm: Vm) -> None:
@@ -221,7 +223,7 @@ def full_port(vm: Vm) -> Iterator[list[str]]:
         client = stack.enter_context(vm.client())
         with vm.shell() as shell:
             shell.check(
-                "rm -f /run/slow; touch /run/slow; python3.11 /app/agent.py"
+                "rm -f /run/slow; touch /run/slow; python3 /app/agent.py"
                 " slow /run/slow /run/vchan/agent.sock 1 >/dev/console 2>&1 &"
                 " echo $! >/run/slow.pid"
             )

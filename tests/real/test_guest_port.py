@@ -13,7 +13,7 @@ from tests.rig.guest import GuestSpec, QemuGuest
 from tests.rig.guest_image import VCHAN_PORT, Service, build
 from tests.rig.hosting import HostEnd
 from tests.rig.requirements import missing_for_qemu
-from vchan.host import relay
+from vchan.host.vm import downward
 
 MISSING = missing_for_qemu()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
@@ -23,7 +23,7 @@ AGENT = Path(__file__).parents[1] / "rig" / "counting_agent.py"
 # One at a time, and each answer a write of its own; the guest's daemon gives up sooner than it
 # would on a stream that takes no bytes.
 STALLING = (
-    "import vchan.link as link; link.STALL_S = 2.0; from vchan.guest.daemon import main; main()"
+    "import vchan.io.link as link; link.STALL_S = 2.0; from vchan.guest.daemon import main; main()"
 )
 
 
@@ -32,9 +32,9 @@ def guest(short_directory: Path) -> Iterator[QemuGuest]:
     """A guest without the port, until the first test plugs it in."""
     image = build({"app/agent.py": AGENT})
     services = (
-        Service("vchan-guest", "python3.11 -m vchan.guest.daemon"),
-        Service("agent", "python3.11 /app/agent.py demo"),
-        Service("slow", "python3.11 /app/agent.py slow /run/slow /run/vchan/agent.sock 1"),
+        Service("vchan-guest", "python3 -m vchan.guest.daemon"),
+        Service("agent", "python3 /app/agent.py demo"),
+        Service("slow", "python3 /app/agent.py slow /run/slow /run/vchan/agent.sock 1"),
     )
     with QemuGuest(short_directory / "q", GuestSpec(image, services, ports=())) as guest:
         yield guest
@@ -158,7 +158,7 @@ def test_another_program_has_the_port(plugged: QemuGuest) -> None:
 
 def test_an_unprivileged_daemon_is_denied(plugged: QemuGuest) -> None:
     plugged.shell(
-        'python3.11 -c "import os; os.setuid(65534);'
+        'python3 -c "import os; os.setuid(65534);'
         ' from vchan.guest.daemon import main; main()" --socket /tmp/denied.sock'
         " 2>/dev/console & echo $! >/run/denied.pid"
     )
@@ -170,9 +170,9 @@ def test_a_stream_that_takes_no_bytes_is_opened_anew(
     plugged: QemuGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A session in good order never fills the port: it takes very many very small answers.
-    monkeypatch.setattr(relay, "LOCAL_REQUESTS_MAX", 1000)
+    monkeypatch.setattr(downward, "LOCAL_REQUESTS_MAX", 1000)
     plugged.shell("touch /run/vchan-guest.hold; kill $(cat /run/vchan-guest.pid)")
-    plugged.shell(f"python3.11 -c '{STALLING}' 2>/dev/console & echo $! >/run/stalling.pid")
+    plugged.shell(f"python3 -c '{STALLING}' 2>/dev/console & echo $! >/run/stalling.pid")
     try:
         with HostEnd(plugged.port()) as host:
             assert json.loads(host.call("slow", "pid")) > 0  # attached to this daemon

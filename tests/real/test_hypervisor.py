@@ -4,6 +4,7 @@ The guests have no system: they fill their memory with noise, so that a throttle
 in flight until the test lets it go on, and then halt.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -27,18 +28,24 @@ if (MISSING := missing_for_libvirt()) is not None:
 from tests.rig.guest_image import cache_directory  # noqa: E402  (what follows needs libvirt)
 from tests.rig.libvirtd import LibvirtHost  # noqa: E402
 from vchan.errors import ConfigError  # noqa: E402
-from vchan.host import hypervisor as hypervisor_module  # noqa: E402
-from vchan.host.domain_xml import ALIAS, TARGET_NAME, Selection, channel_xml  # noqa: E402
-from vchan.host.domains import (  # noqa: E402
+from vchan.host.hypervisor import libvirt_client as hypervisor_module  # noqa: E402
+from vchan.host.hypervisor.domain_xml import (  # noqa: E402
+    ALIAS,
+    TARGET_NAME,
+    DomainXmlError,
+    Selection,
+    channel_xml,
+)
+from vchan.host.hypervisor.domains import (  # noqa: E402
     NO_CONTROLLER_CONFIGURED,
     NO_CONTROLLER_TRANSIENT,
     Attach,
     AttachDone,
     Changed,
     Connect,
+    Decision,
     DetachDone,
     Domains,
-    Effect,
     Gone,
     Happened,
     Hush,
@@ -48,10 +55,17 @@ from vchan.host.domains import (  # noqa: E402
     Release,
     Resync,
     Speak,
+    Unreadable,
     Warn,
     Why,
 )
-from vchan.host.hypervisor import Hypervisor, read_facts  # noqa: E402
+from vchan.host.hypervisor.known_sockets import KnownSockets  # noqa: E402
+from vchan.host.hypervisor.libvirt_client import (  # noqa: E402
+    Hypervisor,
+    attach_channel,
+    detach_channel,
+    read_facts,
+)
 
 pytestmark = pytest.mark.real
 
@@ -74,16 +88,27 @@ FLOPPY_BYTES = 1440 * 1024
 NOISE_S = 1.5
 
 
+def read_again(hypervisor: Hypervisor, uuid: str) -> None:
+    """As if libvirt had told of the domain: Changed or Gone follows."""
+    with hypervisor._wake:
+        hypervisor._mark(uuid)
+
+
 class Watcher:
     """A host daemon reduced to Hypervisor and Domains: it records what it would do."""
 
-    def __init__(self, uri: str, rules: Sequence[str] = (), *, poll_s: float = 30.0) -> None:
+    def __init__(
+        self, uri: str, rules: Sequence[str] = (), *, poll_s: float = 30.0, **options: Any
+    ) -> None:
         self.events: list[HypervisorEvent] = []
-        self.effects: list[Effect] = []
-        self.times_s: list[float] = []  # of the effects
+        self.decisions: list[Decision] = []
+        self.times_s: list[float] = []  # of the decisions
         self._domains = Domains(Selection.parse(rules))
         self._news = threading.Condition()
-        self.hypervisor = Hypervisor(uri, self._on_event, poll_s=poll_s)
+        self.died: list[str] = []
+        self.hypervisor = Hypervisor(
+            uri, self._on_event, poll_s=poll_s, died=self._note_death, **options
+        )
 
     def __enter__(self) -> "Watcher":
         self.hypervisor.start()
@@ -100,23 +125,28 @@ class Watcher:
     def _on_event(self, event: HypervisorEvent) -> None:
         now_s = time.monotonic()
         with self._news:
-            effects = self._domains.receive(event, now_s)
+            decisions = self._domains.receive(event, now_s)
             self.events.append(event)
-            self.effects += effects
-            self.times_s += [now_s] * len(effects)
+            self.decisions += decisions
+            self.times_s += [now_s] * len(decisions)
             self._news.notify_all()
-        for effect in effects:
-            if isinstance(effect, Attach):
-                self.hypervisor.attach(effect.uuid)
+        for decision in decisions:
+            if isinstance(decision, Attach):
+                self.hypervisor.attach(decision.uuid)
 
-    def of(self, uuid: str) -> list[Effect]:
+    def _note_death(self, problem: str) -> None:
+        with self._news:
+            self.died.append(problem)
+            self._news.notify_all()
+
+    def of(self, uuid: str) -> list[Decision]:
         """What was done for one domain so far, in order."""
         with self._news:
-            return [effect for effect in self.effects if effect.uuid == uuid]
+            return [decision for decision in self.decisions if decision.uuid == uuid]
 
-    def time_of(self, wanted: Effect) -> float:
+    def time_of(self, wanted: Decision) -> float:
         with self._news:
-            return self.times_s[self.effects.index(wanted)]
+            return self.times_s[self.decisions.index(wanted)]
 
     def connect_of(self, uuid: str, number: int = 0) -> Connect:
         self.wait(lambda: len(connects(self.of(uuid))) > number)
@@ -125,10 +155,10 @@ class Watcher:
     def wait(self, reached: Callable[[], bool]) -> None:
         with self._news:
             if not self._news.wait_for(reached, WAIT_S):
-                raise AssertionError(f"not reached in {WAIT_S} s; {self.effects} {self.events}")
+                raise AssertionError(f"not reached in {WAIT_S} s; {self.decisions} {self.events}")
 
-    def wait_effect(self, wanted: Effect, count: int = 1) -> None:
-        self.wait(lambda: self.effects.count(wanted) >= count)
+    def wait_effect(self, wanted: Decision, count: int = 1) -> None:
+        self.wait(lambda: self.decisions.count(wanted) >= count)
 
     def wait_event(self, wanted: Callable[[HypervisorEvent], bool]) -> None:
         self.wait(lambda: any(wanted(event) for event in self.events))
@@ -137,7 +167,7 @@ class Watcher:
         """Wait until everything that has happened to a domain so far has been reacted to."""
         with self._news:
             before = len(self.events)
-        self.hypervisor.refresh(uuid)
+        read_again(self.hypervisor, uuid)
         self.wait(
             lambda: any(
                 isinstance(event, Changed) and event.facts.uuid == uuid
@@ -146,15 +176,15 @@ class Watcher:
         )
 
 
-def connects(effects: Sequence[Effect]) -> list[Connect]:
-    return [effect for effect in effects if isinstance(effect, Connect)]
+def connects(decisions: Sequence[Decision]) -> list[Connect]:
+    return [decision for decision in decisions if isinstance(decision, Connect)]
 
 
 def domain_xml(
     name: str,
     uuid: str,
     *,
-    channel: bool = True,
+    channel: bool | str = True,
     controller: bool = True,
     floppy: Path | None = None,
 ) -> str:
@@ -170,7 +200,7 @@ def domain_xml(
       <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
         <controller type='usb' model='none'/><memballoon model='none'/>
         {"<controller type='virtio-serial' index='0'/>" if controller else ""}
-        {disk}{channel_xml() if channel else ""}
+        {disk}{channel_xml() if channel is True else channel or ""}
       </devices></domain>"""
 
 
@@ -194,7 +224,7 @@ class Host:
         define: bool = False,
         start: bool = True,
         noise: bool = False,
-        **xml: bool,
+        **xml: Any,
     ) -> Iterator[Any]:
         """A domain; whatever the test made of it, it is gone afterwards."""
         uuid = str(uuids.uuid4())
@@ -366,7 +396,323 @@ def test_channel_without_our_alias_is_detached_too(host: Host) -> None:
         watcher.wait_effect(Release(uuid, Why.DETACHED))
         assert TARGET_NAME not in domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
         watcher.hypervisor.detach(uuid)
-        watcher.wait_event(lambda event: event == DetachDone(uuid, "it has no channel"))
+        watcher.wait_event(
+            lambda event: event == DetachDone(uuid, f"it has no channel {TARGET_NAME}")
+        )
+
+
+LIVE, NEXT_BOOT = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+ALL = {LIVE, NEXT_BOOT}
+
+
+def definitions_with(domain: Any, target_name: str = TARGET_NAME) -> set[int]:
+    """Which of the two have the channel."""
+    texts = {LIVE: domain.XMLDesc(0), NEXT_BOOT: domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)}
+    return {flag for flag, text in texts.items() if f"name='{target_name}'" in text}
+
+
+def wait_without(domain: Any, target_name: str = TARGET_NAME) -> None:
+    """libvirt may answer before QEMU has let go of the device."""
+    deadline_s = time.monotonic() + WAIT_S
+    while definitions_with(domain, target_name):
+        assert time.monotonic() < deadline_s, definitions_with(domain, target_name)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+@pytest.mark.parametrize("live", [None, "ua-x", "ua-vchan0", "gone"])
+@pytest.mark.parametrize("next_boot", [None, "ua-y", "ua-vchan0", "gone"])
+def test_a_channel_is_detached_from_each_definition_as_it_stands_there(
+    host: Host, live: str | None, next_boot: str | None, with_path: bool
+) -> None:
+    with host.guest("d", define=True, channel=False) as domain:
+        path = str(host.daemon.directory / "run" / "own.sock") if with_path else None
+        for flag, alias in ((LIVE, live), (NEXT_BOOT, next_boot)):
+            if alias != "gone":
+                domain.attachDeviceFlags(channel_xml(alias=alias, path=path), flag)
+        problem = detach_channel(domain)
+        if live == next_boot == "gone":
+            assert problem == f"it has no channel {TARGET_NAME}"
+        else:
+            assert problem is None
+        wait_without(domain)
+
+
+def test_a_detach_of_which_one_half_fails_does_neither(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with host.guest("half", define=True, channel=channel_xml(alias=None)) as domain:
+        real = type(domain).detachDeviceAlias
+
+        def refuse(this: Any, alias: str, flags: int) -> Any:
+            return real(this, "no-such-alias" if flags == LIVE else alias, flags)
+
+        monkeypatch.setattr(type(domain), "detachDeviceAlias", refuse)
+        problem = detach_channel(domain)
+        assert problem is not None and "no-such-alias" in problem
+        assert definitions_with(domain) == ALL
+
+
+def test_two_target_names_on_one_host(host: Host) -> None:
+    other = "com.example.vchan.0"
+    with (
+        host.guest("both", define=True) as domain,
+        Watcher(host.uri, ["*"], target_name=other) as second,
+        Watcher(host.uri, ["*"]) as first,
+    ):
+        uuid = domain.UUIDString()
+        second.wait_effect(Speak(uuid))
+        first.wait_effect(Speak(uuid))
+        second.settle(uuid)
+        assert first.connect_of(uuid).path != second.connect_of(uuid).path
+        assert definitions_with(domain, other) == definitions_with(domain) == ALL
+        second.hypervisor.detach(uuid)
+        second.wait_event(lambda event: event == DetachDone(uuid, None))
+        second.wait_effect(Release(uuid, Why.DETACHED))
+        assert definitions_with(domain, other) == set()
+        assert definitions_with(domain) == ALL
+
+
+def test_an_alias_that_is_taken_is_done_without(host: Host) -> None:
+    """An older vchan gave every channel the same one, whatever its name."""
+    other = channel_xml("com.example.old.0", alias=ALIAS)
+    with host.guest("taken", define=True, channel=other) as domain:
+        done = attach_channel(domain)
+        assert (done.live, done.config, done.problem) == (True, True, None)
+        assert detach_channel(domain) is None
+        wait_without(domain)
+        assert definitions_with(domain, "com.example.old.0") == ALL
+
+
+LIBVIRT = ctypes.CDLL("libvirt.so.0")
+LIBVIRT.virDomainSetMetadata.argtypes = [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_char_p] * 3]
+LIBVIRT.virDomainSetMetadata.argtypes += [ctypes.c_uint]
+LIBVIRT.virDomainRename.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint]
+ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
+ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+LATIN = b"caf\xe9"
+
+
+def pointer(domain: Any) -> Any:
+    return ctypes.pythonapi.PyCapsule_GetPointer(domain._o, b"virDomainPtr")
+
+
+@pytest.mark.parametrize(
+    "kind", [libvirt.VIR_DOMAIN_METADATA_DESCRIPTION, libvirt.VIR_DOMAIN_METADATA_TITLE]
+)
+def test_text_that_is_no_utf8_costs_nobody_anything(host: Host, kind: int) -> None:
+    with (
+        Watcher(host.uri) as watcher,
+        host.guest("latin", define=True) as latin,
+        host.guest("other") as other,
+    ):
+        uuid = latin.UUIDString()
+        watcher.wait_effect(Speak(uuid))
+        watcher.wait_effect(Speak(other.UUIDString()))
+        flags = LIVE | NEXT_BOOT
+        assert LIBVIRT.virDomainSetMetadata(pointer(latin), kind, LATIN, None, None, flags) == 0
+        watcher.settle(uuid)
+        facts = [e.facts for e in watcher.events if isinstance(e, Changed) and e.facts.note]
+        assert facts and "not UTF-8" in facts[-1].note
+        with host.guest("new") as new:
+            watcher.wait_effect(Speak(new.UUIDString()))
+            other.destroy()
+            watcher.wait_effect(Release(other.UUIDString(), Why.STOPPED))
+            with Watcher(host.uri) as restarted:  # which reads everything anew
+                for each in (latin, new):
+                    restarted.wait_effect(Speak(each.UUIDString()))
+        watcher.hypervisor.detach(uuid)  # libvirt cannot read its own definition then
+        watcher.wait_event(lambda event: isinstance(event, DetachDone))
+        (done,) = [event for event in watcher.events if isinstance(event, DetachDone)]
+        assert "libvirt refuses it" in (done.problem or "") and "virsh desc" in (done.problem or "")
+        assert watcher.died == []
+
+
+def test_a_name_that_is_no_utf8_costs_nobody_anything(host: Host) -> None:
+    with Watcher(host.uri) as watcher, host.guest("renamed", define=True, start=False) as domain:
+        assert LIBVIRT.virDomainRename(pointer(domain), LATIN, 0) == 0
+        try:
+            name = "caf\N{REPLACEMENT CHARACTER}"
+            watcher.wait_event(
+                lambda event: isinstance(event, Changed) and event.facts.name == name
+            )
+            with host.guest("new") as new:
+                watcher.wait_effect(Speak(new.UUIDString()))
+            assert watcher.died == []
+        finally:
+            assert LIBVIRT.virDomainRename(pointer(domain), b"renamed", 0) == 0
+
+
+def fail_to_read(monkeypatch: pytest.MonkeyPatch, uuids: set[str], error: Exception) -> None:
+    real = read_facts
+
+    def read(domain: Any, target_name: str) -> Any:
+        if domain.UUIDString() in uuids:
+            raise error
+        return real(domain, target_name)
+
+    monkeypatch.setattr(hypervisor_module, "read_facts", read)
+
+
+def busy() -> Any:
+    """What libvirt says of a domain that somebody else holds."""
+    error = libvirt.libvirtError("")
+    error.err = (libvirt.VIR_ERR_OPERATION_TIMEOUT, 10, "cannot acquire state change lock", 2)
+    error.err += ("", None, None, -1, -1)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (busy(), "the VM is busy, perhaps migrating"),
+        (DomainXmlError("domain XML has no <uuid>"), "domain XML has no <uuid>"),
+        (KeyError("x"), "vchan-host failed on it: KeyError"),
+    ],
+    ids=["libvirt", "xml", "ours"],
+)
+def test_what_cannot_be_read_is_served_on_and_never_gone(
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    error: Exception,
+    reason: str,
+) -> None:
+    unread: set[str] = set()
+    fail_to_read(monkeypatch, unread, error)
+    monkeypatch.setattr(hypervisor_module, "UNREAD_RETRY_S", 0.2)
+    known = str(tmp_path / "known")
+    with host.guest("hidden", define=True) as hidden, host.guest("seen") as seen:
+        uuid = hidden.UUIDString()
+        with Watcher(host.uri, sockets=KnownSockets(known)) as watcher:
+            for each in (hidden, seen):
+                watcher.wait_effect(Speak(each.UUIDString()))
+            unread.add(uuid)
+            read_again(watcher.hypervisor, uuid)
+            watcher.wait_event(lambda event: isinstance(event, Unreadable))
+            host.daemon.restart()
+            host.reopen()
+            watcher.wait(lambda: sum(isinstance(event, Resync) for event in watcher.events) == 2)
+            resync = [event for event in watcher.events if isinstance(event, Resync)][-1]
+            assert [each.uuid for each in resync.unreadable] == [uuid]
+            assert reason in resync.unreadable[0].reason
+            assert [type(decision) for decision in watcher.of(uuid)] == [Connect, Speak, Warn]
+            assert reason in (watcher._domains.domain(uuid).trouble or "")
+            host.conn.lookupByUUIDString(seen.UUIDString()).destroy()  # others are followed
+            watcher.wait_effect(Release(seen.UUIDString(), Why.STOPPED))
+            path = watcher.connect_of(uuid).path
+        with Watcher(host.uri, sockets=KnownSockets(known)) as restarted:
+            assert restarted.connect_of(uuid).path == path
+            restarted.wait_effect(Speak(uuid))
+            assert restarted._domains.domain(uuid).known.name == "hidden"
+            unread.clear()
+            restarted.wait_event(
+                lambda event: isinstance(event, Changed) and event.facts.uuid == uuid
+            )
+            restarted.settle(uuid)
+            kinds = [type(decision) for decision in restarted.of(uuid)]
+            assert kinds == [Warn, Connect, Speak]  # it never noticed
+            unread.add(uuid)
+            again = host.conn.lookupByUUIDString(uuid)
+            again.destroy()
+            restarted.wait_effect(Release(uuid, Why.STOPPED))
+            again.undefine()
+            restarted.wait_event(lambda event: isinstance(event, Gone) and event.uuid == uuid)
+        assert caplog.text.count("Traceback") == 0
+        assert caplog.text.count("unexpected, at reading it") == 2 * isinstance(error, KeyError)
+
+
+def test_what_libvirt_leaves_out_is_asked_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not list what we may not see, and says so only when it is asked."""
+    hidden: set[str] = set()
+    real_list, real_look = libvirt.virConnect.listAllDomains, libvirt.virConnect.lookupByUUIDString
+
+    def listed(this: Any, flags: int = 0) -> Any:
+        return [each for each in real_list(this, flags) if each.UUIDString() not in hidden]
+
+    def looked_up(this: Any, uuid: str) -> Any:
+        if uuid in hidden:
+            error = libvirt.libvirtError("")
+            error.err = (
+                libvirt.VIR_ERR_ACCESS_DENIED,
+                0,
+                "access denied",
+                2,
+                "",
+                None,
+                None,
+                -1,
+                -1,
+            )
+            raise error
+        return real_look(this, uuid)
+
+    with Watcher(host.uri) as watcher, host.guest("acl") as domain:
+        uuid = domain.UUIDString()
+        watcher.wait_effect(Speak(uuid))
+        monkeypatch.setattr(libvirt.virConnect, "listAllDomains", listed)
+        monkeypatch.setattr(libvirt.virConnect, "lookupByUUIDString", looked_up)
+        hidden.add(uuid)
+        watcher.hypervisor.resync()
+        watcher.wait(lambda: sum(isinstance(event, Resync) for event in watcher.events) == 2)
+        assert [type(decision) for decision in watcher.of(uuid)] == [Connect, Speak, Warn]
+        hidden.clear()
+
+
+def test_an_event_that_fails_is_made_good(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hypervisor_module, "_lifecycle_event", lambda *_: int("x"))
+    with Watcher(host.uri) as watcher, host.guest("missed") as domain:
+        watcher.wait_effect(Speak(domain.UUIDString()))
+        assert watcher.died == []
+    assert "an event was missed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["_follow", "_next_to_read", "_say"])
+def test_a_reader_that_dies_says_so(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError(name)
+
+    with Watcher(host.uri) as watcher:
+        monkeypatch.setattr(Hypervisor, name, fail)
+        watcher.hypervisor.resync()
+        watcher.hypervisor._on_close(None, 0, None)  # it opens another connection
+        watcher.wait(lambda: bool(watcher.died))
+        assert watcher.died == ["thread vchan-libvirt: KeyError"]
+        assert "thread vchan-libvirt failed" in caplog.text
+        monkeypatch.undo()
+
+
+def test_a_worker_that_fails_on_one_domain_goes_on_and_one_that_dies_says_so(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Watcher(host.uri) as watcher, host.guest("one", channel=False) as domain:
+        uuid = domain.UUIDString()
+        monkeypatch.setattr(hypervisor_module, "attach_channel", lambda *_: int("x"))
+        watcher.hypervisor.attach(uuid)
+        watcher.wait_event(
+            lambda event: isinstance(event, AttachDone) and "ValueError" in (event.problem or "")
+        )
+        monkeypatch.undo()
+        watcher.hypervisor.attach(uuid)
+        watcher.wait_effect(Speak(uuid))
+        monkeypatch.setattr(hypervisor_module._Worker, "_attempt", lambda *_: int("x"))
+        watcher.hypervisor.attach(uuid)
+        watcher.wait(lambda: bool(watcher.died))
+        assert watcher.died == ["thread vchan-libvirt-attach: ValueError"]
+
+
+def test_an_event_loop_that_dies_says_so(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Watcher(host.uri) as watcher:
+        monkeypatch.setattr(libvirt, "virEventRunDefaultImpl", lambda: int("x"))
+        watcher.hypervisor.resync()
+        watcher.wait(lambda: bool(watcher.died))
+        assert watcher.died == ["thread vchan-libvirt-events: ValueError"]
+        monkeypatch.undo()
 
 
 def test_without_a_controller_the_channel_comes_with_the_next_boot(host: Host) -> None:
@@ -402,7 +748,7 @@ def test_a_transient_domain_without_a_controller_cannot_be_helped(host: Host) ->
 def test_commands_for_an_unknown_domain(host: Host) -> None:
     unknown = str(uuids.uuid4())
     with Watcher(host.uri) as watcher:
-        watcher.hypervisor.refresh(unknown)
+        read_again(watcher.hypervisor, unknown)
         watcher.hypervisor.detach(unknown)
         watcher.hypervisor.attach(unknown)
         watcher.wait_event(lambda event: isinstance(event, AttachDone))
@@ -453,7 +799,7 @@ def test_libvirtd_is_killed_and_comes_back(host: Host) -> None:
         watcher.wait(lambda: isinstance(watcher.of(dies_uuid)[-1], Release))
         assert [type(event) for event in watcher.events].count(HypervisorLost) == 1
         # Its session never noticed (the warning is about the attach above); events come again.
-        assert [type(effect) for effect in watcher.of(stays_uuid)] == [Connect, Speak, Warn]
+        assert [type(decision) for decision in watcher.of(stays_uuid)] == [Connect, Speak, Warn]
         host.conn.lookupByUUIDString(stays_uuid).destroy()
         watcher.wait_effect(Release(stays_uuid, Why.STOPPED))
 
@@ -500,7 +846,6 @@ def test_the_snippets_are_good(host: Host) -> None:
     try:
         facts = read_facts(domain)
         assert facts.configured
-        assert facts.channel_alias == ALIAS
         assert all(facts.metadata.values())
         for name in ("channel.xml", "channel-with-path.xml"):
             domain.detachDeviceAlias(ALIAS, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
@@ -577,7 +922,7 @@ def test_migration_that_is_aborted_after_the_guest_has_stopped(hosts: tuple[Host
         after = destination.connect_of(uuid)
         source.wait_effect(Hush(uuid))
         with Watcher(a.uri) as late_source:
-            assert late_source.of(uuid) == [before]  # connected, silent
+            assert late_source.of(uuid) == [before, Hush(uuid)]  # connected, silent
             migration.abort()
             source.wait_effect(Speak(uuid), count=2)
             late_source.wait_effect(Speak(uuid))
@@ -585,7 +930,7 @@ def test_migration_that_is_aborted_after_the_guest_has_stopped(hosts: tuple[Host
             assert migration.join().get_error_code() == libvirt.VIR_ERR_OPERATION_ABORTED
             source.settle(uuid)
             late_source.settle(uuid)
-            assert late_source.of(uuid) == [before, Speak(uuid)]
+            assert late_source.of(uuid) == [before, Hush(uuid), Speak(uuid)]
         assert source.of(uuid) == [before, Speak(uuid), Hush(uuid), Speak(uuid)]
         assert destination.of(uuid) == [after, Release(uuid, Why.ARRIVAL_FAILED)]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,7 +23,8 @@ MISSING = missing_for_libvirt()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 needs_rabbit = pytest.mark.skipif(bool(missing_for_rabbit()), reason=str(missing_for_rabbit()))
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "agent.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "agent.py"
 UUID_OFF = "0ff00000-0000-4000-8000-000000000000"
 
 
@@ -75,15 +78,70 @@ def test_the_host_is_looked_at(host: ComputeHost) -> None:
     status = host.cli_json("status")
     assert (status["broker"], status["libvirt"]) == ("none configured", "connected")
     assert host.cli_json("status", "vm")["state"] == "ready"
-    assert "ms" in host.cli("ping", "vm", "--count", "2").stdout
+    assert "asked 2, answered 2; " in host.cli("ping", "vm", "--count", "2").stdout
+    files = status["files"]
+    assert files["config"] and files["policy_dir"]
+    assert files["config"][0] in host.cli("status").stdout
+
+
+def test_a_vm_is_called_by_its_uuids_beginning(host: ComputeHost) -> None:
+    uuid = host.domain("vm").UUIDString()
+    for word in (uuid.upper(), uuid[:8], uuid[:13].upper()):
+        assert host.cli_json("call", word, "agent", "echo", "x:=1") == {"x": 1}
+        assert host.cli_json("status", word)["name"] == "vm"
+
+
+def test_what_changes_is_watched(host: ComputeHost) -> None:
+    watched = subprocess.Popen(
+        host.cli_words("watch", "--json", "--interval", "0.1"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert watched.stderr is not None and watched.stdout is not None
+        assert "what changes from now on" in watched.stderr.readline()
+        domain = host.domain("other")
+        domain.suspend()
+        paused = _next_of(watched.stdout, "domain")
+        domain.resume()
+        resumed = _next_of(watched.stdout, "domain")
+    finally:
+        watched.send_signal(signal.SIGINT)
+        _, err = watched.communicate(timeout=60)
+    assert (paused["event"], paused["name"], paused["after"]) == ("domain", "other", "paused")
+    assert (resumed["before"], resumed["after"]) == ("paused", "running")
+    assert (watched.returncode, err) == (cli.EXIT_INTERRUPTED, "")
+
+
+def _next_of(lines: IO[str], event: str) -> dict[str, Any]:
+    """The next event of this kind: its channel changes with a domain."""
+    while True:
+        row: dict[str, Any] = json.loads(lines.readline())
+        if row["event"] == event:
+            return row
+
+
+def test_rates_are_shown(host: ComputeHost) -> None:
+    rows = host.cli_json("top", "--interval", "0.2", "--count", "1")
+    assert {row["name"]: row["channel"] for row in rows} == {"vm": "ready", "other": "ready"}
+
+
+def test_decisions_are_listed(host: ComputeHost) -> None:
+    done = host.cli("log", "--json", "--vm", "vm", "--kind", "listen")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(row["target"], row["verdict"]) for row in rows} == {("openstack/agent", "allow")}
 
 
 def test_the_host_is_watched(host: ComputeHost) -> None:
-    done = host.cli("--json", "doctor", "vm")
+    done = host.cli("--json", "doctor")
     assert done.returncode == cli.EXIT_OK, done.stdout
     findings = {row["where"]: row for row in json.loads(done.stdout)}
     assert (findings["libvirt"]["level"], findings["libvirt"]["text"]) == ("ok", "connected")
     assert "vm" not in findings
+    (own,) = host.cli_json("doctor", "vm")
+    assert own["text"] == "running, ready, serves openstack/agent"
     lines = host.cli("metrics").stdout.splitlines()
     assert "vchan_up 1.0" in lines
     assert 'vchan_channels{state="ready"} 2.0' in lines
@@ -103,7 +161,7 @@ def test_the_host_is_watched(host: ComputeHost) -> None:
         (("status", "nobody"), cli.EXIT_FAILED, "'nobody': this host has no such"),
         (("attach", "nobody"), cli.EXIT_FAILED, "'nobody': this host has no such"),
         (("call", "off", "agent", "echo"), cli.EXIT_FAILED, "off: it is shutoff"),
-        (("call", "vm", "other", "echo"), cli.EXIT_FAILED, "no agent serves topic other"),
+        (("call", "vm", "other", "echo"), cli.EXIT_FAILED, "nobody in vm serves openstack/other"),
         (("call", "vm", "agent", "dance"), cli.EXIT_FAILED, "agent has no method dance"),
         (("call", "vm", "agent", "fail", "text=ouch"), cli.EXIT_FAILED, "ValueError: ouch"),
         (("call", "vm", "agent", "hostname", "x=1"), cli.EXIT_FAILED, "TypeError"),
@@ -148,10 +206,10 @@ def test_without_the_daemon(host: ComputeHost) -> None:
     host.daemon.stop()
     try:
         start_s = time.monotonic()
-        done = host.cli("list")
+        done = host.cli("--timeout", "120", "list")
         assert done.returncode == cli.EXIT_UNREACHABLE
         assert "is vchan-host running?" in done.stderr
-        assert time.monotonic() - start_s < 4.0  # it does not wait for one
+        assert time.monotonic() - start_s < 60  # it does not wait for one
     finally:
         host.daemon.start()
     host.daemon.wait_ready("vm", topics=["agent"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
-from vchan.messages import Topic
+from vchan.rpc.messages import Topic
 
 if TYPE_CHECKING:
     from tests.rig.cloud import Cloud, Vm

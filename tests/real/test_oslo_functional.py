@@ -112,3 +112,18 @@ def test_our_own_tests_with_the_oldest_release(oldest: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_oldest_release_in_processes_that_eventlet_has_patched(oldest: Path) -> None:
+    """The newest is in tests/unit."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/unit/test_oslo_eventlet.py"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "GREEN_PYTHON": str(oldest)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.rig import wait_until
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
 
 if TYPE_CHECKING:
@@ -97,6 +98,13 @@ def test_both_ways_through_a_live_migration(vm: Vm, cloud: Cloud, oslo: Any) -> 
                 traffic.flows()
                 report = traffic.finish()
             asked = client.call({}, "stop_asking")
+            # The broker has what was cast; it may not have run yet.
+            wait_until(
+                lambda: len(control.noted) >= asked["casts"],
+                timeout_s=60,
+                interval_s=0.1,
+                failure=lambda: f"{len(control.noted)} of {asked['casts']} casts ran",
+            )
         finally:
             server.stop()
             server.wait()

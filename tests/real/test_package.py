@@ -41,12 +41,20 @@ EXPOSURE_MAX = {
     "vchan-host.service": 1.5,
     "vchan-relay@.service": 1.5,
     "vchan-conductor.service": 1.3,
+    "vchan-masakari.service": 1.5,
+    "vchan-page.service": 1.1,
     "vchan-guest.service": 0.5,
     "vchan-http.service": 1.5,
     "vchan-zmq.service": 0.5,
 }
 """systemd-analyze security's, of 10; the guest's with the drop-in relay-only.conf."""
-HOST_UNITS = ("vchan-host.service", "vchan-relay@control.service", "vchan-conductor.service")
+HOST_UNITS = (
+    "vchan-host.service",
+    "vchan-relay@control.service",
+    "vchan-conductor.service",
+    "vchan-masakari.service",
+    "vchan-page.service",
+)
 GUEST_UNITS = ("vchan-guest.service", "vchan-http.service", "vchan-zmq.service")
 CHECK_CONFIGURATION = """
 from vchan.guest.daemon import parse_options
@@ -54,7 +62,7 @@ assert parse_options(["--config", "/root/guest.conf"]) == parse_options([])
 """
 CHECK_UNIT = """
 import tomllib
-from vchan.guest.units import parse_unit
+from vchan.agents.units import parse_unit
 path = "/usr/share/doc/vchan-guest/examples/agents.d/standard.toml"
 unit = parse_unit("standard", path, tomllib.load(open(path, "rb")))
 assert unit.command[0] == "/usr/bin/vchan-guest", unit
@@ -137,9 +145,20 @@ def test_the_manual_is_well_formed(unpacked: Path, directory: Path) -> None:
         assert "warning:" not in shown
 
 
+def test_the_documents_and_the_policys_manual_are_in_the_hosts_package(unpacked: Path) -> None:
+    documents = unpacked / "usr/share/doc/vchan-host/docs"
+    tracked = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
+    assert {path.relative_to(documents) for path in documents.rglob("*.md")} == tracked
+    page = unpacked / "usr/share/man/man5/vchan-policy.5.gz"
+    text = run("man", "--local-file", str(page), MANWIDTH="100")
+    for heading in ("KINDS", "WHO", "TARGET", "EFFECTS", "MODES", "LIMITS", "AUDIT"):
+        assert heading in text
+    assert "busy_ms_per_s" in text, "limits are an entry each"
+
+
 def test_the_manual_has_every_option(unpacked: Path) -> None:
-    from vchan.cli import build_parser
-    from vchan.guest import http
+    from vchan.cli.parser import build_parser, walk
+    from vchan.gateways import http
     from vchan.guest.daemon import USAGE
     from vchan.host.config import list_opts
 
@@ -157,7 +176,16 @@ def test_the_manual_has_every_option(unpacked: Path) -> None:
         assert " ".join(usage.split()) in flat.replace("\N{HYPHEN}", "-")
     commands = re.findall(r"^    (\w+) ", build_parser().format_help(), re.MULTILINE)
     assert len(commands) >= 7
-    assert [name for name in commands if f" {name} " not in page("vchan.1")] == []
+    text = page("vchan.1").replace("\N{HYPHEN}", "-")
+    assert [name for name in commands if not re.search(rf"(?m)^ +{name}( |$)", text)] == []
+    words = {
+        word for _, each in walk(build_parser()) for a in each._actions for word in a.option_strings
+    }
+    assert [word for word in words if word not in text] == []
+
+
+NOT_PACKED = ("protocol", "testing", "pytest_plugin")
+"""The wire's definition, and what agents are tested with."""
 
 
 def test_the_packages_together_have_all_of_the_wheel(artefacts: Artefacts, unpacked: Path) -> None:
@@ -165,7 +193,7 @@ def test_the_packages_together_have_all_of_the_wheel(artefacts: Artefacts, unpac
         modules = {name for name in wheel.namelist() if name.endswith(".py")}
     library = unpacked / "usr/lib/python3/dist-packages"
     packed = {path.relative_to(library).as_posix() for path in library.rglob("*.py")}
-    assert modules - packed == {"vchan/protocol.py"}
+    assert modules - packed == {f"vchan/{name}.py" for name in NOT_PACKED}
     commands = {path.name for path in (unpacked / "usr/bin").iterdir()}
     assert commands >= {"vchan", "vchan-guest", "vchan-host", "vchan-http"}
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -180,13 +208,16 @@ def test_the_same_tree_gives_the_same_bytes(artefacts: Artefacts, directory: Pat
         assert path.read_bytes() == again.one(path.name).read_bytes(), path.name
 
 
-def test_the_shell_scripts_are_sound(artefacts: Artefacts) -> None:
+def test_the_shell_scripts_are_sound(artefacts: Artefacts, unpacked: Path) -> None:
     packaging = ROOT / "packaging"
     scripts = [*packaging.glob("*/p*inst"), *packaging.glob("*/p*rm")]
     assert len(scripts) == 6
     run("shellcheck", *map(str, scripts), str(artefacts.one("vendor-data.sh")))
-    completions = map(str, (packaging / "completion").iterdir())
+    made = unpacked / "usr/share/bash-completion/completions/vchan"
+    completions = map(str, (*(packaging / "completion").iterdir(), made))
     run("shellcheck", "--shell=bash", "--exclude=SC2034", *completions)
+    run("zsh", "-n", str(unpacked / "usr/share/zsh/vendor-completions/_vchan"))
+    run("fish", "--no-execute", str(unpacked / "usr/share/fish/vendor_completions.d/vchan.fish"))
 
 
 def test_cloud_init_finds_its_data_valid(artefacts: Artefacts, debian: Path) -> None:
@@ -230,7 +261,7 @@ def test_novas_vendor_data_is_the_script(artefacts: Artefacts) -> None:
 
 def test_systemd_finds_no_fault(debian: Path, unpacked: Path, directory: Path) -> None:
     units = directory / "units"
-    shutil.copytree(unpacked / "lib/systemd/system", units)
+    shutil.copytree(unpacked / "usr/lib/systemd/system", units)
     drop_in = units / "vchan-guest.service.d"
     drop_in.mkdir()
     shutil.copy(unpacked / "usr/share/doc/vchan-guest/examples/relay-only.conf", drop_in)
@@ -306,7 +337,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
     ("line", "expected"),
     [
         ("vchan ", {"list", "status", "call", "attach"}),
-        ("vchan de", {"detach"}),
+        ("vchan de", {"detach", "dev"}),
         ("vchan --ti", {"--timeout"}),
         ("vchan call --rpc", {"--rpc-version"}),
         ("vchan --timeout 3 pi", {"ping"}),
@@ -316,10 +347,12 @@ printf '%s\\n' "${COMPREPLY[@]}"
         ("vchan-zmq --li", {"--listen"}),
     ],
 )
-def test_bash_completes(line: str, expected: set[str]) -> None:
+def test_bash_completes(line: str, expected: set[str], tmp_path: Path) -> None:
     completion = ROOT / "packaging" / "completion"
+    made = tmp_path / "vchan"
+    made.write_text(run(sys.executable, "-m", "vchan.cli", "completion", "bash"))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    words = [str(completion / "vchan"), str(completion / "daemons"), line]
+    words = [str(made), str(completion / "daemons"), line]
     found = set(run("bash", "-c", COMPLETE, "bash", *words, PATH=path).split())
     assert expected <= found
     assert found == expected or line.endswith(" ")
@@ -335,7 +368,13 @@ def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -
     assert in_chroot(debian, "dpkg", "--verify", "vchan-guest").output == ""
     assert "vchan-guest 0" in in_chroot(debian, "vchan-guest", "--version").output
     # Its half of the library needs nothing of the other half, and nothing but Python.
-    for module in ("client", "httpcall", "guest.daemon", "guest.http", "guest.standard"):
+    for module in (
+        "client",
+        "rpc.httpcall",
+        "guest.daemon",
+        "gateways.http",
+        "agents.standard.agent",
+    ):
         in_chroot(debian, "python3", "-c", f"import vchan.{module}")
     configuration = in_chroot(debian, "cat", "/etc/vchan/guest.conf").output
     plain = debian / "root" / "guest.conf"

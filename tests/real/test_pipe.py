@@ -57,6 +57,22 @@ class Rig:
             [sys.executable, *words], environment=environment, log=self._log, cwd=ROOT
         )
 
+    def start_both(self) -> None:
+        """The reader drops what no agent serves soon after its start, and nobody behind a pipe can
+        be told: so the agent is there before it, looking for it."""
+        before = self._agent_lines()
+        self.start("agent")
+        wait_until(
+            lambda: self._agent_lines() > before,
+            timeout_s=WAIT_S,
+            interval_s=0.05,
+            failure=lambda: f"the agent says nothing: {tail(self._log)}",
+        )
+        self.start("daemon")
+
+    def _agent_lines(self) -> int:
+        return self._log.read_text().count("vchan agent: ") if self._log.exists() else 0
+
     def kill(self, name: str) -> None:
         """End it without a word."""
         end_process(self._programs.pop(name), grace_s=0.0)
@@ -99,8 +115,7 @@ def rig(short_directory: Path, rabbit: RabbitServer) -> Iterator[Rig]:
     rig = Rig(directory, rabbit)
     try:
         rig.host.start()
-        rig.start("daemon")
-        rig.start("agent")
+        rig.start_both()
         yield rig
     finally:
         rig.end()
@@ -163,8 +178,7 @@ def test_casts_wait_for_a_reader_that_is_away(rig: Rig, client: Any) -> None:
     rig.kill("agent")
     rig.kill("daemon")
     cast(client, "c", range(50, 2000))
-    rig.start("daemon")
-    rig.start("agent")
+    rig.start_both()
     assert rig.wait_ran("c", 1999) == list(range(2000))
 
 

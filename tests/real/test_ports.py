@@ -19,7 +19,7 @@ from tests.rig.guest import GuestSpec, QemuGuest
 from tests.rig.guest_image import VCHAN_PORT, Service, build
 from tests.rig.hosting import HostEnd
 from tests.rig.requirements import missing_for_qemu
-from vchan.exchange import Answered, Taken
+from vchan.rpc.in_flight import Answered, Taken
 
 serial = pytest.importorskip("serial")
 MISSING = missing_for_qemu()
@@ -64,8 +64,8 @@ def guest(short_directory: Path) -> Iterator[QemuGuest]:
         }
     )
     services = (
-        Service("plain", f"python3.11 /app/server.py socket 4000 /dev/virtio-ports/{PLAIN}"),
-        Service("modem", "python3.11 /app/server.py rfc2217 2217 /dev/ttyS2"),
+        Service("plain", f"python3 /app/server.py socket 4000 /dev/virtio-ports/{PLAIN}"),
+        Service("modem", "python3 /app/server.py rfc2217 2217 /dev/ttyS2"),
     )
     spec = GuestSpec(
         image, services, ports=(VCHAN_PORT, PLAIN), serials=(LINE, MODEM), consoles=(CONSOLE,)
@@ -84,7 +84,7 @@ class Daemon:
         self._name = name
         guest.shell(f"rm -f /run/{name}.journal")
         self.start()
-        self._run("agent", f"python3.11 /app/agent.py demo /run/{name}.journal /run/{name}.sock")
+        self._run("agent", f"python3 /app/agent.py demo /run/{name}.journal /run/{name}.sock")
 
     def _run(self, what: str, command: str) -> None:
         pid = f"/run/{self._name}.{what}"
@@ -93,7 +93,7 @@ class Daemon:
     def start(self) -> None:
         """Start it, or start it again."""
         options = f"--port '{self._url}' --socket /run/{self._name}.sock"
-        self._run("daemon", f"python3.11 -m vchan.guest.daemon {options}")
+        self._run("daemon", f"python3 -m vchan.guest.daemon {options}")
 
     def kill(self) -> None:
         """As the kernel would, out of memory."""
@@ -153,7 +153,7 @@ def said(guest: QemuGuest) -> int:
 def test_every_byte_passes(guest: QemuGuest, kind: Kind) -> None:
     """Random bytes there and back, as fast as they go, compared one by one."""
     sent = os.urandom(kind.raw_bytes)
-    guest.shell(f"python3.11 /app/echo.py '{kind.url}' >/dev/console 2>&1 & echo $! >/run/echo.pid")
+    guest.shell(f"python3 /app/echo.py '{kind.url}' >/dev/console 2>&1 & echo $! >/run/echo.pid")
     try:
         with guest.connect(kind.socket) as channel:
             _wait_for_echo(channel.fileno())
@@ -361,7 +361,7 @@ def test_nothing_can_be_written_anywhere(guest: QemuGuest) -> None:
 
 def test_no_room_for_the_socket(guest: QemuGuest) -> None:
     guest.shell("mkdir -p /full && mount -t tmpfs -o nr_inodes=2 none /full && touch /full/x")
-    done = guest.shell("python3.11 -m vchan.guest.daemon --socket /full/agent.sock")
+    done = guest.shell("python3 -m vchan.guest.daemon --socket /full/agent.sock")
     guest.shell("umount /full")
     assert done.status == 3
     expected = "/full/agent.sock: cannot open this directory: No space left on device"
@@ -384,7 +384,7 @@ def test_no_room_for_the_socket(guest: QemuGuest) -> None:
 def test_what_may_not_or_cannot_be_opened(guest: QemuGuest, url: str, text: str) -> None:
     before = said(guest)
     guest.shell(
-        'python3.11 -c "import os; os.setuid(65534);'
+        'python3 -c "import os; os.setuid(65534);'
         f" from vchan.guest.daemon import main; main()\" --port '{url}' --socket /tmp/denied.sock"
         " >/dev/console 2>&1 & echo $! >/run/denied.pid"
     )
@@ -397,7 +397,7 @@ def test_a_getty_has_the_line(guest: QemuGuest) -> None:
     before = said(guest)
     lock = "import fcntl, time; f = open('/dev/ttyS1'); fcntl.flock(f, 2); print(flush=True)"
     guest.shell(
-        f'python3.11 -c "{lock}; time.sleep(1000)" >/run/locked & echo $! >/run/getty.pid;'
+        f'python3 -c "{lock}; time.sleep(1000)" >/run/locked & echo $! >/run/getty.pid;'
         " until [ -s /run/locked ]; do usleep 10000; done"
     )
     with daemon_on(guest, KINDS["isa-serial"].url):

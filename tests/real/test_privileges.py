@@ -15,7 +15,7 @@ import pytest
 
 from tests.rig import rig_directory, wait_until
 from tests.rig.requirements import missing_for_libvirt
-from vchan.streams import listen_unix
+from vchan.io.streams import listen_unix
 
 if TYPE_CHECKING:  # it needs libvirt-python, which may be what is missing
     from tests.rig.undriven import UndrivenHost
@@ -28,7 +28,7 @@ elif shutil.which("setpriv") is None:
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 30.0
+WAIT_S = 90.0
 
 # Users and groups that nobody has: numbers are all the kernel knows.
 QEMU_USER, QEMU_GROUP, KVM = 61001, 61001, 61002
@@ -85,7 +85,7 @@ def test_a_channels_socket_takes_both_of_qemus_groups(groups: tuple[int, ...], s
         path = as_debian_has_it(directory)
         with listening(path):
             program = (
-                "import sys; from vchan.streams import connect_unix\n"
+                "import sys; from vchan.io.streams import connect_unix\n"
                 "try: connect_unix(sys.argv[1]); print('connected')\n"
                 "except Exception as error: print(type(error).__name__)"
             )

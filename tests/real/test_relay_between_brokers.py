@@ -17,7 +17,7 @@ import pytest
 
 from tests.rig import namespace, rig_directory, wait_until
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
-from vchan.streams import connect_unix, listen_unix
+from vchan.io.streams import connect_unix, listen_unix
 
 if TYPE_CHECKING:
     from tests.rig.compute import HostDaemon

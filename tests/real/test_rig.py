@@ -1,5 +1,6 @@
 """The rig itself works: whatever fails here is not vchan's fault."""
 
+import contextlib
 import json
 import os
 import socket
@@ -166,6 +167,22 @@ def test_a_guest_boots_is_driven_saved_and_restored(directory: Path, image: Gues
             with guest.connect() as channel:
                 assert echoes(channel, b"restored")
             assert guest.shell("echo shell").output == "shell\n"
+
+
+@needs_qemu
+def test_a_guest_whose_kernel_panics_starts_again(directory: Path, image: GuestImage) -> None:
+    with QemuGuest(directory / "panics", GuestSpec(image, services=(ECHO_SERVICE,))) as guest:
+        assert guest.shell("touch /run/before").status == 0
+        with pytest.raises(RigError):
+            guest.shell("echo c >/proc/sysrq-trigger", timeout_s=1.0)
+        for _ in range(30):
+            with contextlib.suppress(RigError):  # what it had read when it panicked is lost
+                assert guest.shell("test -e /run/before", timeout_s=2.0).status == 1
+                break
+        else:
+            pytest.fail("it does not start again")
+        with guest.connect() as channel:
+            assert echoes(channel, b"started again")
 
 
 @needs_peers

@@ -35,7 +35,7 @@ START_HTTP = f"""#!/bin/sh
 ifconfig lo up
 umask 077
 echo {TOKEN} >/run/token
-exec python3.11 -m vchan.guest.http --listen tcp:127.0.0.1:8779 --token-file /run/token
+exec python3 -m vchan.gateways.http --listen tcp:127.0.0.1:8779 --token-file /run/token
 """
 POLICY = """
 listen,reply any any allow
@@ -91,7 +91,7 @@ def guest(short_directory: Path) -> Iterator[QemuGuest]:
         {"app/start-http": START_HTTP.encode(), "app/agent.sh": ROOT / "examples" / "agent.sh"}
     )
     services = (
-        Service("vchan-guest", "python3.11 -m vchan.guest.daemon"),
+        Service("vchan-guest", "python3 -m vchan.guest.daemon"),
         Service("vchan-http", "sh /app/start-http"),
         Service("agent", f"sh /app/agent.sh {BASE} {TOKEN}"),
     )
@@ -250,7 +250,7 @@ def test_an_agent_over_http_through_live_migrations(cloud: Cloud) -> None:
 
     services = (
         GUEST_DAEMON,
-        Service("vchan-http", "python3.11 -m vchan.guest.http"),
+        Service("vchan-http", "python3 -m vchan.gateways.http"),
         agent_service("agent", "/app/http_agent.py", "demo", "/run/ran"),
     )
     vm = cloud.boot("http", services)

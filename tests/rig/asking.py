@@ -77,7 +77,12 @@ class Asker:
             return bool(told["running"] == 0)
 
         wait_until(over, timeout_s=WAIT_S, interval_s=0.2, failure=lambda: f"goes on: {told}")
-        ran = self._service.finish()
+        ran = self._service.finish(
+            **{
+                f"{self._name}caster": told["casts_sent"],
+                f"{self._name}caller": told["calls_answered"],
+            }
+        )
         asked = Asked(told["calls_sent"], told["calls_answered"], told["casts_sent"])
         asked.errors = told["errors"]
         asked.lost = told["wrong_answers"]

@@ -14,20 +14,12 @@ from typing import Any
 from tests.rig import wait_until
 from tests.rig.broker_peers import Clients, raw_channel
 from tests.rig.rabbit import RabbitServer
-from vchan.host.broker import Broker
-from vchan.host.broker_config import BrokerConfig
-from vchan.host.broker_events import (
-    BrokerEvent,
-    Consuming,
-    Delivered,
-    Form,
-    Publication,
-    Published,
-    Sent,
-    Token,
-)
-from vchan.host.envelope import BrokerRequest, encode_reply
-from vchan.messages import Topic
+from vchan.host.broker.broker import Broker
+from vchan.host.broker.config import BrokerConfig
+from vchan.host.broker.events import BrokerEvent, Consuming, Delivered, PublishResult, Token
+from vchan.host.oslo_wire.downward_envelope import BrokerRequest, ReplyPublication, encode_reply
+from vchan.host.oslo_wire.upward_envelope import Form, Publication
+from vchan.rpc.messages import Topic
 
 TIMEOUT_S = 120.0
 """For a broker, and clients that back off, to come round."""
@@ -36,17 +28,16 @@ TOPIC = Topic("load-exchange", "load")
 
 
 class Guests:
-    """Hosts' side: takes what comes for VMs, as guests do. What was taken before is only
-    acknowledged; calls are answered until the broker has confirmed it."""
+    """Hosts' side: takes what comes for VMs, as guests do. What was taken before does not run
+    again; a call is answered again."""
 
     def __init__(self, config: BrokerConfig) -> None:
         self.broker = Broker(config, self._post)
         self.ran: defaultdict[str, list[int]] = defaultdict(list)
         self.copies = 0
         self.events: list[BrokerEvent] = []
-        self.sent: list[Sent] = []
+        self.sent: list[PublishResult] = []
         self._seen: set[tuple[str, bytes]] = set()
-        self._answers: dict[bytes, tuple[str, bytes, Token]] = {}
         self._outgoing: dict[bytes, tuple[str, Publication]] = {}
         self._retries = ThreadPoolExecutor(8)
         self._over = threading.Event()
@@ -55,13 +46,7 @@ class Guests:
         match event:
             case Delivered():
                 self._take(event.vm, event.request, event.token)
-            case Published(key, ok, _):
-                reply_q, body, token = self._answers[key]
-                if ok:
-                    self.broker.ack(token)
-                else:
-                    self._later(lambda: self.broker.publish_reply(reply_q, body, key))
-            case Sent():
+            case PublishResult():
                 self.sent.append(event)
                 if not event.ok:
                     self._later(self._publish, event.request_id)
@@ -74,14 +59,12 @@ class Guests:
         else:
             self._seen.add((vm, request.id))
             self.ran[vm].append(request.args["x"])
-        if not request.is_call:
-            self.broker.ack(token)
-            return
-        assert request.msg_id is not None and request.reply_q is not None
-        result = json.dumps(request.args["x"]).encode()
-        body = encode_reply(request.msg_id, result_json=result, unique_id=uuid.uuid4().hex)
-        self._answers[request.id] = (request.reply_q, body, token)
-        self.broker.publish_reply(request.reply_q, body, request.id)
+        reply = None
+        if request.msg_id is not None and request.reply_q is not None:
+            result = json.dumps(request.args["x"]).encode()
+            body = encode_reply(request.msg_id, result_json=result, unique_id=uuid.uuid4().hex)
+            reply = ReplyPublication(request.reply_q, body)
+        self.broker.complete(vm, request.id, (token,), reply)
 
     def publish(self, vm: str, request_id: bytes, publication: Publication) -> None:
         """Until the broker has confirmed it."""

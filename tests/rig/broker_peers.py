@@ -16,13 +16,13 @@ from oslo_config import cfg
 
 from tests.rig import wait_until
 from tests.rig.rabbit import RabbitServer
-from vchan.host.broker import Broker
-from vchan.host.broker_config import BrokerConfig, BrokerHost
-from vchan.host.broker_events import BrokerEvent, Consuming, Delivered, Published
-from vchan.host.envelope import encode_reply
-from vchan.messages import Topic
+from vchan.host.broker.broker import Broker
+from vchan.host.broker.config import BrokerConfig, BrokerHost
+from vchan.host.broker.events import BrokerEvent, Completed, Consuming, Delivered
+from vchan.host.oslo_wire.downward_envelope import ReplyPublication, encode_reply
+from vchan.rpc.messages import Topic
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 QUIET_S = 0.4
 """Long enough for the broker to have delivered what it was going to."""
 E = TypeVar("E", bound=BrokerEvent)
@@ -82,19 +82,18 @@ class Host:
         self.events = Recorder()
         self.broker = Broker(config, self.events.post)
 
-    def consume(self, vm: str, *topics: Topic) -> None:
-        self.broker.consume(vm, frozenset(topics))
+    def consume(self, vm: str, *topics: Topic, own: bool = False) -> None:
+        self.broker.consume(vm, frozenset(topics), frozenset(topics if own else ()))
         self.events.take(Consuming, vm=vm)
 
     def answer(self, delivered: Delivered, result: object) -> None:
-        """Publish the reply, wait for its confirm, acknowledge."""
+        """Publish the reply; wait until it is confirmed, and all is acknowledged and proved."""
         request = delivered.request
         assert request.msg_id is not None and request.reply_q is not None
         body = encode_reply(request.msg_id, result_json=json.dumps(result).encode())
-        self.broker.publish_reply(request.reply_q, body, request.id)
-        published = self.events.take(Published, key=request.id)
-        assert (published.ok, published.reason) == (True, "confirmed")
-        self.broker.ack(delivered.token)
+        reply = ReplyPublication(request.reply_q, body)
+        self.broker.complete(delivered.vm, request.id, (delivered.token,), reply)
+        self.events.take(Completed, ids=(request.id,), proven=True)
 
     def numbers(self, count: int) -> list[Any]:
         """The argument x of so many deliveries."""

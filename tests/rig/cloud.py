@@ -15,7 +15,7 @@ import libvirt
 from tests.rig import RigError, tail, wait_until
 from tests.rig.compute import GUEST_DAEMON, GUEST_TIMEOUT_S, ComputeHost, agent_service
 from tests.rig.guest import GuestShell
-from tests.rig.guest_image import Service, build, cache_directory
+from tests.rig.guest_image import GuestImage, Service, build, cache_directory
 from tests.rig.rabbit import RabbitServer
 from tests.rig.traffic import TrafficProcess
 from vchan.client import Client
@@ -96,10 +96,11 @@ class Cloud:
         services: Sequence[Service] = (GUEST_DAEMON, AGENT),
         *,
         wait: bool = True,
+        image: GuestImage | None = None,
         **options: Any,
     ) -> Vm:
         """A new VM on the first host, ready. Options: `domain_xml`'s."""
-        vm = Vm(self, name, self.a.start_vm(name, self.image, services, **options))
+        vm = Vm(self, name, self.a.start_vm(name, image or self.image, services, **options))
         if wait:
             vm.wait_ready()
         return vm

@@ -25,8 +25,8 @@ from vchan.client import Client
 from vchan.errors import LinkError
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 30.0
-GUEST_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 90.0
+GUEST_TIMEOUT_S = 180.0
 
 POLICY = """
 call,cast,fanout,notify any control* allow
@@ -34,7 +34,7 @@ call any nobody allow
 """
 """What guests may send; what they may serve is in `listen_topics`."""
 
-GUEST_DAEMON = Service("vchan-guest", "python3.11 -m vchan.guest.daemon")
+GUEST_DAEMON = Service("vchan-guest", "python3 -m vchan.guest.daemon")
 
 
 def agent_service(name: str, path: str, *arguments: str) -> Service:
@@ -85,6 +85,10 @@ class HostDaemon:
             lines.append(f"transport_url = {transport_url}")
         self._config.write_text("\n".join([*lines, *self._lines]) + "\n")
 
+    def set_options(self, *lines: str) -> None:
+        """From its next start on it has these, of its own section; `use_broker` writes them."""
+        self._lines[1:1] = lines
+
     @property
     def pid(self) -> int:
         """Of the running daemon."""
@@ -123,7 +127,7 @@ class HostDaemon:
         """One of the daemon's own methods."""
         if self._client is None:
             self._client = Client(str(self.socket))
-        return self._client.call("vchan.host", method, args, timeout_s=10)
+        return self._client.call("vchan.host", method, args, timeout_s=60)
 
     def status(self, vm: str) -> Any:
         """What `vchan status VM` prints."""
@@ -282,10 +286,14 @@ class ComputeHost:
         """Migrate a VM, as nova does."""
         migrate(self.domain(vm), to.libvirt, live=live)
 
+    def cli_words(self, *arguments: str) -> list[str]:
+        """The command `vchan` against this host's daemon."""
+        return [sys.executable, "-m", "vchan.cli", "--socket", str(self.daemon.socket), *arguments]
+
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `vchan` against this host's daemon."""
         return subprocess.run(
-            [sys.executable, "-m", "vchan.cli", "--socket", str(self.daemon.socket), *arguments],
+            self.cli_words(*arguments),
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -23,7 +23,11 @@ from tests.rig import RigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "controller"
-END_S = 30.0
+END_S = 120.0
+STALL_S = 30.0
+"""What has not come although nothing else has for so long does not come."""
+QUIET_S = 1.0
+"""The same, if nobody says how much is to come."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,19 @@ class Endpoint:
         with self.lock:
             self.ran.setdefault(sender, []).append(entry)
 
+    def wait_for(self, expected: dict[str, int]) -> None:
+        """Until so many different ones have run for each sender, or it does not get on."""
+        count, since_s = -1, time.monotonic()
+        while time.monotonic() - since_s < (STALL_S if expected else QUIET_S):
+            with self.lock:
+                ran = {sender: {entry[0] for entry in each} for sender, each in self.ran.items()}
+                now = sum(map(len, self.ran.values()))
+            if expected and all(len(ran.get(name, ())) >= n for name, n in expected.items()):
+                return
+            if now != count:
+                count, since_s = now, time.monotonic()
+            time.sleep(0.05)
+
     def echo(
         self, context: dict[str, Any], sender: str, number: int, payload: str = ""
     ) -> list[Any]:
@@ -71,6 +88,10 @@ class Endpoint:
         time.sleep(seconds)
         return [sender, number]
 
+    def large(self, context: dict[str, Any], size: int) -> str:
+        """For large answers."""
+        return "x" * size
+
     def fail(self, context: dict[str, Any], text: str) -> None:
         """For exceptions."""
         raise ValueError(text)
@@ -81,7 +102,7 @@ class Endpoint:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Serve until standard input ends; what it says is how much is still to run, by sender."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--url", required=True)
     parser.add_argument("--topic", required=True)
@@ -98,7 +119,8 @@ def main() -> None:
     server = oslo_messaging.get_rpc_server(transport, target, [endpoint], executor="threading")
     server.start()
     print(json.dumps({"serving": options.topic}), flush=True)
-    sys.stdin.read()
+    # What was sent is with the broker when its sender is told so, and may not have run here yet.
+    endpoint.wait_for(json.loads(sys.stdin.read() or "{}"))
     server.stop()
     server.wait()
     with endpoint.lock:
@@ -129,10 +151,14 @@ class ControlService:
             raise RigError(f"the service did not start: {self._log.read_text()[-2000:]}")
         return self
 
-    def finish(self) -> dict[str, list[Ran]]:
-        """End it, and see what it ran for each sender, in order."""
+    def finish(self, **expected: int) -> dict[str, list[Ran]]:
+        """End it, and see what it ran for each sender, in order.
+
+        Args:
+            expected: How many different ones are to be waited for, of each sender.
+        """
         if self._process.poll() is None:
-            out, _ = self._process.communicate(timeout=END_S)
+            out, _ = self._process.communicate(json.dumps(expected), timeout=END_S)
             told = json.loads(out.splitlines()[-1])["ran"]
             self.ran = {sender: [Ran(*entry) for entry in ran] for sender, ran in told.items()}
         return self.ran

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +38,7 @@ from tests.rig.guest_image import (
     _unpack,
     cache_directory,
 )
+from tests.rig.release import of_this_machine
 
 SUITE = "bookworm"
 AGENT_PORT = "org.qemu.guest_agent.0"
@@ -106,28 +107,30 @@ def build() -> DebianImage:
 
 
 def _make(part: Path) -> None:
-    _bootstrap(part / "tree")
+    bootstrap(part / "tree", PACKAGES)
     _add_kernel(part, part / "tree")
     _adapt(part / "tree")
     make_disk(part / "tree", part / "disk")
 
 
-def _bootstrap(tree: Path) -> None:
+def bootstrap(tree: Path, packages: Sequence[str]) -> None:
+    """A tree of the suite's most needed packages, and of these."""
     options = ["--mode=root", "--variant=minbase", "--format=directory", "--quiet"]
     # Documents and the archive's lists are half of its size, and nobody reads them.
     options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")]
-    _run(["mmdebstrap", *options, f"--include={','.join(PACKAGES)}", SUITE, str(tree), _mirror()])
+    _run(["mmdebstrap", *options, f"--include={','.join(packages)}", SUITE, str(tree), mirror()])
 
 
-def _mirror() -> str:
-    """Where this machine's own apt gets SUITE from."""
+def mirror() -> str:
+    """Where this machine's own apt gets its release from: an archive that has the others, too."""
     command = ["apt-get", "indextargets", "--format", "$(SITE) $(RELEASE)", "Identifier: Packages"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    own = of_this_machine().codename
     for line in done.stdout.splitlines():
         site, _, release = line.partition(" ")
-        if release == SUITE:
+        if release == own:
             return site
-    raise RigError(f"this machine's apt has no source for {SUITE}: add one to sources.list.d")
+    raise RigError(f"this machine's apt has no source for {own}: add one to sources.list.d")
 
 
 def _add_kernel(part: Path, tree: Path) -> None:
@@ -135,12 +138,15 @@ def _add_kernel(part: Path, tree: Path) -> None:
         unpacked = Path(holder)
         _unpack([_kernel_release()], unpacked)
         shutil.copy(next((unpacked / "boot").glob("vmlinuz-*")), part / "vmlinuz")
-        source = next((unpacked / "lib/modules").iterdir())
+        source = next(unpacked.glob("**/lib/modules/*"))
         target = tree / "lib/modules" / source.name
         target.mkdir(parents=True)
-        for name in (*MODULES, *(path.name for path in source.glob("modules.*"))):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _run(["cp", "-a", str(source / name), str(target / name)])
+        # In a later kernel a module may be packed, or built in.
+        wanted = (name for module in MODULES for name in (module, f"{module}.xz"))
+        for name in (*wanted, *(path.name for path in source.glob("modules.*"))):
+            if (source / name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                _run(["cp", "-a", str(source / name), str(target / name)])
         in_chroot(tree, "depmod", source.name)
 
 

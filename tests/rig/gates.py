@@ -1,13 +1,14 @@
 """A gate that lets everything through, for tests of what is behind it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vchan.exchange import Outcome
-from vchan.host.gate import REDELIVERED_KEY
-from vchan.host.policy import Ask, Effect, Verdict
-from vchan.host.upward_envelope import Invocation
-from vchan.messages import Request, Topic
+from vchan.host.oslo_wire.upward_envelope import Asked
+from vchan.host.policy.rules import Ask, Effect, Kind, Verdict
+from vchan.host.policy.vm_limits import Limits
+from vchan.rpc.bodies import REDELIVERED_KEY
+from vchan.rpc.in_flight import Outcome
+from vchan.rpc.messages import Request, Topic
 
 
 class OpenGate:
@@ -17,19 +18,28 @@ class OpenGate:
         may_listen: The topics that may be served.
     """
 
-    calls_max = 64
-    requests_max = 256
-    topics_max = 64
-    values_max = 20_000
-
     def __init__(
-        self, may_listen: Callable[[Topic], bool] = lambda _: True, *, may_send: bool = True
+        self,
+        may_listen: Callable[[Topic], bool] = lambda _: True,
+        *,
+        may_send: bool = True,
+        may_report: bool = False,
     ) -> None:
+        self.limits = Limits(requests_up=256, calls_up=64)
         self.may_listen = may_listen
+        self.owned: set[Topic] = set()
+        self.into: dict[Topic, frozenset[str]] = {}
+        self.removals: list[tuple[str, Topic, frozenset[str]]] = []
         self.may_send = may_send
+        self.may_report = may_report
+        self.reports_to: Topic | None = None
         self.is_mute = False
         self.given_topics: frozenset[Topic] = frozenset()
         self.deny_reply: set[Topic] = set()
+        self.turned_away: list[tuple[Ask, bytes]] = []
+
+    def owns(self, topic: Topic) -> bool:
+        return topic in self.owned
 
     def may_reply(self, topic: Topic) -> bool:
         return topic not in self.deny_reply
@@ -43,11 +53,26 @@ class OpenGate:
     def refused(self, ask: Ask, request_id: bytes, reason: str) -> None:
         pass
 
-    def context(self, given: Mapping[str, Any], *, redelivered: bool) -> dict[str, Any]:
+    def unheard(self, ask: Ask, request_id: bytes) -> None:
+        self.turned_away.append((ask, request_id))
+
+    def context_into(self, topic: Topic) -> frozenset[str]:
+        return self.into.get(topic, frozenset())
+
+    def removed(self, direction: str, topic: Topic, keys: Iterable[str]) -> None:
+        self.removals.append((direction, topic, frozenset(keys)))
+
+    def context(self, given: Mapping[str, Any], ask: Ask, *, redelivered: bool) -> dict[str, Any]:
         return {REDELIVERED_KEY: True} if redelivered else {}
 
-    def conduct(self, asked: Invocation, request: Request) -> Invocation:
+    def conduct(self, asked: Asked, request: Request) -> Asked:
         return asked
+
+    def notification(self, what: str, report: Mapping[str, Any], request_id: bytes) -> Asked | None:
+        if self.reports_to is None:
+            return None
+        to = Ask(Kind.NOTIFY, *self.reports_to, method="info")
+        return Asked(to, {"event_type": what, "payload": report}, None, {})
 
 
 def offer_nothing(

@@ -23,8 +23,8 @@ from typing import Any, Self
 from tests.rig import Account, RigError, end_process, tail, wait_until
 from tests.rig.guest_image import SHELL_PORT, VCHAN_PORT, GuestImage, Service, command_line
 
-BOOT_TIMEOUT_S = 60.0
-QMP_TIMEOUT_S = 60.0
+BOOT_TIMEOUT_S = 180.0  # an emulated machine, on a busy one
+QMP_TIMEOUT_S = 120.0
 SHELL_LINE_BYTES_MAX = 16 << 20
 # TCG runs `rep movsb` byte by byte: without these two features copies in the guest are 3 times
 # as fast, and so is unpacking its initramfs.

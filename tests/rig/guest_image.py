@@ -17,6 +17,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -28,11 +29,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.rig import RigError
+from tests.rig import RigError, release
 
 VCHAN_PORT = "org.openstack.vchan.0"
 SHELL_PORT = "org.vchan.test.0"
-PYTHON = "/usr/bin/python3.11"
+RELEASE = release.of_this_machine()
+PYTHON = f"/usr/bin/python{RELEASE.python}"  # python3 in its PATH, too
+TAG = f"cpython-{RELEASE.python.replace('.', '')}"
 SITE = "site"  # on the guest's PYTHONPATH
 PORT_ECHO = "/bin/port-echo"  # with peers=True: the C echo
 
@@ -41,7 +44,8 @@ IMAGES_KEPT = 6
 UNUSED_KEPT_S = 7 * 24 * 3600.0
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-# In the order in which they must be loaded; the last makes ports appear.
+# In the order in which they must be loaded; the last makes ports appear. A kernel may have them
+# built in.
 MODULES = (
     "virtio_ring",
     "virtio",
@@ -60,6 +64,19 @@ ip link set lo up
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
 """
+# In images with a disk only. Nobody loads it but DISK_UP; ext4 is in the kernel.
+DISK_MODULES = ("loop",)
+DISK = "/disk"
+# What a guest's shell runs to have a file system on a device, which can be frozen, at DISK.
+DISK_UP = f"""set -e
+for module in {" ".join(DISK_MODULES)}; do insmod /modules/$module.ko; done
+truncate -s 8M /tmp/disk.image
+mke2fs -F /tmp/disk.image
+mkdir -p {DISK}
+device=$(losetup -f)
+losetup $device /tmp/disk.image
+mount -t ext4 $device {DISK}
+"""
 PYTHON_PACKAGES = (
     "busybox-static",
     "libbz2-1.0",
@@ -69,17 +86,17 @@ PYTHON_PACKAGES = (
     "libffi8",
     "libgcc-s1",
     "liblzma5",
-    "libpython3.11-minimal",
-    "libpython3.11-stdlib",
-    "libssl3",
+    f"libpython{RELEASE.python}-minimal",
+    f"libpython{RELEASE.python}-stdlib",
     "libstdc++6",
     "libuuid1",
-    "python3.11-minimal",
+    f"python{RELEASE.python}-minimal",
     "zlib1g",
+    *RELEASE.libraries,
 )
 # qemu-guest-agent with its libraries, to be measured beside vchan.
 PEER_PACKAGES = (
-    "libglib2.0-0",
+    *RELEASE.peer_libraries,
     "libnuma1",
     "libpcre2-8-0",
     "libudev1",
@@ -88,7 +105,7 @@ PEER_PACKAGES = (
 )
 UNUSED_FILES = re.compile(
     r"^usr/(share|games|include)/|^(etc|var)/|/(gconv|perl|__pycache__)/"
-    r"|/python3\.11/(idlelib|lib2to3|test|tkinter|turtledemo|pydoc_data|ensurepip|config-[^/]*)/"
+    r"|/python3\.[0-9]+/(idlelib|lib2to3|test|tkinter|turtledemo|pydoc_data|ensurepip|config-[^/]*)/"
 )
 
 INIT = f"""#!/bin/busybox sh
@@ -104,14 +121,17 @@ export PATH=/bin:/usr/sbin HOME=/tmp PYTHONPATH=/{SITE} PYTHONDONTWRITEBYTECODE=
 mkfifo /run/never
 exec 9<>/run/never
 
-for module in {" ".join(MODULES[:-1])}; do insmod /modules/$module.ko; done
+load() {{ [ ! -e /modules/$1.ko ] || insmod /modules/$1.ko; }}
+for module in {" ".join(MODULES[:-1])}; do load $module; done
 # A port's name becomes known after the port itself; the kernel tells that as an event, so whoever
 # makes the links must listen before the first port can appear.
 uevent /sbin/link-ports &
 until grep -q '^[0-9a-f]* *15 [^ ]* *[0-9a-f]*[1-9a-f]' /proc/net/netlink; do
     read -r -t 0.01 nothing <&9
 done
-insmod /modules/{MODULES[-1]}.ko
+load {MODULES[-1]}
+# Where that is built in, the ports were there before.
+SUBSYSTEM=virtio-ports link-ports
 
 # supervise NAME keep|once COMMAND: /run/NAME.pid has its process id; while the file /run/NAME.hold
 # exists it is not started again.
@@ -170,15 +190,21 @@ PORT_ECHO_SOURCE = r"""
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
-/* The least a guest program can do: every byte that comes goes back. argv[1]: the port. */
+/* The least a guest program can do: every byte that comes goes back.
+   argv[1]: the port, or fd: and the number of a descriptor that it inherits. */
 int main(int argc, char **argv)
 {
     static char buffer[32768];
     struct pollfd hung_up = {.events = 0};
-    int port = argc == 2 ? open(argv[1], O_RDWR) : -1;
+    int port;
 
+    if (argc != 2)
+        return 1;
+    port = strncmp(argv[1], "fd:", 3) ? open(argv[1], O_RDWR) : atoi(argv[1] + 3);
     if (port < 0)
         return 1;
     hung_up.fd = port;
@@ -248,7 +274,8 @@ def command_line(services: Sequence[Service]) -> str:
     """The kernel's command line that makes init run these services."""
     lines = "".join(service.line() for service in services)
     encoded = base64.b64encode(lines.encode()).decode()
-    line = f"console=ttyS0 quiet panic=0 mitigations=off vchan_init={encoded}"
+    # TCG damages a guest's memory in one migration of hundreds: a kernel that panics starts again.
+    line = f"console=ttyS0 quiet panic=1 oops=panic mitigations=off vchan_init={encoded}"
     if len(line) > COMMAND_LINE_BYTES_MAX:
         raise ValueError(f"services take {len(line)} of {COMMAND_LINE_BYTES_MAX} bytes")
     return line
@@ -261,7 +288,11 @@ def cache_directory() -> Path:
 
 
 def build(
-    extra: Mapping[str, bytes | Path] | None = None, *, peers: bool = False, network: bool = False
+    extra: Mapping[str, bytes | Path] | None = None,
+    *,
+    peers: bool = False,
+    network: bool = False,
+    disk: bool = False,
 ) -> GuestImage:
     """The image with this tree's vchan/ in it: made now (0.1 s; 10 s the first time) or cached.
 
@@ -270,6 +301,7 @@ def build(
             All can be executed there. Python files under SITE are compiled.
         peers: Add qemu-guest-agent and the C echo, PORT_ECHO (needs gcc).
         network: Add what NETWORK_UP loads.
+        disk: Add what DISK_UP loads.
 
     Raises:
         RigError: Something could not be fetched or compiled; the message has the command's output.
@@ -280,11 +312,9 @@ def build(
         archives = [debian / "base.cpio"]
         if peers:
             archives.append(_peers_part(cache) / "peers.cpio")
-            files[PORT_ECHO.lstrip("/")] = _port_echo(cache).read_bytes()
-        if network:
-            modules = debian / "modules"
-            for name in NETWORK_MODULES:
-                files[f"modules/{name}.ko"] = (modules / f"{name}.ko").read_bytes()
+            files[PORT_ECHO.lstrip("/")] = port_echo().read_bytes()
+        for name in (*(NETWORK_MODULES if network else ()), *(DISK_MODULES if disk else ())):
+            files[f"modules/{name}.ko"] = (debian / "modules" / f"{name}.ko").read_bytes()
         key = _digest(
             *(str(path) for path in archives), INIT, LINK_PORTS, SERVE_SHELL, *_flat(files)
         )
@@ -312,7 +342,8 @@ def _locked(cache: Path) -> Iterator[Path]:
 def _debian_part(cache: Path) -> Path:
     """The directory with root/ (the unpacked packages), modules/, vmlinuz and base.cpio."""
     key = _digest(
-        KERNEL_PACKAGE, *PYTHON_PACKAGES, *MODULES, *NETWORK_MODULES, UNUSED_FILES.pattern, COMPILE
+        *(KERNEL_PACKAGE, *PYTHON_PACKAGES, *MODULES, *NETWORK_MODULES, *DISK_MODULES),
+        *(UNUSED_FILES.pattern, COMPILE),
     )
     with _made_once(cache / f"debian-{key}") as part:
         if part is not None:
@@ -327,6 +358,11 @@ def _debian_part(cache: Path) -> Path:
             archive.tree(root)
             (part / "base.cpio").write_bytes(archive.finished())
     return cache / f"debian-{key}"
+
+
+def peers_root() -> Path:
+    """The directory that holds qemu-guest-agent, unpacked, with its libraries but libc."""
+    return _peers_part(cache_directory()) / "root"
 
 
 def _peers_part(cache: Path) -> Path:
@@ -376,10 +412,16 @@ def _take_kernel(part: Path) -> None:
     """Keep of the kernel's package the kernel and our modules."""
     source = part / "kernel"
     (part / "modules").mkdir()
-    wanted = MODULES + NETWORK_MODULES
-    found = {path.stem: path for path in source.rglob("*.ko") if path.stem in wanted}
+    wanted = MODULES + NETWORK_MODULES + DISK_MODULES
+    found = {path.name.partition(".")[0]: path for path in source.rglob("*.ko*")}
+    listed = next(source.rglob("modules.builtin")).read_text().splitlines()
+    built_in = {Path(line).stem for line in listed}
     for module in wanted:
-        found[module].rename(part / "modules" / f"{module}.ko")
+        if module in built_in:
+            continue
+        packed = found[module].read_bytes()
+        content = lzma.decompress(packed) if found[module].suffix == ".xz" else packed
+        (part / "modules" / f"{module}.ko").write_bytes(content)
     next((source / "boot").glob("vmlinuz-*")).rename(part / "vmlinuz")
     (part / "vmlinuz").chmod(0o644)
     shutil.rmtree(source)
@@ -404,10 +446,10 @@ def _drop_unused(root: Path) -> None:
 
 
 def _compile_library(root: Path) -> None:
-    library = root / "usr/lib/python3.11"
+    library = root / f"usr/lib/python{RELEASE.python}"
     lines = []
     for source in sorted(library.rglob("*.py")):
-        compiled = source.parent / "__pycache__" / f"{source.stem}.cpython-311.pyc"
+        compiled = source.parent / "__pycache__" / f"{source.stem}.{TAG}.pyc"
         lines.append(f"{source}\t{compiled}\t/{source.relative_to(root)}\n")
     _guest_python(root, COMPILE, lines)
 
@@ -471,7 +513,7 @@ def _compiled(cache: Path, root: Path, files: Mapping[str, bytes]) -> dict[str, 
             _guest_python(root, COMPILE, lines)
     beside = {name: Path(name) for name in sources}
     return {
-        f"{path.parent}/__pycache__/{path.stem}.cpython-311.pyc": pooled[name].read_bytes()
+        f"{path.parent}/__pycache__/{path.stem}.{TAG}.pyc": pooled[name].read_bytes()
         for name, path in beside.items()
     }
 
@@ -485,7 +527,10 @@ def _our_part(debian: Path, files: Mapping[str, bytes]) -> bytes:
     archive.device("dev/console", major=5, minor=1)
     archive.device("dev/null", major=1, minor=3)
     for module in MODULES:
-        archive.file(f"modules/{module}.ko", (debian / "modules" / f"{module}.ko").read_bytes())
+        path = debian / "modules" / f"{module}.ko"
+        if path.exists():
+            archive.file(f"modules/{module}.ko", path.read_bytes())
+    archive.link("usr/bin/python3", PYTHON)
     archive.file("init", INIT.encode())
     # Not /sbin: that is a link in Debian's part.
     archive.file("usr/sbin/link-ports", LINK_PORTS.encode())
@@ -495,8 +540,9 @@ def _our_part(debian: Path, files: Mapping[str, bytes]) -> bytes:
     return archive.finished()
 
 
-def _port_echo(cache: Path) -> Path:
-    program = cache / f"port-echo-{_digest(PORT_ECHO_SOURCE)}"
+def port_echo() -> Path:
+    """The C echo, a static program."""
+    program = cache_directory() / f"port-echo-{_digest(PORT_ECHO_SOURCE)}"
     if not program.exists():
         options = ["-static", "-O2", "-Wall", "-Werror", "-xc", "-"]
         _run(["gcc", *options, "-o", f"{program}.new"], given=PORT_ECHO_SOURCE)

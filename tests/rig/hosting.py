@@ -13,13 +13,15 @@ from typing import Any, Self, TypeVar
 
 from tests.rig import wait_until
 from tests.rig.gates import OpenGate, offer_nothing
-from vchan.bodies import encode_invocation
-from vchan.exchange import Answered, Heartbeat, Outcome
-from vchan.host.channels import Channel, End
-from vchan.host.gate import Gate
-from vchan.host.outbound import Offer
-from vchan.loop import Loop
-from vchan.messages import CALL, Request
+from tests.rig.phases import release, serve
+from vchan.host.hypervisor.domains import Domain
+from vchan.host.vm.channel import Channel, End, Home
+from vchan.host.vm.gate import Gate
+from vchan.host.vm.upward import Offer
+from vchan.io.loop import Loop
+from vchan.rpc.bodies import encode_invocation
+from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome
+from vchan.rpc.messages import AGENT_GONE, CALL, Request
 
 T = TypeVar("T")
 WAIT_S = 60.0
@@ -48,23 +50,19 @@ class HostEnd:
     ) -> None:
         self.log: list[str] = []
         self._loop = Loop()
-        host = (name, instance or os.urandom(16))
+        home = Home(name, instance or os.urandom(16), log=self.log.append)
         self.channel = Channel(
             self._loop,
-            "vm",
-            "vm",
-            host,
+            Domain("vm"),
+            home,
             None,
             gate or OpenGate(),
-            frozenset(),
             offer(self._loop) if offer is not None else offer_nothing,
-            self.log.append,
             end=end,
         )
         self._thread = threading.Thread(target=self._loop.run, name="host-end")
         self._thread.start()
-        self.run(lambda: self.channel.connect(str(path)))
-        self.run(self.channel.speak)
+        self.run(lambda: serve(self.channel, path))
 
     def run(self, function: Callable[[], T]) -> T:
         """Run something on the loop's thread."""
@@ -97,7 +95,7 @@ class HostEnd:
             if not isinstance(outcome, Heartbeat):
                 done.set_result(outcome)
 
-        self.channel.relay.submit_local(request, told, self._loop.time())
+        self.channel.downward.submit_local(request, told, self._loop.time())
         self.channel.set_timer()
         return done
 
@@ -107,6 +105,15 @@ class HostEnd:
         assert isinstance(outcome, Answered), outcome
         assert not outcome.failed, outcome
         return outcome.body
+
+    def topics(self) -> list[str]:
+        """What the guest's agents serve; nothing from a daemon that went away with the question."""
+        outcome = self.submit("vchan.guest", "info").result(WAIT_S)
+        if isinstance(outcome, HandedBack) and outcome.reason == AGENT_GONE:
+            return []
+        assert isinstance(outcome, Answered) and not outcome.failed, outcome
+        topics: list[str] = json.loads(outcome.body)["topics"]
+        return topics
 
     def summary(self) -> Any:
         """What `vchan status` would show."""
@@ -124,7 +131,7 @@ class HostEnd:
     def wait_served(self, topic: str) -> None:
         """Wait until an agent in the guest serves a topic."""
         wait_until(
-            lambda: f"openstack/{topic}" in json.loads(self.call("vchan.guest", "info"))["topics"],
+            lambda: f"openstack/{topic}" in self.topics(),
             timeout_s=WAIT_S,
             interval_s=0.1,
             failure=lambda: f"nobody serves {topic}: {self.log}",
@@ -166,7 +173,7 @@ class HostEnd:
 
     def close(self) -> None:
         """Close the connection and end the thread."""
-        self.run(lambda: self.channel.release("the test is over"))
+        self.run(lambda: release(self.channel))
         self._loop.stop()
         self._thread.join(WAIT_S)
         self._loop.close()

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -219,6 +219,7 @@ def domain_xml(
     shell: bool = True,
     memory_mib: int = 256,
     metadata: str = "",
+    files: Mapping[str, Path] | None = None,
 ) -> str:
     """A domain that boots an image which QEMU can read (`GuestImage.staged`).
 
@@ -228,6 +229,8 @@ def domain_xml(
         controller: With a virtio-serial controller: without one no channel can be hot-plugged.
         shell: With the channel for `GuestShell`. Neither it nor `channel` goes without controller.
         metadata: XML, such as `nova_metadata` makes.
+        files: Ports whose bytes QEMU appends to a file, which it must be able to write on every
+            host: what was written there outlives the guest.
     """
     if (channel or shell) and not controller:
         raise ValueError("a channel needs a controller: libvirt would add one by itself")
@@ -258,6 +261,7 @@ def domain_xml(
     </serial>
     {"<controller type='virtio-serial' index='0'/>" if controller else ""}
     {"".join(channel_xml(port) for port in ports)}
+    {"".join(file_channel_xml(port, path) for port, path in (files or {}).items())}
   </devices>
 </domain>
 """
@@ -267,6 +271,14 @@ def channel_xml(target_name: str) -> str:
     """A channel with a path of libvirt's choice, which is another on every host."""
     return (
         "<channel type='unix'><source mode='bind'/>"
+        f"<target type='virtio' name={quoteattr(target_name)}/></channel>"
+    )
+
+
+def file_channel_xml(target_name: str, path: Path) -> str:
+    """A channel that goes one way: into a file."""
+    return (
+        f"<channel type='file'><source path={quoteattr(str(path))} append='on'/>"
         f"<target type='virtio' name={quoteattr(target_name)}/></channel>"
     )
 

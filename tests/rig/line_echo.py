@@ -9,7 +9,7 @@ from select import EPOLLIN, EPOLLOUT, epoll
 
 from vchan.errors import LinkError
 from vchan.guest.port import port_opener
-from vchan.streams import Stream
+from vchan.io.streams import Stream
 
 
 def opened(url: str) -> Stream:

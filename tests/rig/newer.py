@@ -5,10 +5,11 @@ nobody knows. `python -m tests.rig.newer OLDEST NEWEST [vchan-guest's options]` 
 """
 
 import sys
-from typing import Any
+from collections.abc import Callable
 
 from vchan import session
-from vchan.frames import Greeting
+from vchan.session.handshake import Handshake
+from vchan.wire.frames import Greeting
 
 UNKNOWN_FIELDS = b"\x07unknown\x00\x00\x00\x2a"
 
@@ -21,17 +22,22 @@ class NewerGreeting(Greeting):
         return super().encode() + UNKNOWN_FIELDS
 
 
+class NewerHandshake(Handshake):
+    """A handshake of a later release."""
+
+    def _greeting(self, echo: bytes) -> Greeting:
+        return NewerGreeting._make(super()._greeting(echo))
+
+
 class NewerSession(session.Session):
     """A session of a later release."""
 
     versions = (1, 2)
 
-    def __init__(self, config: session.Config, *arguments: Any) -> None:
+    def __init__(self, config: session.Config, entropy: Callable[[int], bytes]) -> None:
         oldest, newest = self.versions
-        super().__init__(config._replace(version_min=oldest, version_max=newest), *arguments)
-
-    def _greeting(self, nonce: bytes, echo: bytes) -> Greeting:
-        return NewerGreeting._make(super()._greeting(nonce, echo))
+        super().__init__(config._replace(version_min=oldest, version_max=newest), entropy)
+        self._handshake = NewerHandshake(self.config, entropy, self._sender, self._receiver)
 
 
 def session_type(oldest: int, newest: int) -> type[session.Session]:
@@ -45,10 +51,10 @@ def main() -> None:
     oldest, newest = (int(word) for word in sys.argv[1:3])
     del sys.argv[1:3]
     kind = session_type(oldest, newest)
-    from vchan import server
     from vchan.guest import daemon, port
+    from vchan.io import local_socket
 
-    for module in (server, port):
+    for module in (local_socket, port):
         module.Session = kind  # type: ignore[attr-defined]
     daemon.main()
 

@@ -1,6 +1,6 @@
 """oslo.messaging in a guest image: this Python's own, with what it imports and nothing else.
 
-The guest's Python and this one are both 3.11, so that compiled modules fit.
+The guest's Python and this one are of one version, so that compiled modules fit.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.rig import RigError
-from tests.rig.guest_image import SITE
+from tests.rig.guest_image import RELEASE, SITE
 
 CONFIG: Final = "app/agent.conf"
 CONFIG_TEXT: Final = b"""\
@@ -53,8 +53,9 @@ _EDITABLE: Final = ("__editable__", "_distutils_hack", "distutils")
 
 def can_carry() -> str | None:
     """Why not, or None if it can."""
-    if sys.version_info[:2] != (3, 11):
-        return "the guest's Python is 3.11: compiled modules of this one do not fit"
+    version = ".".join(map(str, sys.version_info[:2]))
+    if version != RELEASE.python:
+        return f"the guest's Python is {RELEASE.python}: compiled modules of {version} do not fit"
     return None
 
 

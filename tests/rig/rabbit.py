@@ -3,6 +3,7 @@ mapper (epmd)."""
 
 import contextlib
 import json
+import pwd
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -13,15 +14,29 @@ from typing import Any, Self
 
 from tests.rig import NOBODY, Account, RigError, end_process, tail, wait_until
 from tests.rig.certificates import Certificate
+from tests.rig.ports import claim_ports
 
 # Debian's wrappers in /usr/sbin insist on root or the rabbitmq user and on /var/lib: these do not.
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 
 START_TIMEOUT_S = 90.0
 STOP_GRACE_S = 20.0
-CTL_TIMEOUT_S = 60.0
+CTL_TIMEOUT_S = 180.0
 AMQP_GREETING = b"AMQP\x00\x00\x09\x01"
 METHOD_FRAME = b"\x01"
+
+# In a mount namespace of its own, so that nothing is left; and in place of itself, for the signals.
+ENTER_TREE = """
+set -e
+mount -t proc proc "$0/proc"
+mount -t tmpfs tmpfs "$0/tmp"
+mkdir -p "$0$1"
+mount --rbind "$1" "$0$1"
+cd "$0"
+place=$1 user=$2
+shift 2
+exec chroot --userspec="$user" "$0" sh -c 'cd "$0" && exec "$@"' "$place" "$@"
+"""
 
 # Without these Erlang's schedulers spin while idle and take a shared core from the guests.
 NO_BUSY_WAIT = "+sbwt none +sbwtdcpu none +sbwtdio none"
@@ -49,6 +64,7 @@ class RabbitServer:
         plugins: To be enabled.
         name: Of the node, among those it forms a cluster with.
         first: The node whose cookie and port mapper it shares.
+        tree: Another Debian's files, to run its RabbitMQ (see rabbit4); needs root.
     """
 
     def __init__(
@@ -60,6 +76,7 @@ class RabbitServer:
         plugins: Sequence[str] = (),
         name: str = "rig",
         first: "RabbitServer | None" = None,
+        tree: Path | None = None,
     ) -> None:
         self.directory = directory
         self.log = directory / "rabbit.log"
@@ -67,11 +84,12 @@ class RabbitServer:
         self._configuration = configuration
         self._certificate = certificate
         self._plugins = plugins
-        self.port, self.tls_port, epmd_port, self._distribution_port = _free_ports(4)
+        self.port, self.tls_port, epmd_port, self._distribution_port = claim_ports(4)
         self._home: Path = directory / "home" if first is None else first._home
         self._epmd_port: int = epmd_port if first is None else first._epmd_port
         self._has_epmd = first is None
         self._account = Account.first_of("rabbitmq", NOBODY)
+        self._tree = tree
         self._epmd: subprocess.Popen[bytes] | None = None
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -134,14 +152,14 @@ class RabbitServer:
             RigError: It failed; the message carries its output.
         """
         done = subprocess.run(
-            [SCRIPTS / "rabbitmqctl", "--quiet", *arguments],
+            self._command(SCRIPTS / "rabbitmqctl", "--quiet", *arguments),
             env=self._environment(),
             cwd=self.directory,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=CTL_TIMEOUT_S,
-            user=self._account.user,
+            user=self._spawner.user,
             check=False,
         )
         if done.returncode != 0:
@@ -218,9 +236,23 @@ class RabbitServer:
         }
 
     def _spawn(self, *command: str | Path, log: Path) -> subprocess.Popen[bytes]:
-        return self._account.spawn(
-            command, environment=self._environment(), log=log, cwd=self.directory
+        return self._spawner.spawn(
+            self._command(*command), environment=self._environment(), log=log, cwd=self.directory
         )
+
+    @property
+    def _spawner(self) -> Account:
+        """Who starts programs: to enter a tree takes root, and there they become the account."""
+        return self._account if self._tree is None else Account(None)
+
+    def _command(self, *command: str | Path) -> list[str | Path]:
+        if self._tree is None:
+            return list(command)
+        entry = pwd.getpwnam(self._account.user or NOBODY)
+        return [
+            *("unshare", "--mount", "sh", "-c", ENTER_TREE, str(self._tree), self.directory),
+            *(f"{entry.pw_uid}:{entry.pw_gid}", *command),
+        ]
 
     def _start_epmd(self) -> None:
         # Erlang would start one by itself, but as a daemon that nobody ends. It must listen before
@@ -313,17 +345,6 @@ class RabbitCluster:
             interval_s=0.5,
             failure=lambda: f"no whole cluster: {self.nodes[0].ctl('cluster_status')}",
         )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Loopback ports nobody uses now. All are held at once, so that they differ."""
-    with contextlib.ExitStack() as held:
-        ports = []
-        for _ in range(count):
-            probe = held.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports.append(int(probe.getsockname()[1]))
-        return ports
 
 
 def _accepts(port: int) -> bool:

@@ -40,6 +40,21 @@ def missing_for_peers() -> str | None:
     return missing_for_qemu() or _missing_programs("gcc")
 
 
+def missing_for_prometheus() -> str | None:
+    """None if the alerts and the dashboard can be tried here."""
+    return _missing_programs("prometheus", "promtool")
+
+
+def missing_for_rpm() -> str | None:
+    """None if rpms can be built and checked here."""
+    return _missing_programs("rpm", "rpmbuild", "rpmlint")
+
+
+def missing_for_browser() -> str | None:
+    """None if pages can be looked at here."""
+    return _missing_programs("chromium")
+
+
 def _missing_programs(*names: str) -> str | None:
     missing = [name for name in names if shutil.which(name) is None]
     return f"not installed: {', '.join(missing)}: {INSTALL}" if missing else None

@@ -26,7 +26,7 @@ from tests.rig import RigError
 ROOT = Path(__file__).resolve().parents[2]
 LOT = 2000
 DRAIN_S = 70.0
-QUIET_S = 5.0
+QUIET_S = 30.0
 BEHIND_S = 15.0
 """When a call has waited so long, casts wait, too ..."""
 CAUGHT_UP_S = 2.0

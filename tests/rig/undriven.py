@@ -18,7 +18,7 @@ from tests.unit.cable import Cable
 from vchan.client import Client
 from vchan.errors import LinkError
 
-START_S = 30.0
+START_S = 90.0
 NOVA = "http://openstack.org/xmlns/libvirt/nova/1.1"
 
 

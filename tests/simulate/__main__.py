@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 
+from tests.simulate.exempt import describe, is_exemption
 from tests.simulate.run import Result, simulate
 from tests.simulate.scenarios import SCENARIOS
 
@@ -61,10 +62,14 @@ def _report(result: Result) -> None:
 def _summary(totals: Counter[str], took_s: float, failed: list[Result]) -> None:
     seeds = max(totals["seeds"], 1)
     for name in sorted(totals):
+        if is_exemption(name):
+            continue
         if name.startswith("peak "):
             print(f"{totals[name]:>12}  {name}")
         else:
             print(f"{totals[name]:>12}  {name}  ({totals[name] / seeds:.1f} a seed)")
+    for line in describe(totals):
+        print(line)
     rate = seeds / max(took_s, 1e-9) * 60
     print(f"{seeds} seeds in {took_s:.1f} s: {rate:.0f} a minute; {len(failed)} failed")
     if failed:

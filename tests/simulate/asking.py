@@ -24,17 +24,27 @@ from typing import Any, Final, NamedTuple
 
 from tests.simulate.broker import Broker
 from tests.simulate.check import LONG_S
+from tests.simulate.exempt import ASKED_AGAIN, OVERTAKEN, exempt
 from tests.simulate.guest import EXCHANGE, GuestAgent, Vm
 from tests.simulate.world import Fifo, World
-from vchan.bodies import encode_failure, encode_invocation, encode_json
-from vchan.exchange import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
 from vchan.guest.upward import UPWARD_MAX
-from vchan.host.broker_events import Publication
-from vchan.host.envelope import encode_reply, open_envelope
-from vchan.host.gate import REDELIVERED_KEY
-from vchan.host.history import PAST_MAX, SETTLED_S
-from vchan.host.outbound import HELD_MAX, HELD_S
-from vchan.messages import AGENT_GONE, BUSY, CALL, EXPIRED, FANOUT, NO_AGENT, NOTIFICATION, Request
+from vchan.host.oslo_wire.downward_envelope import encode_reply
+from vchan.host.oslo_wire.envelope import open_envelope
+from vchan.host.oslo_wire.upward_envelope import Publication
+from vchan.host.vm.handover import PAST_MAX, SETTLED_S
+from vchan.host.vm.upward import HELD_MAX, HELD_S
+from vchan.rpc.bodies import REDELIVERED_KEY, encode_failure, encode_invocation, encode_json
+from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
+from vchan.rpc.messages import (
+    AGENT_GONE,
+    BUSY,
+    CALL,
+    EXPIRED,
+    FANOUT,
+    NO_AGENT,
+    NOTIFICATION,
+    Request,
+)
 
 CAST: Final = 0
 KINDS: Final = {CALL: "call", CAST: "cast", FANOUT: "fanout", NOTIFICATION: "notification"}
@@ -74,6 +84,7 @@ class Ask:
         self.fails = False
         self.made_s: float | None = None
         self.outcome = ""
+        self.outcome_s = math.inf
         self.runs: Counter[str] = Counter()  # by server
 
     @property
@@ -93,10 +104,12 @@ class Asking:
         self._world = world
         self._broker = broker
         self.asks: list[Ask] = []
+        self.probes: list[bytes] = []
+        """Ids of what was asked when everything was well."""
         self._by_id: dict[bytes, Ask] = {}
         self._open: dict[bytes, Ask] = {}
         self._numbers: Counter[Series] = Counter()
-        self._last: dict[tuple[str, Series], int] = {}
+        self._ran: dict[tuple[str, Series], list[Ask]] = {}
         self._chains: dict[GuestAgent, deque[Ask]] = {}
         self.hours_passed = False
         for topic, server in TARGETS:
@@ -130,7 +143,9 @@ class Asking:
             return
         for kind in (CAST, CALL):
             series = Series(agent, CAST, TARGETS[0])
-            self._plan(Ask(len(self.asks), series, kind, self._world.rng.randbytes(16)), True)
+            ask = Ask(len(self.asks), series, kind, self._world.rng.randbytes(16))
+            self.probes.append(ask.id)
+            self._plan(ask, True)
 
     def _plan(self, ask: Ask, at_once: bool) -> None:
         self.asks.append(ask)
@@ -166,7 +181,7 @@ class Asking:
             return
         if ask.outcome:
             world.fail(f"{ask}: told {outcome}, and {ask.outcome} before")
-        ask.outcome = self._read(ask, outcome)
+        ask.outcome, ask.outcome_s = self._read(ask, outcome), world.now_s
         world.note("%s: %s", ask, ask.outcome)
         world.stats[f"asked: {KINDS[ask.kind]}: {ask.outcome}"] += 1
         self._open.pop(ask.id, None)
@@ -223,7 +238,7 @@ class Asking:
             if not self._is_excused(ask):
                 world.fail(f"{ask} is marked, and nobody had died")
         if ask.runs[server]:
-            world.stats["asked: ran twice"] += 1
+            exempt(world.stats, ASKED_AGAIN)
             if not is_marked:
                 world.fail(f"{ask} ran twice, and was not marked")
         else:
@@ -258,12 +273,15 @@ class Asking:
         return until_s
 
     def _check_order(self, ask: Ask, server: str) -> None:
-        last = self._last.get((server, ask.series), 0)
-        if ask.id in self._broker.refused or ask.id in self._broker.given_up:
-            self._world.stats["EXEMPT refused or given up, and overtaken"] += ask.number < last
-        elif ask.number < last:
-            self._world.fail(f"{ask} (number {ask.number}) ran after number {last}")
-        self._last[server, ask.series] = max(last, ask.number)
+        broker, ran = self._broker, self._ran.setdefault((server, ask.series), [])
+        for later in ran:
+            if later.number < ask.number:
+                continue
+            if ask.id in broker.given_up or broker.may_overtake(later.id, ask.id):
+                exempt(self._world.stats, OVERTAKEN)
+            else:
+                self._world.fail(f"{ask} (number {ask.number}) ran after number {later.number}")
+        ran.append(ask)
 
     def _answer_later(self, ask: Ask, reply_q: str, msg_id: str) -> None:
         world, rng = self._world, self._world.rng
@@ -284,15 +302,15 @@ class Asking:
 
     # ------------------------------------------------------------ tables
 
-    def check_bounds(self, outbounds: Iterable[Any], upwards: Iterable[Any]) -> None:
+    def check_bounds(self, host_upwards: Iterable[Any], upwards: Iterable[Any]) -> None:
         """Every table stays below its limit."""
-        for outbound in outbounds:
-            known = len(outbound._items)
+        for host_upward in host_upwards:
+            known = len(host_upward._items)
             for name in ("_queue", "_unsent"):
-                self._at_most(f"outbound {name}", len(getattr(outbound, name)), known)
-            self._at_most("outbound items", known, outbound._gate.requests_max)
-            self._at_most("outbound held", len(outbound._held), HELD_MAX)
-            self._at_most("outbound past", len(outbound._history), PAST_MAX)
+                self._at_most(f"host upward {name}", len(getattr(host_upward, name)), known)
+            self._at_most("host upward items", known, host_upward._gate.limits.requests_up)
+            self._at_most("host upward held", len(host_upward._held), HELD_MAX)
+            self._at_most("host upward past", len(host_upward._history), PAST_MAX)
         for upward in upwards:
             self._at_most("upward items", len(upward._items), UPWARD_MAX)
             self._at_most("upward requester", len(upward._host), len(upward._items))
@@ -325,13 +343,18 @@ class Asking:
             elif ask.outcome in UNRUN and ask.runs:
                 self._world.fail(f"{ask}: {ask.outcome}, and it ran")
 
-    def check_tables(self, outbounds: Iterable[Any], upwards: Iterable[Any]) -> None:
+    def check_tables(self, host_upwards: Iterable[Any], upwards: Iterable[Any]) -> None:
         """Nobody holds anything any more."""
-        for outbound in outbounds:
-            tables = (outbound._items, outbound._queue, outbound._sending, outbound._unsent)
-            if any(tables) or outbound._held or len(outbound._responder):
-                held = (*map(len, tables), len(outbound._held), len(outbound._responder))
-                self._world.fail(f"{outbound.vm}: a host still holds {held}")
+        for host_upward in host_upwards:
+            tables = (
+                host_upward._items,
+                host_upward._queue,
+                host_upward._sending,
+                host_upward._unsent,
+            )
+            if any(tables) or host_upward._held or len(host_upward._responder):
+                held = (*map(len, tables), len(host_upward._held), len(host_upward._responder))
+                self._world.fail(f"{host_upward.vm}: a host still holds {held}")
         for upward in upwards:
             if upward._items or len(upward._host) or upward._bytes:
                 held = (len(upward._items), len(upward._host), upward._bytes)

@@ -12,13 +12,27 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from tests.simulate.world import Fifo, World
-from vchan.host.broker_events import Form, Publication
-from vchan.host.broker_vm import OWN_PREFETCH, own_queue
-from vchan.host.envelope import BrokerRequest
-from vchan.host.upward_envelope import Answer, read_mail
-from vchan.messages import Topic
+from vchan.host.broker.completions import Completions
+from vchan.host.broker.config import BrokerConfig
+from vchan.host.broker.events import Completed, GivenUp, RepliesRefused, Token
+from vchan.host.broker.vm_queues import OWN_PREFETCH, topic_arguments
+from vchan.host.oslo_wire.downward_envelope import BrokerRequest, ReplyPublication
+from vchan.host.oslo_wire.mail import Answer, own_queue, read_mail
+from vchan.host.oslo_wire.upward_envelope import Form, Publication
+from vchan.host.policy.vm_limits import Limits
+from vchan.io.loop import Timer
+from vchan.rpc.messages import Topic
 
 RETRY_S: Final = 0.7
+AWAY_S: Final = (0.0, 0.0, 3.0, 12.0)
+"""A broker whose connection was cut takes no new one for so long."""
+TROUBLE: Final = 0.7
+"""What a broker in trouble refuses."""
+CONFIRM_S_MAX: Final = 0.5
+"""Confirms of what is for several queues come in any order."""
+RETURNS_MAX: Final = 3
+"""A message of a quorum queue that was declared without a limit is dropped when it comes back once
+more: RabbitMQ 4's own limit is 20, which few runs would reach."""
 HEARTBEAT_S: Final = 12.0
 """At the latest after this, the broker knows that a peer is gone."""
 
@@ -32,6 +46,10 @@ class Message(NamedTuple):
     fanout: bool
     expires_s: float | None
     tried: bool
+    returns: int = 0
+    """How often it has come back."""
+    readable: bool = True
+    """Else it is what no host can make a request of."""
 
 
 class Letter(NamedTuple):
@@ -43,16 +61,8 @@ class Letter(NamedTuple):
     expires_s: float | None = None
 
 
-class Token(NamedTuple):
-    """As in vchan.host.broker_events."""
-
-    vm: str
-    generation: int
-    tag: int
-
-
 class Delivered(NamedTuple):
-    """As in vchan.host.broker_events."""
+    """As in vchan.host.broker.events."""
 
     vm: str
     token: Token
@@ -62,28 +72,21 @@ class Delivered(NamedTuple):
     redelivered: bool
 
 
+class Undecodable(NamedTuple):
+    """As in vchan.host.broker.events."""
+
+    vm: str
+    token: Token
+
+
 class Released(NamedTuple):
-    """As in vchan.host.broker_events."""
+    """As in vchan.host.broker.events."""
 
     vm: str
 
 
-class Published(NamedTuple):
-    """As in vchan.host.broker_events."""
-
-    key: bytes
-    ok: bool
-
-
-class Settled(NamedTuple):
-    """As in vchan.host.broker_events."""
-
-    vm: str
-    ids: tuple[bytes, ...]
-
-
-class Sent(NamedTuple):
-    """As in vchan.host.broker_events."""
+class PublishResult(NamedTuple):
+    """As in vchan.host.broker.events."""
 
     vm: str
     request_id: bytes
@@ -94,14 +97,16 @@ class Sent(NamedTuple):
 
 
 class Mail(NamedTuple):
-    """As in vchan.host.broker_events."""
+    """As in vchan.host.broker.events."""
 
     vm: str
     token: Token
     body: bytes
 
 
-Event = Delivered | Mail | Released | Published | Sent | Settled
+Event = (
+    Delivered | Undecodable | Mail | Released | PublishResult | Completed | RepliesRefused | GivenUp
+)
 
 
 class _Consumer:
@@ -216,8 +221,11 @@ class _ServerChannel:
         if message.tried:
             self._connection.broker.world.stats["redeliveries"] += 1
         token = Token(self.vm, self.generation, self._tag)
-        event: Delivered | Mail
-        if isinstance(message, Letter):
+        event: Delivered | Undecodable | Mail
+        if isinstance(message, Message) and not message.readable:
+            self._connection.broker.world.stats["messages nobody can read"] += 1
+            event = Undecodable(self.vm, token)
+        elif isinstance(message, Letter):
             event = Mail(self.vm, token, message.body)
         else:
             assert consumer.topic is not None
@@ -249,9 +257,15 @@ class _ServerChannel:
 
     def close(self) -> None:
         back: dict[Queue, list[Message | Letter]] = {}
+        broker = self._connection.broker
         for queue, _, message in self._out.values():
-            back.setdefault(queue, []).append(message._replace(tried=True))
             queue.returned(self, 1)
+            if isinstance(message, Message) and message.returns >= broker.returns_max:
+                broker.drop(message, queue)
+                continue
+            if isinstance(message, Message):
+                message = message._replace(returns=message.returns + 1)
+            back.setdefault(queue, []).append(message._replace(tried=True))
         self._out.clear()
         queues = [queue for queue, _ in self._consuming]
         for queue, consumer in self._consuming:
@@ -295,39 +309,50 @@ class _ServerConnection:
         elif what == "bye":
             self.close()
         elif what == "barrier":
-            self.down.push(("event", generation, Settled(*rest)))
+            self.down.push(("proved", generation, rest[0]))
         elif what == "request":
             self._on_request(*rest)
         else:
-            reply_q, body, key = rest
-            ok = self.broker.world.rng.random() >= self.broker.refuses
+            reply, number = rest
+            ok = not self.broker.refuses_now()
             if ok:
-                self.broker.answer(reply_q, body)
+                self.broker.check_refusal(reply)
+                self.broker.answer(reply.reply_q, reply.body)
             else:
                 self.broker.world.stats["replies refused by the broker"] += 1
-            self.down.push(("event", None, Published(key, ok=ok)))
+            self.down.push(("confirmed", None, (number, "" if ok else "refused")))
 
     def _on_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
         broker, rng = self.broker, self.broker.world.rng
-        if rng.random() < broker.refuses:
+        if broker.refuses_now():
             broker.world.stats["guests' requests refused by the broker"] += 1
             broker.refused.add(request_id)
             if publication.form is Form.MAIL:
                 broker.losses.append(broker.world.now_s)
             broker.doubted.add(request_id)
-            sent = Sent(vm, request_id, ok=False, unroutable=False, reason="refused", in_doubt=True)
+            sent = PublishResult(
+                vm, request_id, ok=False, unroutable=False, reason="refused", in_doubt=True
+            )
         else:
             is_there = broker.take(publication)
-            returned = publication.mandatory and not is_there
-            sent = Sent(vm, request_id, not returned, returned, "returned" if returned else "")
+            is_told = publication.mandatory or publication.form is Form.NOTIFY
+            returned = is_told and not is_there
+            sent = PublishResult(
+                vm, request_id, not returned, returned, "returned" if returned else ""
+            )
             if rng.random() < broker.doubts:
                 # As when the channel ends before the confirm has come.
                 broker.doubted.add(request_id)
                 broker.world.stats["guests' requests in doubt"] += 1
-                sent = Sent(
+                sent = PublishResult(
                     vm, request_id, ok=False, unroutable=False, reason="channel lost", in_doubt=True
                 )
-        self.down.push(("event", None, sent))
+        if rng.random() < (TROUBLE if broker.in_trouble else broker.late_confirms):
+            broker.world.stats["confirms that came late"] += 1
+            delay_s = rng.random() * CONFIRM_S_MAX
+            broker.world.after(delay_s, self.down.push, ("event", None, sent))
+        else:
+            self.down.push(("event", None, sent))
 
     def close(self) -> None:
         """The broker knows that the connection is gone."""
@@ -349,14 +374,30 @@ class Broker:
         self.reply_queues: dict[str, Fifo] = {}
         self.refuses = 0.0
         """How often it refuses to take something: out of disk, or the queue's leader is away."""
+        self.away_s: tuple[float, ...] = AWAY_S
+        self.trouble_until_s = 0.0
+        """Until then it refuses most of it."""
         self.doubts = 0.0
         """How often it takes a guest's request, and its host does not hear of that."""
+        self.late_confirms = 0.0
+        """How often the confirm of a guest's request comes after those of later ones."""
         self.guests_may_ask = True
         """The hosts' policy."""
+        self.refused_calls: set[bytes] = set()
+        """Calls whose callers were to hear that they have not run."""
+        self.refusals: dict[bytes, tuple[bytes, str]] = {}
+        """Their requests and VMs, by what the callers are told."""
+        self.limits = Limits()
+        """Likewise."""
         self.refused: set[bytes] = set()
         """Guests' requests that it refused."""
+        self.lost: set[bytes] = set()
+        """Guests' requests that were under way on a connection that is no more."""
         self.doubted: set[bytes] = set()
         """Guests' requests of which a host does not know whether the broker has them."""
+        self.flights: dict[bytes, list[tuple[list[bytes], int]]] = {}
+        """Guests' requests by where they stand in what their host published at a stretch, each time
+        that it did."""
         self.given_up: set[bytes] = set()
         """Guests' requests whose time was up by a host's clock; theirs may have stood still."""
         self.losses: list[float] = []
@@ -364,12 +405,24 @@ class Broker:
         self.moves: list[tuple[float, str, bool]] = []
         """When a VM's guest began to talk to a host (True), or ended (False)."""
         self._services: dict[tuple[str, str], list[Fifo]] = {}  # by exchange and routing key
-        self._notifications: dict[tuple[str, str], list[Publication]] = {}  # nobody listens yet
         self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
         self._published: Counter[tuple[bytes, str]] = Counter()
         self.settled: set[tuple[bytes, str]] = set()
         """What was proved to be forgotten: it may never be handed out again."""
         self._place = 0
+        self._nonsense = 0
+        arguments = topic_arguments(BrokerConfig(hosts=(), quorum=True), fanout=False)
+        self.returns_max: int = arguments.get("x-delivery-limit", RETURNS_MAX)
+        """What hosts declare their queues with: they are quorum queues."""
+
+    def refuses_now(self) -> bool:
+        """Whether it takes nothing just now."""
+        return self.world.rng.random() < (TROUBLE if self.in_trouble else self.refuses)
+
+    @property
+    def in_trouble(self) -> bool:
+        """Out of disk, or a queue's leader is away: it refuses, and is slow about it."""
+        return self.world.now_s < self.trouble_until_s
 
     def declare(self, vm: str, topic: Topic) -> tuple[Queue, Queue]:
         """The VM's queues for a topic."""
@@ -384,10 +437,7 @@ class Broker:
 
     def bind(self, exchange: str, routing_key: str, service: Fifo) -> None:
         """A service on the control side gets what guests publish there, as a Publication."""
-        address = (exchange, routing_key)
-        self._services.setdefault(address, []).append(service)
-        for publication in self._notifications.pop(address, []):
-            service.push(publication)
+        self._services.setdefault((exchange, routing_key), []).append(service)
 
     def take(self, publication: Publication) -> bool:
         """To the services, or a VM's own queue. False: there is no such queue."""
@@ -397,9 +447,6 @@ class Broker:
             return self.answer(publication.routing_key, publication.body)
         for service in self._services.get(address, []):
             service.push(publication)
-        if publication.form is Form.NOTIFY and address not in self._services:
-            self._notifications.setdefault(address, []).append(publication)
-            return True
         return address in self._services
 
     def _queue(self, name: str, vm: str, *, fanout: bool) -> Queue:
@@ -433,15 +480,43 @@ class Broker:
             )
         return bool(targets)
 
+    def publish_nonsense(self, vm: str, topic: Topic) -> None:
+        """What no host can make a request of, into a VM's queue. It must cost nobody anything."""
+        queue = self.queues.get(f"{topic.name}.{vm}")
+        if queue is not None:
+            self._place += 1
+            self._nonsense += 1
+            request = _nonsense(self._nonsense)
+            self._copies[request.id, vm] = 1
+            queue.publish(
+                Message(
+                    self._place, request, topic.exchange, False, None, tried=False, readable=False
+                )
+            )
+
     def check(self, message: Message | Letter, vm: str) -> None:
         """It is about to be handed out."""
         if isinstance(message, Message) and (message.request.id, vm) in self.settled:
             self.world.fail(f"{vm}: {_short(message)} handed out after Settled")
 
+    def drop(self, message: Message, queue: Queue) -> None:
+        """It came back too often: RabbitMQ says nothing, and a cast may be lost by that."""
+        self.world.fail(
+            f"{queue.name}: {_short(message)} dropped at its return {message.returns + 1}"
+        )
+        self.forget(message, queue.vm)
+
     def forget(self, message: Message | Letter, vm: str) -> None:
         """It was acknowledged, or has expired."""
         if isinstance(message, Message):
             self._copies[message.request.id, vm] -= 1
+
+    def may_overtake(self, later: bytes, earlier: bytes) -> bool:
+        """Whether a request that was refused or lost with its connection went out at a stretch with
+        this later one, so that its host could not have heard of that in time."""
+        return (earlier in self.refused or earlier in self.lost) and any(
+            later in flight[place + 1 :] for flight, place in self.flights.get(earlier, ())
+        )
 
     def leftovers(self) -> list[str]:
         """Queues that still hold something."""
@@ -455,6 +530,12 @@ class Broker:
             if self._copies[key]:
                 self.world.fail(f"{request_id.hex()[:8]}: settled, and the broker still has it")
 
+    def check_refusal(self, reply: ReplyPublication) -> None:
+        """A caller hears that its call has not run: it must not come again."""
+        key = self.refusals.get(reply.body) if reply.has_not_run else None
+        if key is not None and self._published[key] == 1 and self._copies[key]:
+            self.world.fail(f"{key[0].hex()[:8]}: refused, and the broker still has it")
+
     def answer(self, reply_q: str, body: bytes) -> bool:
         """To a caller's queue, or a VM's own. False: there is no such queue."""
         caller, own = self.reply_queues.get(reply_q), self.queues.get(reply_q)
@@ -467,20 +548,50 @@ class Broker:
 
 
 class _VmState:
-    """One VM on one host: as `vchan.host.broker_vm.Vm`."""
+    """One VM on one host: as `vchan.host.broker.vm_queues.VmQueues`."""
 
-    __slots__ = ("closing", "generation", "listens", "topics", "unacked")
-
-    def __init__(self) -> None:
+    def __init__(self, host: HostBroker, vm: str) -> None:
         self.topics: frozenset[Topic] = frozenset()
         self.listens = False
         self.generation = 0  # 0: no channel
         self.closing = 0
+        self.leaves = False
         self.unacked: set[int] = set()
+        self.proofs: deque[Callable[[], None]] = deque()
+        self.completions = Completions(host, self, vm)
+        self._host = host
+        self._vm = vm
+
+    def holds(self, token: Token) -> bool:
+        """See vchan.host.broker.completions.Tokens."""
+        is_open = token.generation == self.generation and not self.closing
+        return is_open and token.tag in self.unacked
+
+    def acknowledge(self, token: Token) -> None:
+        """See vchan.host.broker.completions.Tokens."""
+        self._host.ack(token)
+
+    def prove(self, proved: Callable[[], None]) -> None:
+        """See vchan.host.broker.completions.Tokens."""
+        self.proofs.append(proved)
+        self._host.say("barrier", self.generation, self._vm)
+
+    def completed(self) -> None:
+        """See vchan.host.broker.completions.Tokens."""
+        is_open = self.generation and not self.closing
+        if is_open and self.leaves and not self.completions.waits_for_proof:
+            self._host.close(self._vm, self)
+
+    def ended(self) -> None:
+        """No token means anything any more."""
+        self.leaves = False
+        self.unacked.clear()
+        self.proofs.clear()
+        self.completions.channel_ended()
 
 
 class HostBroker:
-    """A host daemon's side: `vchan.host.broker.Broker`, as far as a relay sees it.
+    """A host daemon's side: `vchan.host.broker.broker.Broker`, as far as a VM sees it.
 
     Args:
         post: Told the events, on the broker's thread.
@@ -489,84 +600,131 @@ class HostBroker:
     def __init__(self, world: World, broker: Broker, post: Callable[[Event], None]) -> None:
         self._world = world
         self._broker = broker
-        self._post = post
+        self.post: Callable[[Any], None] = post
         self._vms: dict[str, _VmState] = {}
         self._generations = 0
         self._connection: _ServerConnection | None = None
-        self._unconfirmed: dict[bytes, int] = {}
+        self._replies: dict[int, Callable[[str, bool], None]] = {}  # not confirmed
+        self._number = 0
         self._sending: deque[tuple[str, bytes]] = deque()  # of each VM, in order
         self._dead = False
         self.cancels_consumers = False
         """A planted bug: see tests/planted."""
         world.after(world.rng.random() * 0.1, self._connect)
 
-    # ------------------------------------------------------------ the relay's commands
+    # ------------------------------------------------------------ a VM's commands
 
-    def consume(self, vm: str, topics: frozenset[Topic]) -> None:
-        """See vchan.host.relay.BrokerPort."""
-        state = self._vms.setdefault(vm, _VmState())
+    def _state(self, vm: str) -> _VmState:
+        if vm not in self._vms:
+            self._vms[vm] = _VmState(self, vm)
+        return self._vms[vm]
+
+    def consume(self, vm: str, topics: frozenset[Topic], owned: frozenset[Topic]) -> None:
+        """See vchan.host.vm.downward.BrokerPort."""
+        state = self._state(vm)
         had, state.topics = state.topics, topics
         if state.generation and not state.closing:
             if had - topics:
-                self._close(vm, state)
+                state.leaves = True
+                state.completed()
             elif topics - had:
-                self._say("consume", state.generation, tuple(sorted(topics - had)))
+                self.say("consume", state.generation, tuple(sorted(topics - had)))
         else:
             self._open(vm, state)
 
-    def release(self, vm: str) -> None:
-        """See vchan.host.relay.BrokerPort."""
-        state = self._vms.setdefault(vm, _VmState())
+    def release(self, vm: str, *, for_good: bool = False) -> None:
+        """See vchan.host.vm.downward.BrokerPort."""
+        state = self._state(vm)
         state.topics, state.listens = frozenset(), False
+        if for_good:
+            state.completions.abandon()
         if state.generation and not state.closing:
-            self._close(vm, state)
+            self.close(vm, state)
         elif not state.closing:
-            self._post(Released(vm))
+            self.post(Released(vm))
+
+    def complete(
+        self,
+        vm: str,
+        request_id: bytes,
+        tokens: tuple[Token, ...],
+        reply: ReplyPublication | None = None,
+    ) -> None:
+        """See vchan.host.vm.downward.BrokerPort."""
+        self._state(vm).completions.complete(request_id, tokens, reply)
 
     def ack(self, token: Token) -> None:
-        """See vchan.host.relay.BrokerPort."""
-        state = self._vms.get(token.vm)
-        if state is None or token.generation != state.generation or state.closing:
+        """See vchan.host.vm.downward.BrokerPort."""
+        state = self._state(token.vm)
+        if token.generation != state.generation or state.closing:
             self._world.stats["acks of dead tokens"] += 1
             return
         if token.tag in state.unacked:
             state.unacked.discard(token.tag)
-            self._say("ack", state.generation, token.tag)
+            self.say("ack", state.generation, token.tag)
 
-    def barrier(self, vm: str, token: Token, ids: tuple[bytes, ...]) -> None:
-        """See vchan.host.relay.BrokerPort."""
-        state = self._vms.get(vm)
-        if state is not None and state.generation == token.generation and not state.closing:
-            self._say("barrier", state.generation, vm, ids)
+    def publish_heartbeat(self, reply_q: str, body: bytes) -> None:
+        """See vchan.host.vm.downward.BrokerPort."""
+        self._publish(ReplyPublication(reply_q, body), lambda *_: None)
 
-    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
-        """See vchan.host.relay.BrokerPort."""
+    # ------------------------------------------------------------ for what is completed
+
+    def time(self) -> float:
+        """See vchan.host.broker.completions.BrokerThread."""
+        return self._world.now_s
+
+    def later(self, vm: str, delay_s: float, work: Callable[[], None]) -> Timer:
+        """See vchan.host.broker.completions.BrokerThread."""
+        timer = Timer(self._world.now_s + delay_s, work, self)
+        self._world.at(timer.at_s, self._fire, timer)
+        return timer
+
+    def timer_cancelled(self) -> None:
+        """See vchan.io.loop: it stays in the world's plan until its time comes."""
+
+    def _fire(self, timer: Timer) -> None:
+        if not self._dead:
+            timer._run()
+
+    def publish_reply(
+        self, vm: str, reply: ReplyPublication, told: Callable[[str, bool], None]
+    ) -> None:
+        """See vchan.host.broker.completions.BrokerThread."""
+        self._publish(reply, told)
+
+    def _publish(self, reply: ReplyPublication, told: Callable[[str, bool], None]) -> None:
         if self._connection is None:
-            self._post(Published(key, ok=False))
+            told("not connected", False)
             return
-        self._unconfirmed[key] = self._unconfirmed.get(key, 0) + 1
-        self._say("publish", None, reply_q, body, key)
+        self._number += 1
+        self._replies[self._number] = told
+        self.say("publish", None, reply, self._number)
+
+    # ------------------------------------------------------------ guests' requests
 
     def listen_for_answers(self, vm: str) -> None:
-        """See vchan.host.broker.Broker."""
-        state = self._vms.setdefault(vm, _VmState())
+        """See vchan.host.broker.broker.Broker."""
+        state = self._state(vm)
         had, state.listens = state.listens, True
         if not state.generation:
             self._open(vm, state)
         elif not state.closing and not had:
-            self._say("listen", state.generation)
+            self.say("listen", state.generation)
 
     def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
-        """See vchan.host.broker.Broker."""
+        """See vchan.host.broker.broker.Broker."""
         if self._connection is None:
-            self._post(Sent(vm, request_id, ok=False, unroutable=False, reason="not connected"))
+            self.post(
+                PublishResult(vm, request_id, ok=False, unroutable=False, reason="not connected")
+            )
             return
         self._sending.append((vm, request_id))
-        self._say("request", None, vm, request_id, publication)
+        self.say("request", None, vm, request_id, publication)
 
     # ------------------------------------------------------------ channels
 
-    def _say(self, *command: Any) -> None:
+    def say(self, *command: Any) -> None:
+        """To the broker, if there is a connection."""
         if self._connection is not None:
             self._connection.up.push(command)
 
@@ -575,23 +733,25 @@ class HostBroker:
         if wanted and self._connection is not None and not state.generation:
             self._generations += 1
             state.generation = self._generations
-            state.unacked.clear()
-            self._say("open", state.generation, vm, tuple(sorted(state.topics)), state.listens)
+            self.say("open", state.generation, vm, tuple(sorted(state.topics)), state.listens)
 
-    def _close(self, vm: str, state: _VmState) -> None:
+    def close(self, vm: str, state: _VmState) -> None:
+        """Close the VM's channel."""
         if self.cancels_consumers:
-            self._say("cancel", state.generation)
+            self.say("cancel", state.generation)
             state.generation = 0
-            self._post(Released(vm))
+            state.ended()
+            self.post(Released(vm))
             return
         state.closing = state.generation
-        self._say("close", state.generation, vm)
+        state.ended()
+        self.say("close", state.generation, vm)
 
     def _closed(self, vm: str) -> None:
         state = self._vms[vm]
         state.generation = state.closing = 0
-        state.unacked.clear()
-        self._post(Released(vm))
+        state.ended()
+        self.post(Released(vm))
         self._open(vm, state)
 
     # ------------------------------------------------------------ the connection
@@ -612,22 +772,24 @@ class HostBroker:
         what, generation, event = item
         if what == "closed":
             self._closed(event)
-        elif isinstance(event, Published):
-            left = self._unconfirmed.get(event.key, 0) - 1
-            if left > 0:
-                self._unconfirmed[event.key] = left
-            else:
-                self._unconfirmed.pop(event.key, None)
-            self._post(event)
-        elif isinstance(event, Sent):
+        elif what == "confirmed":
+            number, problem = event
+            self._replies.pop(number)(problem, False)
+        elif what == "proved":
+            state = self._vms[event]
+            if state.generation == generation and not state.closing:
+                state.proofs.popleft()()
+        elif isinstance(event, PublishResult):
             self._sending.remove((event.vm, event.request_id))
-            self._post(event)
+            self.post(event)
         else:
             state = self._vms[event.vm]
             if state.generation == generation and not state.closing:
-                if isinstance(event, Delivered | Mail):
+                if isinstance(event, Delivered | Undecodable | Mail):
+                    if state.leaves:
+                        return  # it goes back when the channel is closed
                     state.unacked.add(event.token.tag)
-                self._post(event)
+                self.post(event)
 
     def cut(self) -> None:
         """The network breaks: what is on its way is lost, and each end learns of it later."""
@@ -652,16 +814,16 @@ class HostBroker:
         for vm, state in self._vms.items():
             if state.generation:
                 state.generation = state.closing = 0
-                state.unacked.clear()
-                self._post(Released(vm))
-        unconfirmed, self._unconfirmed = self._unconfirmed, {}
-        for key, count in unconfirmed.items():
-            for _ in range(count):
-                self._post(Published(key, ok=False))
+                state.ended()
+                self.post(Released(vm))
+        replies, self._replies = self._replies, {}
+        for told in replies.values():
+            told("connection lost", False)
         sending, self._sending = self._sending, deque()
+        self._broker.lost.update(request_id for _, request_id in sending)
         for vm, request_id in sending:
-            self._post(
-                Sent(
+            self.post(
+                PublishResult(
                     vm,
                     request_id,
                     ok=False,
@@ -670,7 +832,10 @@ class HostBroker:
                     in_doubt=True,
                 )
             )
-        self._world.after(RETRY_S * (0.5 + self._world.rng.random()), self._connect)
+        rng = self._world.rng
+        self._world.after(
+            RETRY_S * (0.5 + rng.random()) + rng.choice(self._broker.away_s), self._connect
+        )
 
     def die(self, *, host_too: bool) -> None:
         """The daemon is gone. Its kernel says so, unless that is gone, too."""
@@ -688,3 +853,19 @@ class HostBroker:
 
 def _short(message: Message) -> str:
     return message.request.id.hex()[:8]
+
+
+def _nonsense(number: int) -> BrokerRequest:
+    """Stands for it in the broker's books."""
+    return BrokerRequest(
+        id=b"nonsense" + number.to_bytes(8),
+        method="",
+        args={},
+        namespace=None,
+        version=None,
+        context={},
+        msg_id=None,
+        reply_q=None,
+        monitor_timeout_s=None,
+        timeout_s=None,
+    )

@@ -1,6 +1,7 @@
 """Services on the control side: stock oslo.messaging clients.
 
-A call waits for the reply with its msg_id until its timeout; every other reply is dropped. A cast
+A call is published until the broker has confirmed it, and then looks for the reply with its msg_id
+until its timeout; every other reply is dropped. A cast
 returns when the broker has confirmed it; when the connection is lost before that, the same message
 is published again.
 """
@@ -14,8 +15,8 @@ from typing import Final
 from tests.simulate.broker import Broker
 from tests.simulate.check import CALL, FANOUT, Ledger, Op, parse_reply
 from tests.simulate.world import Fifo, Machine, World
-from vchan.host.envelope import BrokerRequest
-from vchan.messages import Topic
+from vchan.host.oslo_wire.downward_envelope import BrokerRequest
+from vchan.rpc.messages import Topic
 
 EXCHANGE: Final = "openstack"
 REPLY_QUEUE: Final = "reply_service"
@@ -36,6 +37,8 @@ class Callers:
         self._numbers: dict[tuple[str, str], int] = {}
         self._queues: dict[tuple[str, str], deque[tuple[Op, BrokerRequest]]] = {}
         self._waiting: dict[str, Op] = {}
+        self._publishing: set[int] = set()  # calls, by their keys
+        self._early: dict[int, list[bytes]] = {}  # what came for them meanwhile
         self.unconfirmed = 0.0
         """How often a publisher does not hear whether the broker has a message."""
         broker.reply_queues[REPLY_QUEUE] = Fifo(world, self._on_reply)
@@ -47,6 +50,7 @@ class Callers:
         op, request = self._make(CALL, vm, topic, timeout_s, fails=fails, filling=filling)
         assert request.msg_id is not None
         self._waiting[request.msg_id] = op
+        self._publishing.add(op.key)
         self._world.after(timeout_s, self._timed_out, request.msg_id)
         self._publish(op, request, 0)
         return op
@@ -116,6 +120,9 @@ class Callers:
 
     def _confirmed(self, op: Op) -> None:
         if op.kind == CALL:
+            self._publishing.discard(op.key)
+            for body in self._early.pop(op.key, ()):
+                self._on_reply(body)
             return
         queue = self._queues[op.vm if op.kind != FANOUT else "", op.topic]
         queue.popleft()
@@ -138,6 +145,10 @@ class Callers:
         world = self._world
         msg_id, result, failure, ending = parse_reply(body)
         if not ending:
+            return
+        op = self._waiting.get(msg_id)
+        if op is not None and op.key in self._publishing:
+            self._early.setdefault(op.key, []).append(body)
             return
         op = self._waiting.pop(msg_id, None)
         if op is None:

@@ -1,31 +1,36 @@
 """What was promised, and whether it was kept.
 
-The ledger knows every request ever made and everything that came of it. Exemptions are as narrow
-as they can be, and counted:
+The ledger knows every request ever made and everything that came of it: what a caller was told
+binds to the end of the run. Exemptions (`exempt`) are as narrow as they can be:
 
-    "lost with its agent"      a cast that an agent had acknowledged and had not run when it died
-    "ran again, memory gone"   a request that ran a second time after *both* who remembered it were
-                               gone: the agent that ran it and the guest daemon that gave it to it
-    "published twice, ..."     a request that its caller published twice ran in two agents of one
-                               topic, because the guest daemon restarted in between: to the new one
-                               the second copy was new, and only the other agent was back
+    LOST_WITH_AGENT   a cast that an agent had acknowledged and had not run when it died
+    RAN_AGAIN         a cast that ran a second time, and whose method saw that it was marked, after
+                      both the agent that ran it and the guest daemon that gave it to it were gone
+    PUBLISHED_TWICE   a request that its caller published twice ran twice, or ran though it was
+                      refused: the guest daemon that had the first copy was gone, and so was the
+                      host that had passed it on
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, Final, Protocol
 
+from tests.simulate.exempt import LOST_WITH_AGENT, PUBLISHED_TWICE, RAN_AGAIN, exempt
 from tests.simulate.world import World
-from vchan.exchange import RECORDS_MAX, REQUESTS_MAX
-from vchan.frames import FRAME_BYTES_MAX
-from vchan.guest.router import HOLDING_MAX
+from vchan.guest.router import DOUBT_MARGIN_S
+from vchan.rpc.dispatcher import HOLDING_MAX
+from vchan.rpc.in_flight import RECORDS_MAX, REQUESTS_MAX
 from vchan.session import IN_FLIGHT_BYTES_MAX, REASSEMBLY_BYTES_MAX, Session
+from vchan.wire.frames import FRAME_BYTES_MAX
 
 CALL: Final = "call"
 CAST: Final = "cast"
 FANOUT: Final = "fanout"
+
+UNRUN: Final = frozenset({"NoSuchAgent", "Rejected", "LimitExceeded"})
+"""Whoever hears this has been promised that it has not run, and never will."""
 
 LONG_S: Final = 300.0
 """Who waits so long hears something: all faults and their cures take less."""
@@ -95,13 +100,21 @@ class Op:
 
 
 class Ledger:
-    """Everything that was asked, and what became of it."""
+    """Everything that was asked, and what became of it.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        refused: The ids of calls whose callers were to hear that they have not run. Where that was
+            lost on its way, they hear nothing: the broker has forgotten the call.
+    """
+
+    def __init__(self, world: World, refused: Set[bytes] = frozenset()) -> None:
         self._world = world
+        self._refused = refused
         self.ops: dict[int, Op] = {}
         self.shared: set[tuple[str, str]] = set()
         """(vm, topic) served by several agents: no order between them."""
+        self.vm_now_s: Callable[[str], float] = lambda _: 0.0
+        """The time on a VM's clock."""
         self.hours_passed = False
         """Time enough for every call to time out."""
         self._last: dict[tuple[str, str], int] = {}
@@ -109,6 +122,7 @@ class Ledger:
         self._open_calls: dict[int, Op] = {}
         self._agent_deaths: list[tuple[float, str]] = []
         self._agent_starts: dict[tuple[str, int], float] = {}  # on the VM's clock
+        self._daemon_starts: dict[str, float] = {}  # likewise
 
     # ------------------------------------------------------------ what happens
 
@@ -134,8 +148,12 @@ class Ledger:
                 if op.wants:
                     self._open_casts[op.key] = op
 
-    def executed(self, key: int, agent: Runs) -> None:
-        """An agent runs its method."""
+    def executed(self, key: int, agent: Runs, *, marked: bool) -> None:
+        """An agent runs its method.
+
+        Args:
+            marked: The method can see that this may be the second time.
+        """
         world = self._world
         op = self.ops.get(key)
         if op is None:
@@ -145,31 +163,30 @@ class Ledger:
         if op.kind != FANOUT and vm != op.vm:
             world.fail(f"{op} ran in {vm}")
         world.note("%s: runs in %s, slot %d", op, vm, agent.slot)
+        if op.outcome in UNRUN and op.copies > 1:
+            exempt(world.stats, PUBLISHED_TWICE)  # before its caller was told
+        elif op.outcome in UNRUN:
+            world.fail(f"{op} runs, and its caller was told {op.outcome}: that it has not")
         before = [
             (run, daemon)
             for run, daemon in op.runs
             if run.vm is agent.vm and (op.kind != FANOUT or run.slot == agent.slot)
         ]
+        world.stats["ran marked"] += marked
         for run, daemon in before:
-            if self._is_unlucky_copy(op, run, daemon, agent):
-                world.stats["EXEMPT published twice, given to another agent"] += 1
-            elif run.alive or (daemon is not None and daemon.alive):
-                who = "the agent that ran it" if run.alive else "the guest daemon"
-                world.fail(f"{op} ran again, and {who} still knew of it")
+            if daemon is not None and daemon.alive:
+                world.fail(f"{op} ran again, and the guest daemon still knew of it")
+            elif marked and op.kind != CALL and not run.alive:
+                exempt(world.stats, RAN_AGAIN)
+            elif op.copies > 1:
+                exempt(world.stats, PUBLISHED_TWICE)
             else:
-                world.stats["EXEMPT ran again, memory gone"] += 1
+                world.fail(f"{op} ran again{' (marked)' if marked else ''}")
         is_alone = (vm, op.topic) not in self.shared
         if op.kind == CAST and is_alone and not before and vm not in op.lost_in:
             self._check_order(op)
         op.runs.append((agent, agent.told))
         self._done_in(op, vm)
-
-    def _is_unlucky_copy(self, op: Op, run: Runs, daemon: Any, agent: Runs) -> bool:
-        """A second copy looks new to a guest daemon that has just restarted: it goes to whichever
-        agent of the topic is back first."""
-        if op.copies < 2 or run.slot == agent.slot or (agent.vm.uuid, op.topic) not in self.shared:
-            return False
-        return any(gave is None or not gave.alive for gave in (daemon, agent.told))
 
     def _check_order(self, op: Op) -> None:
         last = self._last.get((op.vm, op.topic), -1)
@@ -186,13 +203,17 @@ class Ledger:
         """By the VM's clock."""
         self._agent_starts[vm, slot] = now_s
 
+    def daemon_started(self, vm: str, now_s: float) -> None:
+        """By the VM's clock."""
+        self._daemon_starts[vm] = now_s
+
     def agent_died(self, vm: str, agent: Runs) -> None:
         """What it had acknowledged and not run is lost; that is allowed, and nothing else."""
         self._agent_deaths.append((self._world.now_s, vm))
         lost = agent.worker.lost() if agent.worker is not None else []
         for key in lost:
             op = self.ops[key]
-            self._world.stats["EXEMPT lost with its agent"] += 1
+            exempt(self._world.stats, LOST_WITH_AGENT)
             op.lost_in.add(vm)
             self._done_in(op, vm)
 
@@ -208,17 +229,29 @@ class Ledger:
             if not op.runs:
                 world.fail(f"{op} was answered and never ran")
         elif outcome == "NoSuchAgent":
-            if op.runs:
+            if op.runs and op.copies > 1:
+                exempt(world.stats, PUBLISHED_TWICE)
+            elif op.runs:
                 world.fail(f"{op} ran, and its caller was told that it had not")
             if not died:
                 world.fail(f"{op}: no agent, and none had died")
         elif outcome == "AgentGone":
             if not died:
-                world.fail(f"{op}: agent gone, and none had died")
+                self._check_doubt(op)
         elif outcome != "timeout":
             world.fail(f"{op}: unexpected outcome {outcome}")
+        elif op.id in self._refused:
+            world.stats["calls: timeout, a refusal was lost"] += 1
         elif op.timeout_s == LONG_S and op.accepted_s is not None and not self.hours_passed:
             world.fail(f"{op} timed out after {LONG_S:g} s, and everything was healed long before")
+
+    def _check_doubt(self, op: Op) -> None:
+        """Its guest's daemon was too young to know that no agent had had it."""
+        assert op.timeout_s is not None
+        young_s = op.timeout_s + DOUBT_MARGIN_S + SLACK_S
+        if self.vm_now_s(op.vm) > self._daemon_starts[op.vm] + young_s:
+            self._world.fail(f"{op}: agent gone, and none had died")
+        self._world.stats["calls: AgentGone, and all agents lived"] += 1
 
     # ------------------------------------------------------------ at the end
 
@@ -280,7 +313,7 @@ class Bounds:
                 for channel in host.daemon.channels.values():
                     self._check_relay(channel)
                     if not host.machine.frozen:
-                        self._check_deadlines(channel.relay._requester, host.machine.time())
+                        self._check_deadlines(channel.downward._requester, host.machine.time())
         for vm in vms:
             if vm.daemon is not None and vm.daemon.daemon is not None:
                 self._check_router(vm.daemon.daemon._router)
@@ -298,12 +331,12 @@ class Bounds:
             self._world.stats[peak] = size
 
     def _check_relay(self, channel: Any) -> None:
-        relay = channel.relay
-        self._at_most("relay entries", len(relay._entries), self._entries_max)
-        self._at_most("relay requester", len(relay._requester), self._entries_max)
-        heap = len(relay._requester._deadlines._heap)
-        self._at_most("relay deadlines", heap, 2 * self._entries_max + 64)
-        self._at_most("relay ids to settle", len(relay._settle_ids), RECORDS_MAX)
+        downward = channel.downward
+        self._at_most("downward entries", len(downward._entries), self._entries_max)
+        self._at_most("downward requester", len(downward._requester), self._entries_max)
+        heap = len(downward._requester._deadlines._heap)
+        self._at_most("downward deadlines", heap, 2 * self._entries_max + 64)
+        self._at_most("downward answers", len(downward._answers), self._entries_max)
         self._check_session(channel._session)
 
     def _check_deadlines(self, requester: Any, now_s: float) -> None:
@@ -312,11 +345,9 @@ class Bounds:
                 self._world.fail(f"a host holds {item.request.id.hex()[:8]} past its time")
 
     def _check_router(self, router: Any) -> None:
-        waiting = sum(map(len, router._waiting.values()))
-        self._at_most("router waiting", waiting, REQUESTS_MAX)
-        self._at_most("router owners", len(router._owners), REQUESTS_MAX)
-        self._at_most("router holders", len(router._holders), HOLDING_MAX)
-        self._at_most("router partly taken", len(router._partly_taken), REQUESTS_MAX)
+        dispatcher = router._dispatcher
+        self._at_most("router open", len(dispatcher), REQUESTS_MAX)
+        self._at_most("router holders", len(dispatcher._holders), HOLDING_MAX)
         self._check_responder(router._host)
 
     def _check_responder(self, responder: Any) -> None:
@@ -326,9 +357,9 @@ class Bounds:
         self._at_most("responder deadlines", len(responder._deadlines._heap), 2 * known + 600)
 
     def _check_session(self, session: Session) -> None:
-        in_flight = session._in_flight
+        in_flight = session._sender.in_flight
         self._at_most("session bytes in flight", in_flight, IN_FLIGHT_BYTES_MAX)
-        self._at_most("session reassembly", session._reassembly, REASSEMBLY_BYTES_MAX)
+        self._at_most("session reassembly", session._receiver.reassembly, REASSEMBLY_BYTES_MAX)
         self._at_most("decoder bytes held", session._decoder._held, 2 * FRAME_BYTES_MAX)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from tests.simulate.callers import Callers
 from tests.simulate.guest import Migration, Vm
 from tests.simulate.hosts import Host
+from tests.simulate.lies import be_honest, lie
 from tests.simulate.world import World
 
 PROFILES: Final[dict[str, dict[str, float]]] = {
@@ -25,10 +26,28 @@ PROFILES: Final[dict[str, dict[str, float]]] = {
         "cut broker": 0.7,
         "storm": 2.0,
     },
-    "broker": {"cut broker": 1.0, "unconfirmed": 0.9, "refused": 0.6, "storm": 2.0, "migrate": 0.7},
-    "channel": {"bits": 0.8, "wedge": 0.8, "wake-ups": 0.8, "pause": 0.8, "migrate": 0.8},
+    "broker": {
+        "cut broker": 1.0,
+        "broker in trouble": 0.8,
+        "unconfirmed": 0.9,
+        "refused": 0.6,
+        "late confirms": 0.8,
+        "storm": 2.0,
+        "migrate": 0.7,
+    },
+    "channel": {
+        "bits": 0.8,
+        "wedge": 0.8,
+        "wake-ups": 0.8,
+        "pause": 0.8,
+        "migrate": 0.8,
+        "lies": 0.6,
+    },
     "calm": {"storm": 0.3},
 }
+
+LIES_MAX: Final = 4
+"""In a run: a guest that breaks the protocol more often is put into quarantine, and rightly."""
 
 
 class Faults:
@@ -48,6 +67,7 @@ class Faults:
                 self._kinds += [strike] * (3 if name == "migrate" else 1)
         self._rate = rng.choice((0.005, 0.015, 0.05)) * weights.get("storm", 1.0)
         self._left = rng.choice((2, 8, 20, 40))
+        self._lies_left = LIES_MAX
         self._twice = rng.random() < 0.5
         self._migration_fails = rng.choice((0.0, 0.3))
         lost_wakeups = 0.02 if self._enabled(weights, "wake-ups") else 0.0
@@ -55,7 +75,9 @@ class Faults:
             vm.channel.lost_wakeups = lost_wakeups
         callers.broker.refuses = 0.1 if self._enabled(weights, "refused") else 0.0
         callers.broker.doubts = 0.1 if self._enabled(weights, "doubts") else 0.0
+        callers.broker.late_confirms = 0.3 if self._enabled(weights, "late confirms") else 0.0
         callers.unconfirmed = 0.15 if self._enabled(weights, "unconfirmed") else 0.0
+        self._meets = rng.choice((0.0, 0.0, 0.4))
         self.active = False
         self.struck = 0
         self._hot = 0
@@ -77,8 +99,10 @@ class Faults:
             "guest daemon": self._guest_daemon,
             "agent": self._agent,
             "cut broker": self._cut_broker,
+            "broker in trouble": self._broker_in_trouble,
             "wedge": self._wedge,
             "bits": self._bits,
+            "lies": self._lie,
         }
 
     def maybe(self) -> None:
@@ -96,6 +120,14 @@ class Faults:
             # Faults come in company: the next is often close behind.
             self._hot = rng.choice((0, 0, 20, 100))
             rng.choice(self._kinds)()
+
+    def meet_requests(self) -> None:
+        """Guests have just asked something: the broker is lost, or in trouble, right then, so that
+        it may have some of it and not the rest."""
+        rng = self._world.rng
+        if self.active and rng.random() < self._meets:
+            strike = rng.choice((self._cut_broker, self._broker_in_trouble))
+            self._world.after(rng.random() * rng.choice((0.001, 0.02)), strike)
 
     def strike(self, name: str) -> None:
         """One fault of this kind, now: for tests."""
@@ -244,13 +276,31 @@ class Faults:
             self._world.stats["broker connections cut"] += 1
             host.daemon.broker.cut()
 
+    def _broker_in_trouble(self) -> None:
+        """For a while it refuses most of what it gets: out of disk, or its leader is away."""
+        broker = self._callers.broker
+        self._world.stats["broker in trouble"] += 1
+        broker.trouble_until_s = self._world.now_s + self._world.rng.choice((0.1, 1.0, 4.0))
+
     def _wedge(self) -> None:
         vm = self._vm()
         if vm.qemu is not None and vm.qemu.running:
             vm.qemu.wedge()
 
     def _bits(self) -> None:
-        self._vm().channel.damage += self._world.rng.randrange(1, 4)
+        self._vm().channel.damage += self._world.rng.choice((1, 3, 10))
+
+    def _lie(self) -> None:
+        """The guest says what no honest one says: not often, or it is put into quarantine."""
+        vm = self._vm()
+        if vm.daemon is not None and vm.daemon.daemon is not None and self._lies_left:
+            self._lies_left -= 1
+            lie(vm.daemon.daemon._session, self._world.rng, lambda: self._lied(vm))
+
+    def _lied(self, vm: Vm) -> None:
+        vm.lies += 1
+        self._world.stats["lies"] += 1
+        self._world.note("%s: the guest lies", vm.uuid)
 
     # ------------------------------------------------------------ healing
 
@@ -259,9 +309,12 @@ class Faults:
         self.active = False
         self._callers.unconfirmed = 0.0
         self._callers.broker.refuses = self._callers.broker.doubts = 0.0
+        self._callers.broker.late_confirms = self._callers.broker.trouble_until_s = 0.0
         for vm in self._vms:
             vm.channel.lost_wakeups = 0.0
             vm.channel.damage = 0
+            if vm.daemon is not None and vm.daemon.daemon is not None:
+                be_honest(vm.daemon.daemon._session)
         for host in self._hosts:
             self._world.after(0.5, self._heal_host, host)
         for vm in self._vms:

@@ -10,11 +10,11 @@ from tests.simulate.check import Ledger
 from tests.simulate.hosts import Host
 from tests.simulate.virtio import Channel, Qemu
 from tests.simulate.world import Machine, Process, World
-from vchan.bodies import decode_invocation
 from vchan.client import Agent
 from vchan.guest.daemon import Daemon, Options
-from vchan.host.domains import DomainEvent
-from vchan.messages import Request
+from vchan.host.hypervisor.domains import DomainEvent
+from vchan.rpc.bodies import REDELIVERED_KEY, decode_invocation
+from vchan.rpc.messages import Request
 
 EXCHANGE: Final = "openstack"
 
@@ -95,7 +95,7 @@ class GuestAgent:
         self.process.enter(self._start)
 
     def _start(self) -> None:
-        agent = self.agent = Agent(self.vm.agent_socket)
+        agent = self.agent = Agent(self.vm.agent_socket, log=lambda _: None)
         if self._slow:
             self.worker = agent._pool = _Worker(self)
         for topic in self.topics:
@@ -112,6 +112,12 @@ class GuestAgent:
         """It has run everything that it has."""
         return self.worker is None or self.worker.is_idle
 
+    @property
+    def connection(self) -> Any:
+        """Its end of the conversation with the guest daemon."""
+        assert self.agent is not None
+        return self.agent._connection
+
     def who_gives(self) -> Process | None:
         """The guest daemon at the other end of its connection, be it dead or alive."""
         assert self.agent is not None
@@ -122,7 +128,9 @@ class GuestAgent:
     def _executed(self, key: int) -> None:
         if self.worker is None:
             self.told = self.who_gives()
-        self.vm.ledger.executed(key, self)
+        assert self.agent is not None
+        marked = REDELIVERED_KEY in self.agent.context
+        self.vm.ledger.executed(key, self, marked=marked)
 
     def work(self, key: int, filling: str = "") -> Mapping[str, Any]:
         """The method that everybody calls."""
@@ -160,6 +168,8 @@ class Vm:
         self.migrating = False
         self.boots = 0
         self.booted_s = 0.0
+        self.lies = 0
+        """Told to a host by its guest daemon's session."""
         self._numbers = 0
 
     @property
@@ -207,6 +217,7 @@ class Vm:
             if self.machine.frozen:
                 self.machine.when_thawed(self.start_daemon, boot)
             elif self.qemu is not None:
+                self.ledger.daemon_started(self.uuid, self.machine.time())
                 self.daemon = GuestDaemon(self)
 
     def start_agent(self, slot: int, boot: int | None = None) -> None:

@@ -16,15 +16,15 @@ from tests.simulate.broker import Broker, HostBroker
 from tests.simulate.virtio import Qemu
 from tests.simulate.world import Fifo, Machine, Process, World
 from vchan.errors import LimitExceeded
-from vchan.host import domains
-from vchan.host.channels import Channel, End
-from vchan.host.domains import (
+from vchan.host.broker.events import Completed, GivenUp, RepliesRefused, Token
+from vchan.host.hypervisor import domains
+from vchan.host.hypervisor.domains import (
     Changed,
+    Decision,
     DomainEvent,
     DomainFacts,
     Domains,
     DomainState,
-    Effect,
     Gone,
     Happened,
     HypervisorEvent,
@@ -32,35 +32,62 @@ from vchan.host.domains import (
     Resync,
     Selection,
 )
-from vchan.host.envelope import CONTEXT_ALLOW
-from vchan.loop import Loop
-from vchan.messages import Topic
+from vchan.host.oslo_wire.downward_envelope import CONTEXT_ALLOW, ReplyPublication
+from vchan.host.oslo_wire.upward_envelope import Form, Publication
+from vchan.host.vm.channel import Channel, End, Home
+from vchan.host.vm.throttle import Throttle
+from vchan.host.vm.upward import ARRIVAL_ID, NOTE_ID
+from vchan.io.loop import Loop
+from vchan.rpc.messages import Topic
 
 
 class _VmBroker:
-    """As in vchan.host.daemon: replies are known by VM and request."""
+    """What one VM asks of the broker, noted where the run's checks need it."""
 
-    def __init__(self, broker: HostBroker, vm: str) -> None:
+    def __init__(self, broker: HostBroker, server: Broker, vm: str) -> None:
         self._broker = broker
-        self._vm = vm.encode()
+        self._server = server
+        self._vm = vm
+        self._flight: list[bytes] = []
+        self._unconfirmed = 0
         self.consume = broker.consume
         self.release = broker.release
         self.ack = broker.ack
-        self.barrier = broker.barrier
-        self.publish_request = broker.publish_request
+        self.publish_heartbeat = broker.publish_heartbeat
         self.listen_for_answers = broker.listen_for_answers
 
-    def publish_reply(self, reply_q: str, body: bytes, key: bytes) -> None:
+    def complete(
+        self,
+        vm: str,
+        request_id: bytes,
+        tokens: tuple[Token, ...],
+        reply: ReplyPublication | None = None,
+    ) -> None:
         """See BrokerPort."""
-        self._broker.publish_reply(reply_q, body, self._vm + b" " + key)
+        if reply is not None and reply.has_not_run:
+            self._server.refused_calls.add(request_id)
+            self._server.refusals[reply.body] = (request_id, vm)
+        self._broker.complete(vm, request_id, tokens, reply)
+
+    def publish_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
+        """See UpwardBrokerPort. Notes what is published without having heard of the rest."""
+        if publication.form is not Form.MAIL:
+            places = self._server.flights.setdefault(request_id, [])
+            places.append((self._flight, len(self._flight)))
+            self._flight.append(request_id)
+            self._unconfirmed += 1
+        self._broker.publish_request(vm, request_id, publication)
+
+    def sent(self, request_id: bytes, *, ok: bool) -> None:
+        """The daemon hears of a confirm, and knows better from here on."""
+        if request_id not in (ARRIVAL_ID, NOTE_ID):
+            self._unconfirmed -= 1
+            if not ok or not self._unconfirmed:
+                self._flight = []
 
 
 def _may_listen(_: Topic) -> bool:
     return True
-
-
-def _no_log(_: str) -> None:
-    pass
 
 
 class HostDaemon:
@@ -69,9 +96,11 @@ class HostDaemon:
     def __init__(self, host: Host) -> None:
         self.process = Process(host.machine, host.name)
         self._world = host.world
+        self._host = host
         self._server = host.broker
-        self._identity = (host.name, host.world.rng.randbytes(16))
+        self._home = Home(host.name, host.world.rng.randbytes(16), CONTEXT_ALLOW)
         self.channels: dict[str, Channel] = {}
+        self._ports: dict[str, _VmBroker] = {}
         self.domains = Domains(Selection())
         self._proved: set[tuple[bytes, str]] = set()
         self._gate = OpenGate(_may_listen, may_send=host.broker.guests_may_ask)
@@ -92,44 +121,46 @@ class HostDaemon:
         self._carry_out(self.domains.receive(event, loop.time()))
 
     def _note_pause(self, facts: DomainFacts) -> None:
-        channel = self.channels.get(facts.uuid)
-        if channel is not None:
-            channel.paused = facts.state is DomainState.PAUSED
+        qemu = self._host.qemus.get(facts.uuid)
+        if qemu is not None:
+            qemu.known_paused = facts.state is DomainState.PAUSED
 
-    def _carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            self._world.note("%s: %s", self.process.name, effect)
-            match effect:
-                case domains.Connect(uuid, path):
+    def _carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            self._world.note("%s: %s", self.process.name, decision)
+            match decision:
+                case domains.Connect(uuid):
                     loop = cast(Loop, self.process.loop)
+                    port = self._ports[uuid] = _VmBroker(self.broker, self._server, uuid)
                     channel = self.channels[uuid] = Channel(
                         loop,
-                        uuid,
-                        uuid,
-                        self._identity,
-                        _VmBroker(self.broker, uuid),
+                        self.domains.domain(uuid),
+                        self._home,
+                        port,
                         self._gate,
-                        CONTEXT_ALLOW,
                         offer_nothing,
-                        _no_log,
-                        end=End(self._connect),
+                        Throttle(self._server.limits),
+                        lambda reason, _: self._world.fail(f"a guest in quarantine: {reason}"),
+                        End(self._connect),
                     )
                     self._check_settling(channel)
                     self._watch_moves(channel)
-                    channel.connect(path)
+                    channel.connect()
                 case domains.Speak(uuid):
                     self.channels[uuid].speak()
                 case domains.Hush(uuid):
                     self.channels[uuid].hush()
                 case domains.Release(uuid, why):
+                    if uuid in self._host.qemus:
+                        self._host.qemus[uuid].known_paused = False
                     self.account(self.channels[uuid])
                     self.channels.pop(uuid).release(why.value)
                 case domains.Attach() | domains.Warn():
-                    self._world.fail(f"{effect}: every simulated domain has a channel")
+                    self._world.fail(f"{decision}: every simulated domain has a channel")
 
     def _check_settling(self, channel: Channel) -> None:
         """A guest may be told to forget only what the broker has proved to have forgotten."""
-        requester: Any = channel.relay._requester
+        requester: Any = channel.downward._requester
         settle = requester.settle
 
         def checked(ids: Iterable[bytes]) -> None:
@@ -146,50 +177,43 @@ class HostDaemon:
 
     def _watch_moves(self, channel: Channel) -> None:
         """Note when the guest comes and goes."""
-        outbound: Any = channel.relay.outbound
-        opened, suspend, release = outbound.opened, outbound.suspend, outbound.release
+        host_upward: Any = channel.downward.upward
+        opened, suspend, release = host_upward.opened, host_upward.suspend, host_upward.release
 
         def noted_opened(**how: Any) -> None:
-            if not outbound._history.stay or outbound._suspended:
+            if not (how["resumed"] and host_upward._history.stay) or host_upward._suspended:
                 self._server.moves.append((self._world.now_s, channel.vm, True))
             opened(**how)
 
-        def noted_suspend() -> None:
+        def noted_suspend(now_s: float) -> None:
             self._server.moves.append((self._world.now_s, channel.vm, False))
-            suspend()
+            suspend(now_s)
 
         def noted_release() -> None:
-            if channel._released:  # by libvirt's word: what the broker still says is not heard
-                self._server.doubted.update(outbound._sending)
+            # What the broker still says is not heard.
+            self._server.doubted.update(host_upward._sending)
             release()
 
-        drop = outbound._drop
+        drop = host_upward._drop
 
         def noted_drop(request_id: bytes) -> None:
             self._server.given_up.add(request_id)
             drop(request_id)
 
-        outbound._drop = noted_drop
-        outbound.opened, outbound.suspend = noted_opened, noted_suspend
-        outbound.release = noted_release
+        host_upward._drop = noted_drop
+        host_upward.opened, host_upward.suspend = noted_opened, noted_suspend
+        host_upward.release = noted_release
 
     def _on_broker(self, event: sim_broker.Event) -> None:
         """As Daemon._on_broker."""
         now_s = self.process.loop.time()
-        if isinstance(event, sim_broker.Published):
-            vm, _, request_id = event.key.partition(b" ")
-            channel = self.channels.get(vm.decode())
-            if channel is not None:
-                channel.relay.published(request_id, ok=event.ok, now_s=now_s)
-                channel.set_timer()
-            return
         channel = self.channels.get(event.vm)
         if channel is None:
             return
         match event:
             case sim_broker.Delivered():
                 try:
-                    channel.relay.delivered(
+                    channel.downward.delivered(
                         event.token,
                         event.request,
                         event.topic,
@@ -199,21 +223,27 @@ class HostDaemon:
                     )
                 except LimitExceeded as error:
                     self._world.fail(f"refused: {error}")
+            case sim_broker.Undecodable(_, token):  # the token is the broker's to forget
+                channel.downward.count_undecodable()
+                self.broker.ack(token)
             case sim_broker.Released():
-                channel.relay.released()
-            case sim_broker.Sent(_, request_id, ok, unroutable):
-                channel.relay.outbound.sent(
+                channel.downward.released()
+            case sim_broker.PublishResult(_, request_id, ok, unroutable):
+                self._ports[event.vm].sent(request_id, ok=ok or unroutable)
+                channel.downward.upward.sent(
                     request_id, ok=ok, unroutable=unroutable, doubtful=event.in_doubt, now_s=now_s
                 )
             case sim_broker.Mail(_, token, body):
-                problem = channel.relay.outbound.mail(token, body, now_s)
-                if problem:
-                    self._world.fail(f"dropped mail: {problem}")
-            case sim_broker.Settled(_, ids):
-                for request_id in ids:
+                channel.mail(token, body)
+            case Completed(_, ids, proven):
+                for request_id in ids if proven else ():
                     self._proved.add((request_id, event.vm))
                     self._server.settle(request_id, event.vm)
-                channel.relay.settled(ids)
+                channel.downward.completed(ids, proven=proven)
+            case GivenUp():
+                channel.downward.count_given_up()
+            case RepliesRefused():
+                pass
         channel.set_timer()
 
     def account(self, channel: Channel) -> None:
@@ -229,8 +259,8 @@ class HostDaemon:
         stats["violations"] += session.violations
         stats["reconnects"] += channel.counters["reconnects"]
         stats["cures"] += channel.counters["cures"]
-        stats["copies at the host"] += channel.relay.counters["redelivered"]
-        stats["handed back"] += channel.relay.counters["handed_back"]
+        stats["copies at the host"] += channel.downward.counters["redelivered"]
+        stats["handed back"] += channel.downward.counters["handed_back"]
 
     def kill(self, *, host_too: bool = False) -> None:
         """kill -9, or the host's end."""
@@ -320,7 +350,6 @@ class Host:
             incoming=qemu.incoming,
             outgoing=qemu.outgoing,
             channel_path=qemu.path,
-            channel_alias="ua-vchan0",
             has_controller=True,
             configured=True,
             persistent=True,

@@ -9,9 +9,9 @@ from typing import Any
 
 import vchan.client
 import vchan.guest.daemon
-import vchan.host.channels
-import vchan.link
-import vchan.server
+import vchan.host.vm.channel
+import vchan.io.link
+import vchan.io.local_socket
 from tests.simulate import network
 from tests.simulate.virtio import Channel
 from tests.simulate.world import World
@@ -53,11 +53,11 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         (vchan.guest.daemon, "Loop", own_loop),
         (vchan.guest.daemon, "port_opener", port_opener),
         (vchan.guest.daemon, "log", lambda _priority, _text: None),
-        (vchan.host.channels, "os", fake_os),
-        (vchan.link, "hangup_watch", hangup_watch),
-        (vchan.server, "os", fake_os),
-        (vchan.server, "listen_unix", lambda path, _mode: network.listen(world, path)),
-        (vchan.server, "SocketStream", lambda connected, _path: connected),
+        (vchan.host.vm.channel, "os", fake_os),
+        (vchan.io.link, "hangup_watch", hangup_watch),
+        (vchan.io.local_socket, "os", fake_os),
+        (vchan.io.local_socket, "listen_unix", lambda path, _mode: network.listen(world, path)),
+        (vchan.io.local_socket, "SocketStream", lambda connected, _path: connected),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:

@@ -10,17 +10,23 @@ from tests.simulate import asking
 from tests.simulate.asking import Asking
 from tests.simulate.broker import Broker
 from tests.simulate.callers import Callers
-from tests.simulate.check import CAST, FANOUT, LONG_S, Bounds, Ledger
+from tests.simulate.check import CAST, FANOUT, LONG_S, Bounds, Ledger, Op
 from tests.simulate.faults import Faults
 from tests.simulate.guest import Vm
 from tests.simulate.hosts import Host
+from tests.simulate.pairs import Pairs
 from tests.simulate.patches import installed
+from tests.simulate.tables import Tables
 from tests.simulate.world import World
-from vchan.host.history import SETTLED_S
-from vchan.messages import CALL as CALL_UP
-from vchan.messages import FANOUT as FANOUT_UP
-from vchan.messages import NOTIFICATION
+from vchan.host.policy.vm_limits import Limits
+from vchan.host.vm.handover import SETTLED_S
+from vchan.rpc.messages import CALL as CALL_UP
+from vchan.rpc.messages import FANOUT as FANOUT_UP
+from vchan.rpc.messages import NOTIFICATION
+from vchan.session import AnySession, Session
 
+TIGHT_BYTES: Final = 160_000
+"""One large answer fits, and no second one beside it."""
 START_S: Final = 30.0
 CONVERGE_S: Final = 400.0
 """Cures of a wedge back off up to five minutes."""
@@ -69,15 +75,21 @@ class Run:
         prefetch = rng.choice((2, 8, 64))
         self.broker = Broker(world, prefetch)
         self.broker.guests_may_ask = rng.random() < 0.85
-        self.ledger = Ledger(world)
+        self.ledger = Ledger(world, self.broker.refused_calls)
+        if rng.random() < 0.3:  # answers wait for each other's memory
+            self.broker.limits = Limits(message_bytes=TIGHT_BYTES, reassembly_bytes=TIGHT_BYTES)
         self.hosts = [Host(world, f"host{at}", self.broker) for at in range(rng.choice((2, 2, 3)))]
         self.vms = [self._make_vm(at) for at in range(rng.choice((1, 1, 2)))]
         machines = {vm.uuid: vm.machine for vm in self.vms}
+        self.ledger.vm_now_s = lambda vm: machines[vm].time()
         self.callers = Callers(world, self.broker, self.ledger, machines)
         self.asking = Asking(world, self.broker)
         self.faults = Faults(world, self.hosts, self.vms, self.callers)
         self._bursts = 0
         self.bounds = Bounds(world, prefetch, topics=3)
+        self.pairs = Pairs(world)
+        self.tables = Tables(world)
+        self._probes: list[Op] = []
         world.after_step = self._after_step
 
     def _make_vm(self, at: int) -> Vm:
@@ -98,18 +110,101 @@ class Run:
 
     def _check_bounds(self) -> None:
         self.bounds.check(self.hosts, self.vms)
-        self.asking.check_bounds(self._outbounds(), self._upwards())
+        self.asking.check_bounds(self._host_upwards(), self._upwards())
+        self.pairs.check(self._sessions())
+        self._check_tables()
+        self._check_violations()
 
-    def _outbounds(self) -> Iterator[Any]:
+    def _check_tables(self) -> None:
+        tables = self.tables
+        for downward in self._downwards():
+            tables.check_downward(downward)
+        for router in self._routers():
+            tables.check_router(router)
+        for vm in self.vms:
+            for agent in vm.agents.values():
+                connection = agent.connection
+                tables.check_responder("an agent", connection.responder)
+                tables.check_requester("an agent", connection.requester)
+
+    def _check_violations(self) -> None:
+        """Who does not lie is not called a liar, whatever the channel does to what it says."""
+        lies = {vm.uuid: vm.lies for vm in self.vms}
+        channels = {id(channel._session): channel.vm for channel in self._channels()}
+        for session in self._sessions():
+            found = session.counters.violations
+            if found > lies.get(channels.get(id(session), ""), 0):
+                who = f"{session.config.role.name} {session.config.name!r}"
+                self.world.fail(f"{who} says that its peer broke the protocol, and it did not")
+
+    def _check_rest(self) -> None:
+        """Everything is over."""
+        self.pairs.check(self._sessions(), at_rest=True)
+        self._check_tables()
+        tables, asked = self.tables, self.asking.probes
+        down = [op.id for op in self._probes]
+        for downward in self._downwards():
+            tables.check_downward_is_empty(downward)
+            tables.check_forgotten("a host", downward.upward._responder, asked)
         for host in self.hosts:
             if host.daemon is not None:
-                for channel in host.daemon.channels.values():
-                    yield channel.relay.outbound
+                tables.check_nothing_is_completing(host.name, host.daemon.broker)
+        for router in self._routers():
+            tables.check_router_is_empty(router)
+            tables.check_forgotten("a guest daemon", router._host, down)
+        for vm in self.vms:
+            for agent in vm.agents.values():
+                tables.check_forgotten("an agent", agent.connection.responder, down)
 
-    def _upwards(self) -> Iterator[Any]:
+    def _repairs(self) -> list[tuple[int, ...]]:
+        """What every session and connection has had to do over again."""
+        of_sessions = [
+            (one.sessions, one.resumptions, one.frames_resent, one.duplicates, one.losses)
+            for one in (session.counters for session in self._sessions())
+        ]
+        of_channels = [
+            (channel.counters["reconnects"], channel.counters["cures"])
+            for channel in self._channels()
+        ]
+        return [*of_sessions, *of_channels]
+
+    def _channels(self) -> Iterator[Any]:
+        for host in self.hosts:
+            if host.daemon is not None:
+                yield from host.daemon.channels.values()
+
+    def _downwards(self) -> Iterator[Any]:
+        for channel in self._channels():
+            yield channel.downward
+
+    def _routers(self) -> Iterator[Any]:
         for vm in self.vms:
             if vm.daemon is not None and vm.daemon.daemon is not None:
-                yield vm.daemon.daemon._router._upward
+                yield vm.daemon.daemon._router
+
+    def _sessions(self) -> Iterator[Session]:
+        for session in self._all_sessions():
+            assert isinstance(session, Session)  # nothing here is one-way
+            yield session
+
+    def _all_sessions(self) -> Iterator[AnySession]:
+        for channel in self._channels():
+            yield channel._session
+        for vm in self.vms:
+            if vm.daemon is not None and vm.daemon.daemon is not None:
+                yield vm.daemon.daemon._session
+                for link in vm.daemon.daemon._server._links.values():
+                    yield link.session
+            for agent in vm.agents.values():
+                yield agent.connection._session
+
+    def _host_upwards(self) -> Iterator[Any]:
+        for downward in self._downwards():
+            yield downward.upward
+
+    def _upwards(self) -> Iterator[Any]:
+        for router in self._routers():
+            yield router._upward
 
     # ------------------------------------------------------------ the play
 
@@ -124,6 +219,8 @@ class Run:
             return
         if rng.random() < 0.8:  # else their arrival is part of it
             world.run(world.now_s + SETTLED_S + 2.0)
+        if rng.random() < 0.6:  # else nobody has been asked anything yet
+            self._warm_up()
         if scenario is not None:
             scenario(self)
         else:
@@ -142,11 +239,23 @@ class Run:
         self._check_bounds()
         self.ledger.check_end()
         self.asking.check_end()
+        before = self._repairs()
         world.run(world.now_s + asking.SETTLE_S)
-        self.asking.check_tables(self._outbounds(), self._upwards())
+        if self._repairs() != before:
+            world.fail(f"nothing is wrong, and is repaired: {before}, then {self._repairs()}")
+        self.asking.check_tables(self._host_upwards(), self._upwards())
+        self._check_rest()
         left = self.broker.leftovers()
         if left:
             world.fail(f"everything is over, and the broker still holds messages in {left}")
+
+    def _warm_up(self) -> None:
+        """Each queue hands out something: what comes again later is known not to be older."""
+        for topic in ("alpha", "beta"):
+            for vm in self.vms:
+                self.callers.cast(vm.uuid, topic, CAST, filling="")
+            self.callers.cast(self.vms[0].uuid, topic, FANOUT, filling="")
+        self._run_until(PROBE_S, self._is_quiet, "answer the first requests")
 
     def _leave_to_chance(self) -> None:
         world, rng = self.world, self.world.rng
@@ -215,21 +324,27 @@ class Run:
         rng = self.world.rng
         self._bursts -= 1
         agents = list(rng.choice(self.vms).agents.values())
+        if rng.random() < 0.3:  # and more, while that is under way
+            self._bursts += 1
+            self.world.after(rng.random() * 0.3, self._burst_of_asks)
         if agents:
             kinds = (asking.CAST, asking.CAST, CALL_UP, CALL_UP, FANOUT_UP, NOTIFICATION)
             kind, count = rng.choice(kinds), rng.choice((1, 3, 12))
             self.asking.ask(rng.choice(agents), kind, count, at_once=rng.random() < 0.5)
+            self.faults.meet_requests()
 
     def _probe(self) -> None:
         """After healing, everything works at once."""
         self.world.note("probing")
         for vm in self.vms:
             for topic in ("alpha", "beta"):
-                self.callers.cast(vm.uuid, topic, CAST, filling="")
-                self.callers.call(vm.uuid, topic, 60.0, fails=False, filling="")
+                self._probes += (
+                    self.callers.cast(vm.uuid, topic, CAST, filling=""),
+                    self.callers.call(vm.uuid, topic, 60.0, fails=False, filling=""),
+                )
             for agent in vm.agents.values():
                 self.asking.probe(agent)
-        self.callers.cast(self.vms[0].uuid, "alpha", FANOUT, filling="")
+        self._probes.append(self.callers.cast(self.vms[0].uuid, "alpha", FANOUT, filling=""))
 
     def result(self) -> Result:
         """The verdict and the counters."""

@@ -8,10 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.simulate.asking import CAST as CAST_UP
+from tests.simulate.broker import RETURNS_MAX
+from tests.simulate.callers import EXCHANGE
 from tests.simulate.check import CAST, FANOUT, LONG_S
 from tests.simulate.guest import Migration
-from vchan.messages import CALL
-from vchan.messages import FANOUT as FANOUT_UP
+from vchan.host.vm.handover import NOTE_WAIT_S
+from vchan.rpc.dispatcher import LINGER_S
+from vchan.rpc.messages import CALL, Topic
+from vchan.rpc.messages import FANOUT as FANOUT_UP
 
 if TYPE_CHECKING:
     from tests.simulate.guest import Vm
@@ -96,8 +100,9 @@ def agents_die_with_casts_in_their_hands(run: Run) -> None:
 
 
 def broker_is_cut_again_and_again(run: Run) -> None:
-    """With a host daemon that is slow to hear of it."""
+    """With a host daemon that is slow to hear of it, and a broker that is there again at once."""
     rng = run.world.rng
+    run.broker.away_s = (0.0,)
     for _ in range(8):
         for vm in run.vms:
             _load(run, vm)
@@ -113,6 +118,26 @@ def broker_is_cut_again_and_again(run: Run) -> None:
         run.world.run(run.world.now_s + 4.0)
 
 
+def broker_is_in_trouble(run: Run) -> None:
+    """It refuses some of what guests ask, says so late and in any order, and is then lost: while
+    agents go on asking."""
+    world, rng = run.world, run.world.rng
+    for _ in range(5):
+        run.broker.trouble_until_s = world.now_s + 1.5
+        for _ in range(6):
+            for vm in run.vms:
+                for agent in list(vm.agents.values()):
+                    run.asking.ask(agent, CAST_UP, 3, at_once=True)
+            world.run(world.now_s + rng.random() * 0.4)
+        for host in run.hosts:
+            if host.daemon is not None and rng.random() < 0.7:
+                host.daemon.broker.cut()
+        if rng.random() < 0.5:  # what is in doubt, the next host has to know
+            for vm in run.vms:
+                Migration(vm, _other(run, vm), fails="", twice=False)
+        world.run(world.now_s + rng.choice((2.0, 15.0)))
+
+
 def host_daemon_dies_with_requests_under_way(run: Run) -> None:
     """It leaves no note: what it had published nobody knows."""
     rng = run.world.rng
@@ -124,6 +149,90 @@ def host_daemon_dies_with_requests_under_way(run: Run) -> None:
             host.kill_daemon()
             run.world.after(0.1 + rng.random(), host.start_daemon)
         run.world.run(run.world.now_s + rng.choice((2.0, 12.0)))
+
+
+def agents_are_away_for_long(run: Run) -> None:
+    """Calls are refused. They never run, whatever happens afterwards."""
+    world, rng = run.world, run.world.rng
+    for _ in range(4):
+        for vm in run.vms:
+            for slot in sorted(vm.agents):
+                vm.kill_agent(slot)
+        world.run(world.now_s + rng.random() * LINGER_S)
+        for vm in run.vms:
+            for topic in TOPICS:
+                for _ in range(2):
+                    run.callers.call(vm.uuid, topic, 60.0, fails=False, filling="")
+        last = list(run.ledger.ops.values())[-1]
+        world.run(world.now_s + LINGER_S, lambda: bool(last.outcome))  # noqa: B023
+        for vm in run.vms:
+            if rng.random() < 0.5:
+                vm.kill_daemon()
+                world.after(0.3, vm.start_daemon)
+            elif rng.random() < 0.3 and vm.is_free:
+                Migration(vm, _other(run, vm), fails="", twice=False)
+        for host in run.hosts:
+            if rng.random() < 0.4:
+                host.kill_daemon()
+                world.after(0.3, host.start_daemon)
+            elif rng.random() < 0.4 and host.daemon is not None:
+                host.daemon.broker.cut()
+        world.run(world.now_s + rng.random())
+        for vm in run.vms:
+            for slot in range(len(vm.slots)):
+                vm.start_agent(slot)
+        world.run(world.now_s + 3.0)
+
+
+def guests_lose_their_memory(run: Run) -> None:
+    """The daemon and an agent, or all of them, die together, with requests under way."""
+    world, rng = run.world, run.world.rng
+    for _ in range(8):
+        for vm in run.vms:
+            _load(run, vm)
+        sent = len(run.ledger.ops)
+        if rng.random() < 0.7:
+            world.run(world.now_s + 2.0, lambda: bool(run.ledger.ops[sent].runs))  # noqa: B023
+        world.run(world.now_s + rng.choice((0.0005, 0.003, 0.3)) * rng.random())
+        for vm in run.vms:
+            vm.kill_daemon()
+            dead = [slot for slot in sorted(vm.agents) if rng.random() < 0.8]
+            for slot in dead:
+                vm.kill_agent(slot)
+            world.after(0.05 + rng.random(), vm.start_daemon)
+            for slot in dead:
+                world.after(0.05 + rng.random() * rng.choice((0.5, 3.0)), vm.start_agent, slot)
+        for host in run.hosts:
+            if rng.random() < 0.3:
+                host.kill_daemon()
+                world.after(0.2, host.start_daemon)
+            elif rng.random() < 0.3 and host.daemon is not None:
+                host.daemon.broker.cut()
+        world.run(world.now_s + rng.choice((1.5, 4.0)))
+
+
+def moves_on_and_on_after_a_host_daemon_died(run: Run) -> None:
+    """Each host that it comes to lacks the same note. It is waited for once, not at each."""
+    world, vm = run.world, run.vms[0]
+    assert vm.qemu is not None
+    run.asking.ask(vm.agents[0], CAST_UP, 3, at_once=True)
+    world.run(world.now_s + 0.3)
+    host = vm.qemu.host
+    host.kill_daemon()
+    world.after(0.2, host.start_daemon)
+    first = len(run.asking.asks)
+    for _ in range(12):
+        world.run(world.now_s + 1.0)
+        run.asking.ask(vm.agents[0], CAST_UP, 2, at_once=True)
+        world.run(world.now_s + 1.0 + world.rng.random())
+        if vm.is_free:
+            Migration(vm, _other(run, vm), fails="", twice=False)
+    world.run(world.now_s + NOTE_WAIT_S)
+    for ask in run.asking.asks[first:]:
+        assert ask.made_s is not None
+        took_s = ask.outcome_s - ask.made_s
+        if took_s > NOTE_WAIT_S + 2.0:  # a wait, and a migration
+            world.fail(f"{ask} stood still for {took_s:.1f} s")
 
 
 def guest_daemon_restarts_under_load(run: Run) -> None:
@@ -147,6 +256,63 @@ def paused_for_hours(run: Run) -> None:
     run.world.run(run.world.now_s + 7200.0)
 
 
+def paused_after_its_host_died(run: Run) -> None:
+    """The daemon that had published for the guest is gone; the next one hears of it, and before
+    anybody in the guest has asked again, everything stands still."""
+    world, rng = run.world, run.world.rng
+    for _ in range(3):
+        for vm in run.vms:
+            for agent in list(vm.agents.values()):
+                run.asking.ask(agent, CAST_UP, 3, at_once=True)
+        world.run(world.now_s + rng.choice((0.001, 0.005)) * rng.random())
+        for vm in run.vms:
+            vm.kill_daemon()
+        for host in run.hosts:
+            host.kill_daemon()
+            host.start_daemon()
+        world.run(world.now_s + 0.3)
+        for vm in run.vms:
+            vm.start_daemon()
+            world.after(rng.random() * 0.3, vm.pause)
+        world.run(world.now_s + 20.0)
+        for vm in run.vms:
+            vm.unpause()
+        world.run(world.now_s + 3.0)
+
+
+def paused_with_a_full_channel(run: Run) -> None:
+    """A paused guest takes nothing: its channel is full, and stays as it is, for minutes."""
+    for vm in run.vms:
+        for _ in range(6):
+            for topic in TOPICS:
+                run.callers.cast(vm.uuid, topic, FANOUT, filling="x" * 120_000)
+        run.world.run(run.world.now_s + run.world.rng.random() * 0.02)
+        vm.pause()
+    run.world.run(run.world.now_s + 120.0)
+
+
+def given_back_again_and_again_with_nonsense_between(run: Run) -> None:
+    """More returns than a broker allows that was told no limit, of messages that a guest which
+    stands still does not take; and among them what no host can make a request of."""
+    world, broker = run.world, run.broker
+    for vm in run.vms:
+        vm.pause()
+        for number in range(6):
+            for topic in TOPICS:
+                run.callers.cast(vm.uuid, topic, CAST, filling="")
+                if number % 2:
+                    broker.publish_nonsense(vm.uuid, Topic(EXCHANGE, topic))
+    for _ in range(RETURNS_MAX + 3):
+        world.run(world.now_s + 1.0)
+        for host in run.hosts:
+            if host.daemon is not None:
+                for channel in host.daemon.channels.values():  # as another change of topics would
+                    channel.downward._release()
+                    channel.downward._consume_in_time(host.daemon.process.loop.time())
+                    channel.set_timer()
+    world.run(world.now_s + 2.0)
+
+
 def wedged_in_company(run: Run) -> None:
     """A wedge, while the broker is away."""
     for vm in run.vms:
@@ -165,8 +331,15 @@ SCENARIOS = (
     source_dies_as_the_guest_arrives,
     agents_die_with_casts_in_their_hands,
     broker_is_cut_again_and_again,
+    broker_is_in_trouble,
     host_daemon_dies_with_requests_under_way,
+    moves_on_and_on_after_a_host_daemon_died,
+    agents_are_away_for_long,
+    guests_lose_their_memory,
     guest_daemon_restarts_under_load,
     paused_for_hours,
+    paused_after_its_host_died,
+    paused_with_a_full_channel,
+    given_back_again_and_again_with_nonsense_between,
     wedged_in_company,
 )

@@ -115,6 +115,11 @@ class ClientEnd(Endpoint):
         """Data, or the end."""
         return bool(self.received) or self.hung_up
 
+    @property
+    def is_alive(self) -> bool:
+        """Its process is: it is closed because somebody closes it."""
+        return self._owner is not None and self._owner.alive
+
     def writable(self) -> bool:
         """Room, or an error to be told."""
         return self.hung_up or self.to_qemu_bytes < HOST_SOCKET_BYTES
@@ -184,6 +189,8 @@ class Qemu:
         self.dead = False
         self.wedged = False
         self.client: ClientEnd | None = None
+        self.known_paused = False
+        """The daemon that serves it has been told that the guest stands still."""
         self._pending: list[ClientEnd] = []
         self._planned = False
         self.world.listeners[self.path] = self
@@ -212,6 +219,7 @@ class Qemu:
         if client in self._pending:
             self._pending.remove(client)
         elif client is self.client and not self.dead:
+            self._check_why(client)
             self.client = None
             if self.running:
                 rings = self.channel.rings
@@ -223,6 +231,14 @@ class Qemu:
                 rings.to_host.clear()
                 rings.tell_guest(there=False)
             self._serve_next()
+
+    def _check_why(self, client: ClientEnd) -> None:
+        """A guest that stands still says nothing, and takes nothing: that is no reason to close."""
+        if self.running or not client.is_alive:
+            return
+        self.world.stats["connections closed while paused"] += 1
+        if self.known_paused:
+            self.world.fail(f"{self.path}: its client closed while the guest was paused")
 
     # ------------------------------------------------------------ running
 

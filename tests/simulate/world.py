@@ -15,7 +15,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
 
-from vchan.loop import Timer
+from vchan.io.loop import Timer
 
 TRACE_MAX = 60
 STEPS_MAX = 200_000
@@ -201,7 +201,7 @@ LOOK_S = 0.00006
 
 
 class SimLoop:
-    """`vchan.loop.Loop` as far as the code under test uses it."""
+    """`vchan.io.loop.Loop` as far as the code under test uses it."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -232,9 +232,12 @@ class SimLoop:
 
     def call_at(self, at_s: float, callback: Callable[[], object]) -> Timer:
         """See Loop."""
-        timer = Timer(at_s, callback)
+        timer = Timer(at_s, callback, self)
         self._plan(timer)
         return timer
+
+    def timer_cancelled(self) -> None:
+        """See Loop: it stays in the world's plan until its time comes."""
 
     def _plan(self, timer: Timer) -> None:
         # A nanosecond later, so that rounding never makes it early.

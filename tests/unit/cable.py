@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from vchan.streams import listen_unix
+from vchan.io.streams import listen_unix
 
 
 class Cable:
@@ -74,7 +74,7 @@ class Cable:
 
     def __exit__(self, *_: object) -> None:
         os.write(self._wake_write, b"\0")
-        self._thread.join(10)
+        self._thread.join(30)
         for each in (*self._servers, *self._clients):
             if each is not None:
                 each.close()

@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from tests.rig.gates import OpenGate
+from tests.rig.phases import release, serve
 from tests.unit.cable import Cable
 from vchan.errors import LinkError, NoSuchDomain
-from vchan.exchange import Outcome
-from vchan.host.channels import Channel
-from vchan.host.local import Answer, LocalService
-from vchan.loop import Loop
-from vchan.messages import Request, Topic
-from vchan.server import LocalServer
-from vchan.streams import connect_unix
+from vchan.host.hypervisor.domains import Domain
+from vchan.host.local.programs import LocalService, SendAnswer
+from vchan.host.vm.channel import Channel, Home
+from vchan.io.local_socket import LocalServer
+from vchan.io.loop import Loop
+from vchan.io.streams import connect_unix
+from vchan.rpc.in_flight import Outcome
+from vchan.rpc.messages import Request, Topic
 
 with warnings.catch_warnings():  # their modules warn about their own future
     warnings.simplefilter("ignore")
@@ -78,10 +80,8 @@ class HostSide:
         self.loop = Loop()
         self.local = LocalService(self.loop, self, self.log.append)
         self.server: LocalServer | None = None
-        host = ("host", os.urandom(16))
-        self.channel = Channel(
-            self.loop, VM, "vm", host, None, OpenGate(), frozenset({"*"}), self._offer, self._note
-        )
+        home = Home("host", os.urandom(16), frozenset({"*"}), self._note)
+        self.channel = Channel(self.loop, Domain(VM), home, None, OpenGate(), self._offer)
         self._port = port
         self._thread = threading.Thread(target=self.loop.run, name="host-side")
 
@@ -120,7 +120,7 @@ class HostSide:
 
     def _end_grace(self) -> None:
         """Nobody is about to come back: refuse what nobody serves at once."""
-        self.local._servers._grace_until_s = 0.0
+        self.local._servers._grace_until_s = None
 
     def down(self) -> None:
         """Close it, with every connection: as if the daemon had died."""
@@ -149,28 +149,27 @@ class HostSide:
     ) -> Callable[[], None]:
         if server not in (VM, "vm"):
             raise NoSuchDomain(f"{server!r}: this host has no such domain")
-        self.channel.relay.submit_local(request, told, self.loop.time())
+        self.channel.downward.submit_local(request, told, self.loop.time())
         self.channel.set_timer()
-        return lambda: self.channel.relay.cancel_local(request.id)
+        return lambda: self.channel.downward.cancel_local(request.id)
 
     def serving(self, topic: Topic) -> list[str]:
-        return [VM] if topic in self.channel.relay.topics else []
+        return [VM] if topic in self.channel.downward.topics else []
 
-    def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
+    def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         raise KeyError(name)
 
     def __enter__(self) -> Self:
         self._thread.start()
         self.up()
         self.run(self._end_grace)
-        self.run(lambda: self.channel.connect(str(self._port)))
-        self.run(self.channel.speak)
+        self.run(lambda: serve(self.channel, self._port))
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.server is not None:
             self.down()
-        self.run(lambda: self.channel.release("the test is over"))
+        self.run(lambda: release(self.channel))
         self.loop.stop()
         self._thread.join(WAIT_S)
         self.loop.close()
@@ -234,7 +233,7 @@ class Site:
     def wait_served(self, topic: str) -> None:
         """Until the host knows that the guest serves a topic."""
         wait(
-            lambda: topic in {t.name for t in self.host.channel.relay.topics},
+            lambda: topic in {t.name for t in self.host.channel.downward.topics},
             lambda: (self.directory / "guest.log").read_text(),
         )
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vchan import _layout as layout
-from vchan.frames import Decoder, Frame, Key, encode_frame
 from vchan.session import Config, Event, Opened, Received, Role, Session, State
+from vchan.wire import layout
+from vchan.wire.frames import Decoder, Frame, Key, encode_frame
 
 HOST_INSTANCE = b"host-instance-01"
 GUEST_INSTANCE = b"guest-instance-1"
@@ -32,6 +32,13 @@ def make_session(role: Role, *, instance: bytes = b"", seed: str = "", **limits:
     own = HOST_INSTANCE if role is Role.HOST else GUEST_INSTANCE
     config = Config(role, instance or own, limits.pop("name", name), **limits)
     return Session(config, Entropy(seed or name + repr(instance)))
+
+
+def reconfigure(session: Session, **changes: Any) -> None:
+    """The same daemon with another configuration, as if it had always had it."""
+    session.config = session.config._replace(**changes)
+    for part in (session._sender, session._receiver, session._handshake, session._liveness):
+        part._config = session.config
 
 
 class End:
@@ -173,9 +180,9 @@ def sealed(session: Session, kind: int, **fields: Any) -> bytes:
         "flags": 0,
         "stream": 0,
         "total": 0,
-        "seq": session._recv_next,
-        "ack": session._base,
-        "credit": session._peer_credit,
+        "seq": session._receiver.next,
+        "ack": session._sender.base,
+        "credit": session._sender.credit,
         "payload": b"",
         **fields,
     }

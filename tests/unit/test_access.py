@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from vchan.access import Access, Credentials, credentials_of, make_access
 from vchan.errors import ConfigError
 from vchan.guest.daemon import parse_options
+from vchan.io.access import Access, Credentials, credentials_of, make_access
 
 
 def test_root_and_our_own_user_always_may() -> None:

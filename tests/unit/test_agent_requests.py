@@ -6,13 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from tests.unit.oslo_site import VM, Site, made_site, wait
+from tests.unit.owned import touches_recorded
 from vchan.client import Agent, Client
 from vchan.errors import CallTimeout, LinkDown, NoSuchAgent, RemoteError
+from vchan.rpc.bodies import encode_invocation
+from vchan.rpc.in_flight import Answered
+from vchan.rpc.messages import CALL, Request
 
 PATIENT_S = 30.0
 
@@ -37,6 +41,12 @@ class Running:
         connection = self.agent._connection
         self.agent.loop.call_soon_threadsafe(lambda: connection.when_acknowledged(known.set))
         assert known.wait(PATIENT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         self.agent.stop()
@@ -154,9 +164,11 @@ def test_stop_ends_a_method_that_waits(site: Site, run: Any) -> None:
     def make(agent: Agent) -> dict[str, object]:
         return {"t": Worker(agent)}
 
+    may_go = threading.Event()
+
     class Silent:
         def double(self, n: int) -> int:
-            time.sleep(1.0)
+            may_go.wait(PATIENT_S)
             return n
 
     run(lambda _: {"up": Silent()}, guest=False, workers=1)
@@ -165,9 +177,9 @@ def test_stop_ends_a_method_that_waits(site: Site, run: Any) -> None:
     with Client(str(site.host.path)) as client, ThreadPoolExecutor() as pool:
         waiting = pool.submit(client.call, "t", "relay", {"n": 1}, server=VM)
         wait(lambda: running.agent._is_working)
-        began_s = time.monotonic()
         running.stop()
-        assert time.monotonic() - began_s < 0.9
+        assert not may_go.is_set()
+        may_go.set()
         assert waiting.exception(PATIENT_S) is not None
 
 
@@ -192,10 +204,12 @@ def test_a_client_in_the_guest(site: Site, run: Any) -> None:
 def test_what_has_expired_in_an_agents_inbox_does_not_run(site: Site, run: Any) -> None:
     """The connection has timers of its own: the daemon's Cancel may be late, or lost with it."""
     ran: list[str] = []
+    is_busy, may_go = threading.Event(), threading.Event()
 
     class Slow:
-        def sleep(self, seconds: float) -> None:
-            time.sleep(seconds)
+        def stay(self) -> None:
+            is_busy.set()
+            may_go.wait(PATIENT_S)
 
         def note(self, text: str) -> None:
             ran.append(text)
@@ -203,11 +217,13 @@ def test_what_has_expired_in_an_agents_inbox_does_not_run(site: Site, run: Any) 
     run(lambda _: {"t": Slow()})
     site.wait_served("t")
     with Client(str(site.host.path)) as client, ThreadPoolExecutor() as pool:
-        busy = pool.submit(client.call, "t", "sleep", {"seconds": 0.8}, server=VM)
-        time.sleep(0.1)
+        busy = pool.submit(client.call, "t", "stay", server=VM)
+        assert is_busy.wait(PATIENT_S)
         for send in (client.call, client.cast):
             with pytest.raises(CallTimeout):
                 send("t", "note", {"text": "late"}, server=VM, timeout_s=0.2)
+        time.sleep(0.5)  # the agent's clock began later than the client's, by the way there
+        may_go.set()
         busy.result(PATIENT_S)
         client.call("t", "note", {"text": "in time"}, server=VM)
     assert ran == ["in time"]
@@ -223,3 +239,81 @@ def test_an_agent_on_the_host_is_known_by_its_topic(site: Site, run: Any) -> Non
             client.cast("up", "note", {}, timeout_s=PATIENT_S)
         client.cast("up", "note", {}, fanout=True, timeout_s=PATIENT_S)
     wait(lambda: [len(agent.noted) for agent in agents] == [4, 4])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_agents_connection_is_touched_by_its_own_thread_alone(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    with touches_recorded(monkeypatch) as strays:
+        run(lambda _: {"served": Echo()}, guest=False, workers=workers)
+        caller = run(lambda _: {}, guest=False, workers=workers)
+        assert caller.agent.call("served", "echo", {"x": 1}, timeout_s=PATIENT_S) == 1
+        caller.agent.cast("served", "echo", {"x": 2}, timeout_s=PATIENT_S)
+    assert strays == []
+
+
+class Echo:
+    def echo(self, x: int) -> int:
+        return x
+
+
+def test_what_was_given_up_before_the_agent_ran_is_not_sent_then(site: Site) -> None:
+    """Who called was told that nothing was sent."""
+    agent = Agent(str(site.host.path))
+    with pytest.raises(LinkDown, match="not running"):
+        agent.call("up", "double", timeout_s=0.1)
+    sent: list[object] = []
+    agent._connection.submit = lambda *each: sent.append(each)  # type: ignore[method-assign]
+    agent.loop.call_later(0.2, agent.stop)
+    agent.run()
+    assert sent == []
+
+
+def test_an_agent_that_stops_waits_for_no_answer_to_its_workers(site: Site, run: Any) -> None:
+    def make(agent: Agent) -> dict[str, object]:
+        return {"t": Patient(agent)}
+
+    class Patient:
+        def __init__(self, agent: Agent) -> None:
+            self.agent = agent
+
+        def relay(self) -> Any:
+            return self.agent.call("up", "never", timeout_s=3600)
+
+    class Silent:
+        def __init__(self) -> None:
+            self.is_asked, self.is_over = threading.Event(), threading.Event()
+
+        def never(self) -> None:
+            self.is_asked.set()
+            self.is_over.wait(PATIENT_S)
+
+    silent = Silent()
+    run(lambda _: {"up": silent}, guest=False, workers=1)
+    running = run(make, guest=False, workers=1)
+    with Client(str(site.host.path)) as client, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.call, "t", "relay", timeout_s=PATIENT_S)
+        assert silent.is_asked.wait(PATIENT_S)
+        running.stop()
+        silent.is_over.set()
+        assert waiting.exception(PATIENT_S) is not None
+
+
+def test_calls_that_are_over_leave_no_timers_for_their_heartbeats(site: Site, run: Any) -> None:
+    running = run(lambda _: {"up": Echo()}, guest=False, workers=2)
+    caller = run(lambda _: {}, guest=False).agent
+    for number in range(300):
+        body = encode_invocation("echo", {"x": number})
+        identity = number.to_bytes(16)
+        request = Request(identity, CALL, 60_000, 3_600_000, "openstack", "up", "", body)
+        assert isinstance(caller._outcome_of(request, PATIENT_S), Answered)
+    wait(lambda: not running.agent._beats)
+    assert len(running.agent.loop._timers) < 200
+
+
+def test_an_agent_that_has_ended_says_so(site: Site, run: Any) -> None:
+    running = run(lambda _: {}, guest=False)
+    running.stop()
+    with pytest.raises(LinkDown, match="ended"):
+        running.agent.call("up", "double", timeout_s=3600)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import tracemalloc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,43 @@ import pytest
 
 pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip install "vchan[host]"')
 
-from tests.attack.hostile import ASKED_BEFORE, ATTACKS, STAND_S
-from tests.attack.simulated import ATTACKER, NEIGHBOUR, SERVED, SETTLE_S, UUIDS, Scene, scene
+from tests.attack.hostile import ASKED_BEFORE, AT_A_TIME, ATTACKS, STAND_S
+from tests.attack.simulated import (
+    ATTACKER,
+    NEIGHBOUR,
+    SERVED,
+    SETTLE_S,
+    UUIDS,
+    Scene,
+    held,
+    scene,
+)
 from tests.simulate.network import SOCKET_BYTES
-from vchan.exchange import RECORDS_MAX, SETTLED_MAX, Answered
-from vchan.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES
-from vchan.host import audit_record, relay
-from vchan.host.broker_vm import is_usable, own_queue, queues_of
-from vchan.host.channels import LOG_LINES, LOG_PERIOD_S
-from vchan.host.envelope import UNKNOWN_MODULE
-from vchan.host.guard import BURST_S
-from vchan.host.identity import HOST_KEY, INSTANCE_KEY, PROJECT_KEY
-from vchan.host.limits import Limits
-from vchan.host.outbound import OPEN_BYTES_MAX
-from vchan.host.relay import LOCAL_REQUESTS_MAX, SUBSCRIBE_S, TOPICS_SEEN_MAX
-from vchan.messages import TOPICS_MAX, Returned, Topic
+from vchan.host.broker.vm_queues import is_usable, queues_of
+from vchan.host.oslo_wire.downward_envelope import UNKNOWN_MODULE
+from vchan.host.oslo_wire.mail import own_queue
+from vchan.host.policy import audit_record
+from vchan.host.policy.guest_context import HOST_KEY, INSTANCE_KEY, PROJECT_KEY
+from vchan.host.policy.vm_limits import Limits
+from vchan.host.vm import downward
+from vchan.host.vm.channel import LOG_LINES, LOG_PERIOD_S
+from vchan.host.vm.downward import LOCAL_REQUESTS_MAX, SUBSCRIBE_S
+from vchan.host.vm.served_topics import TOPICS_SEEN_MAX
+from vchan.host.vm.throttle import BURST_S
+from vchan.host.vm.upward import ANSWERS_BYTES_MAX, OPEN_BYTES_MAX
+from vchan.io.streams import READ_BYTES
+from vchan.rpc.in_flight import RECORDS_MAX, REPLY_BYTES_MAX, SETTLED_MAX, Answered
+from vchan.rpc.messages import TOPICS_MAX, Returned, Topic
 from vchan.session import (
     BACKLOG_BYTES_MAX,
     IN_FLIGHT_BYTES_MAX,
     REASSEMBLY_BYTES_MAX,
-    REWIND_S,
     WINDOW_BYTES,
     WRITE_BYTES_MAX,
     State,
 )
-from vchan.streams import READ_BYTES
+from vchan.session.sender import REWIND_S
+from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES
 
 SECONDS = 1.5
 """Of each attack, by the simulated clock."""
@@ -50,6 +62,8 @@ MEMORY_BYTES_MAX = 16 * 1024 * 1024
 of it."""
 LIMITS = Limits(bytes_per_s=1024 * 1024)
 """The attacker's: so many bytes take this process a while."""
+ANSWER_BYTES = 700_000
+"""Of a large answer."""
 SHARED_ID = bytes(range(16))
 """Of a call to the neighbour, which the attacker has come to know."""
 POLICY = f"""
@@ -79,6 +93,8 @@ class Expected:
     word: str = ""
     prepare: Callable[[Scene], None] = lambda _: None
     seconds: float = SECONDS
+    held: Mapping[str, int] = field(default_factory=dict)  # where it is more than for others
+    answer_bytes: int = 0
 
 
 # --- what must hold, by attack
@@ -105,8 +121,8 @@ def fragments_take_their_own_bytes(scene: Scene) -> None:
 
 
 def answers_to_nothing_are_none(scene: Scene) -> None:
-    assert scene.attacked.relay.open_requests == 0
-    its: Any = scene.attacked.relay
+    assert scene.attacked.downward.open_requests == 0
+    its: Any = scene.attacked.downward
     assert its._requester.unmatched > 0
 
 
@@ -116,6 +132,21 @@ def the_window_is_all(scene: Scene) -> None:
     assert scene.peaks["requests"] <= LIMITS.calls_up
     verdicts = verdicts_of(scene)
     assert verdicts >= {("allow", "call"), ("refused", "call")}
+
+
+def the_rest_stays_with_the_broker(scene: Scene) -> None:
+    """It waits there, and it is no more than the calls that the policy lets wait."""
+    assert scene.peaks["backlog"] > ANSWERS_BYTES_MAX / 2
+    broker = scene.host.brokers[ATTACKER]
+    assert 0 < len(broker.waiting) <= LIMITS.calls_up + 1  # an arrival
+    assert ("refused", "call") in verdicts_of(scene)
+
+
+def all_is_answered_slowly(scene: Scene) -> None:
+    """In its share of the daemon's bytes."""
+    answered = scene.attacked.totals()["guest_answered"]
+    for_s = scene.seconds + SETTLE_S + BURST_S
+    assert AT_A_TIME < answered <= LIMITS.bytes_per_s * for_s / ANSWER_BYTES + 2
 
 
 def little_is_sent_again(scene: Scene) -> None:
@@ -133,7 +164,7 @@ def a_replay_runs_once(scene: Scene) -> None:
     published = scene.host.brokers[ATTACKER].published
     ran = [each for each in published if each.routing_key == SERVED]
     assert len(ran) == 1
-    assert scene.attacked.relay.outbound._responder.repeats > 0
+    assert scene.attacked.downward.upward._responder.repeats > 0
 
 
 def the_neighbour_answers_for_itself(scene: Scene) -> None:
@@ -144,9 +175,9 @@ def the_neighbour_answers_for_itself(scene: Scene) -> None:
 
 
 def topics_are_few(scene: Scene) -> None:
-    its: Any = scene.attacked.relay
+    its: Any = scene.attacked.downward
     assert len(its.topics) <= TOPICS_MAX
-    assert len(its._topics_seen) <= TOPICS_SEEN_MAX
+    assert its._served.seen <= TOPICS_SEEN_MAX
     changes = scene.host.brokers[ATTACKER].consumed
     assert 0 < len(changes) <= scene.seconds / SUBSCRIBE_S + 2
 
@@ -154,8 +185,8 @@ def topics_are_few(scene: Scene) -> None:
 def its_queues_are_its_own(scene: Scene) -> None:
     """Not one name that is another VM's, whatever it asks to serve; what is denied is said."""
     vm, other = UUIDS[ATTACKER], UUIDS[NEIGHBOUR]
-    asked: Any = scene.attacked.relay
-    at_ours = [topic for topic in asked._asked if topic.exchange == "openstack"]
+    asked: Any = scene.attacked.downward._served
+    at_ours = [topic for topic in asked.asked if topic.exchange == "openstack"]
     usable = frozenset(topic for topic in at_ours if is_usable(vm, topic))
     assert {"agent", other, f"agent.{other}"} <= {topic.name for topic in usable}
     assert not {"#", "*", "agent.*"} & {topic.name for topic in usable}
@@ -166,10 +197,10 @@ def its_queues_are_its_own(scene: Scene) -> None:
         assert queue.name.endswith(vm)
         assert queue.name not in others
         assert queue.fanout or queue.routing_key not in keys
-    assert scene.attacked.relay.topics == agents
+    assert scene.attacked.downward.topics == agents
     (consumed,) = scene.host.brokers[ATTACKER].consumed
     assert consumed == (vm, agents)
-    assert len(scene.attacked.relay.denied) == len(asked._asked) - 1
+    assert len(scene.attacked.downward.denied) == len(asked.asked) - 1
     assert ("deny", "listen") in verdicts_of(scene)
     assert not scene.host.brokers[ATTACKER].published
     assert ("deny", "cast") in verdicts_of(scene)
@@ -230,8 +261,8 @@ def no_line_is_forged(scene: Scene) -> None:
 
 def its_callers_time_out(scene: Scene) -> None:
     assert 0 < scene.peaks["entries"] <= LOCAL_REQUESTS_MAX
-    assert scene.attacked.relay.counters["expired"] > 0
-    assert scene.attacked.relay.open_requests == 0
+    assert scene.attacked.downward.counters["expired"] > 0
+    assert scene.attacked.downward.open_requests == 0
 
 
 # --- before it
@@ -275,6 +306,20 @@ EXPECTED = {
     "tiny_frames": Expected(("throttled",), check=answers_to_nothing_are_none),
     "tiny_fragments": Expected(("throttled",), check=fragments_take_their_own_bytes),
     "unread_replies": Expected(("guest_refused", "guest_unroutable"), check=the_window_is_all),
+    "unread_answers": Expected(
+        ("guest_unread", "guest_refused", "guest_answered"),
+        check=the_rest_stays_with_the_broker,
+        held={"backlog": ANSWERS_BYTES_MAX, "mail": ANSWERS_BYTES_MAX, "replies": REPLY_BYTES_MAX},
+        seconds=20.0,
+        answer_bytes=ANSWER_BYTES,
+    ),
+    "large_answers": Expected(
+        ("guest_answered", "throttled"),
+        check=all_is_answered_slowly,
+        held={"backlog": ANSWERS_BYTES_MAX, "mail": ANSWERS_BYTES_MAX, "replies": REPLY_BYTES_MAX},
+        seconds=20.0,
+        answer_bytes=ANSWER_BYTES,
+    ),
     "acks_of_unsent": Expected(
         ("violations",),
         "11 violations in a minute, the last: it acknowledged frame 1152921504606846976; 0 were ",
@@ -317,13 +362,42 @@ def test_attack(name: str, tmp_path: Path) -> None:
     expected = EXPECTED[name]
     with scene(tmp_path, POLICY) as at:
         expected.prepare(at)
-        with memory_bounded():
+        at.host.brokers[ATTACKER].answer_bytes = expected.answer_bytes
+        with memory_bounded(MEMORY_BYTES_MAX + expected.held.get("replies", 0)):
             at.attack(name, expected.seconds, expected.word)
         check_outcome(at, expected)
-        check_held(at)
+        check_held(at, expected.held)
         check_work(at)
         check_neighbour(at)
         expected.check(at)
+
+
+def test_a_mute_vm_is_told_so_and_is_on_record_within_its_lines(tmp_path: Path) -> None:
+    with scene(tmp_path, f"mode name:{ATTACKER} one-way-cast\n{POLICY}") as at:
+        at.attack("id_forgery", SECONDS)
+        returned = [each for each in at.hostile.heard if isinstance(each, Returned)]
+        assert returned
+        assert all("not listened to" in each.text for each in returned)
+        given = {("allow", "listen")}  # what rules name for it
+        assert {verdict for verdict, _ in verdicts_of(at) - given} == {"deny", "left out"}
+        told = [each for each in at.host.audit_lines(ATTACKER) if each["verdict"] == "deny"]
+        assert {each["kind"] for each in told} == {"call", "cast"}
+        assert not at.host.brokers[ATTACKER].published
+        check_held(at, {})
+        check_work(at)
+        check_neighbour(at)
+
+
+def test_memory_comes_back_when_who_reads_nothing_hangs_up(tmp_path: Path) -> None:
+    with scene(tmp_path, POLICY) as at:
+        broker = at.host.brokers[ATTACKER]
+        broker.answer_bytes = ANSWER_BYTES
+        at.attack("unread_answers", 15.0)
+        assert at.peaks["backlog"] > ANSWERS_BYTES_MAX / 2
+        at.world.run(at.world.now_s + 60.0)  # it has hung up, and its calls are over
+        now = held(at.attacked)
+        assert now["backlog"] + now["mail"] + now["replies"] < BACKLOG_BYTES_MAX
+        check_neighbour(at)
 
 
 def test_what_callers_have_given_up_is_not_kept_without_end(
@@ -331,7 +405,7 @@ def test_what_callers_have_given_up_is_not_kept_without_end(
 ) -> None:
     """Their time is up, and the guest, which goes on speaking, has read none of it."""
     most, size = 1024 * 1024, 50_000
-    monkeypatch.setattr(relay, "OPEN_BYTES_MAX", most)
+    monkeypatch.setattr(downward, "OPEN_BYTES_MAX", most)
     with scene(tmp_path, POLICY) as at:
         numbers = iter(range(10**6, 10**9))
 
@@ -341,7 +415,7 @@ def test_what_callers_have_given_up_is_not_kept_without_end(
 
         at.world.after(0.5, call)
         at.attack("stops_reading", 4.0)
-        assert at.attacked.relay.counters["held_up"] > 0
+        assert at.attacked.downward.counters["held_up"] > 0
         assert most / 2 < at.peaks["backlog"] <= most + size
         check_neighbour(at)
 
@@ -364,7 +438,7 @@ def check_outcome(scene: Scene, expected: Expected) -> None:
     assert any("in quarantine for" in each for each in scene.host.log)
 
 
-def check_held(scene: Scene) -> None:
+def check_held(scene: Scene, more: Mapping[str, int]) -> None:
     """At no time did the host hold more for it than its limits say."""
     most = {
         "decoder": FRAME_BYTES_MAX + READ_BYTES,
@@ -380,6 +454,8 @@ def check_held(scene: Scene) -> None:
         "responder": LIMITS.requests_up + RECORDS_MAX + SETTLED_MAX,
         "replies": 0,
         "past": RECORDS_MAX,
+        "mail": 1024,  # arrivals and notes
+        **more,
     }
     for name, size in scene.peaks.items():
         assert size <= most[name], (name, size)
@@ -421,7 +497,10 @@ def check_neighbour(scene: Scene) -> None:
 
 
 class memory_bounded:  # noqa: N801 - read as a statement
-    """Fails if more than MEMORY_BYTES_MAX come to be in use meanwhile."""
+    """Fails if more bytes than that come to be in use meanwhile."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
 
     def __enter__(self) -> None:
         tracemalloc.start()
@@ -429,7 +508,7 @@ class memory_bounded:  # noqa: N801 - read as a statement
     def __exit__(self, *_: object) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < MEMORY_BYTES_MAX
+        assert peak < self._most
 
 
 def verdicts_of(scene: Scene) -> set[tuple[str, str]]:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vchan.host import audit
-from vchan.host.audit import AuditLog
-from vchan.host.audit_record import (
+from vchan.host.policy import audit_log
+from vchan.host.policy.audit_log import AuditLog
+from vchan.host.policy.audit_record import (
     BURST_S,
     FIELD_CHARS_MAX,
     LINE_BYTES_MAX,
@@ -27,8 +27,8 @@ from vchan.host.audit_record import (
     format_left_out,
     format_record,
 )
-from vchan.host.policy import Ask, Effect, Facts, Kind, Verdict
-from vchan.loop import Loop
+from vchan.host.policy.rules import Ask, Effect, Facts, Kind, Verdict
+from vchan.io.loop import Loop
 
 UUID = "11111111-2222-3333-4444-555555555555"
 FACTS = Facts(UUID, "instance-1", "project-1")
@@ -255,7 +255,7 @@ def test_a_full_disk_loses_lines_counts_them_and_says_so_once(
         room[0] -= taken
         return taken
 
-    monkeypatch.setattr("vchan.host.audit.os.write", write)
+    monkeypatch.setattr("vchan.host.policy.audit_log.os.write", write)
     log.write(5)
     assert log.audit.counters["lost"] == 5
     assert log.audit.problem == "cannot be written: No space left on device"
@@ -313,7 +313,7 @@ def test_what_cannot_be_opened_is_tried_again_and_does_not_block(tmp_path: Path,
         path.unlink()
     log.write()  # not tried again yet
     assert log.audit.counters["lost"] == 3
-    log.now_s += audit.REOPEN_S
+    log.now_s += audit_log.REOPEN_S
     log.write()
     assert len(log.lines()) == 1
     assert log.audit.problem == ""

@@ -6,13 +6,15 @@ import ssl
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from oslo_config import cfg
 
+from tests.rig.certificates import Authority
 from vchan.errors import ConfigError
-from vchan.host.amqp_link import explain
-from vchan.host.broker_config import BrokerConfig, BrokerHost, BrokerTls
+from vchan.host.broker.amqp import explain
+from vchan.host.broker.config import BrokerConfig, BrokerHost, BrokerTls, messaging_options
 
 
 def from_oslo(directory: Path, text: str) -> BrokerConfig:
@@ -25,14 +27,25 @@ def from_oslo(directory: Path, text: str) -> BrokerConfig:
         return BrokerConfig.from_oslo(conf)
 
 
-def test_defaults(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def default_of() -> dict[str, Any]:
+    """The options of this release of oslo.messaging's, with their defaults."""
+    found = dict(messaging_options())["oslo_messaging_rabbit"]
+    return {option.name.replace("-", "_"): option.default for option in found}
+
+
+def test_defaults(tmp_path: Path, default_of: dict[str, Any]) -> None:
     config = from_oslo(tmp_path, "[DEFAULT]\ntransport_url = rabbit://\n")
-    assert config == BrokerConfig(hosts=(BrokerHost("localhost", 5672, "guest", "guest"),))
+    assert config == BrokerConfig(
+        hosts=(BrokerHost("localhost", 5672, "guest", "guest"),),
+        heartbeat_rate=default_of["heartbeat_rate"],
+    )
 
 
-def test_options(tmp_path: Path) -> None:
-    for name in ("ca", "cert", "key"):
-        (tmp_path / name).touch()
+def test_options(tmp_path: Path, default_of: dict[str, Any]) -> None:
+    made = Authority(tmp_path).issue("host")
+    for name, file in (("ca", made.ca), ("cert", made.certificate), ("key", made.key)):
+        file.rename(tmp_path / name)
     config = from_oslo(
         tmp_path,
         f"""
@@ -69,11 +82,14 @@ def test_options(tmp_path: Path) -> None:
         durable=True,
         auto_delete=True,
         quorum=True,
-        fanout_quorum=True,
+        fanout_quorum="rabbit_transient_quorum_queue" in default_of,
         quorum_arguments={
-            "x-delivery-limit": 5,
-            "x-max-in-memory-length": 6,
-            "x-max-in-memory-bytes": 7,
+            argument: value
+            for name, argument, value in (
+                ("rabbit_quorum_max_memory_length", "x-max-in-memory-length", 6),
+                ("rabbit_quorum_max_memory_bytes", "x-max-in-memory-bytes", 7),
+            )
+            if name in default_of
         },
         fanout_expires_s=60,
         retry_min_s=3,
@@ -86,10 +102,12 @@ def test_options(tmp_path: Path) -> None:
     assert "p@" not in repr(config)
 
 
-def test_durable_without_quorum_queues(tmp_path: Path) -> None:
+def test_durable_without_quorum_queues(tmp_path: Path, default_of: dict[str, Any]) -> None:
     text = "[DEFAULT]\ntransport_url = rabbit://h/?amqp_durable_queues=true\n"
     assert from_oslo(tmp_path, text) == replace(
-        BrokerConfig(hosts=(BrokerHost("h"),)), durable=True
+        BrokerConfig(hosts=(BrokerHost("h"),)),
+        durable=True,
+        heartbeat_rate=default_of["heartbeat_rate"],
     )
 
 
@@ -118,3 +136,12 @@ def test_an_alert_of_the_broker_names_the_options_to_look_at(reason: str) -> Non
     error.reason = reason
     config = BrokerConfig(hosts=(BrokerHost("h", 5671),), tls=BrokerTls())
     assert "ssl_cert_file" in explain(error, config)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(104, "reset"), OSError("Server unexpectedly closed connection")],
+)
+def test_a_broker_that_hangs_up_may_speak_tls(error: OSError) -> None:
+    assert "ssl is off" in explain(error, BrokerConfig(hosts=(BrokerHost("one", 5671),)))
+    assert "ssl is off" not in explain(ConnectionRefusedError(), BrokerConfig(hosts=()))

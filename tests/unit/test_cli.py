@@ -12,8 +12,10 @@ import pytest
 
 from tests.unit.local_host import LocalHost
 from vchan import cli
-from vchan.errors import ConfigError
-from vchan.messages import Topic
+from vchan.cli.requests import show_text
+from vchan.cli.values import parse_values
+from vchan.errors import ConfigError, NoSuchDomain
+from vchan.rpc.messages import Topic
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -68,10 +70,10 @@ def test_a_result_does_not_steer_a_terminal(
         assert "ä" in out
         assert out.replace("\n", "").isprintable()
         assert json.loads(out) == {"text": text}
-    cli._show(text, as_json=False)
+    show_text(text)
     assert capsys.readouterr().out == text.replace("\ud800", "\\ud800") + "\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    cli._show(text, as_json=False)
+    show_text(text)
     assert capsys.readouterr().out == "ä\n?[2J?2J???\n"
 
 
@@ -79,7 +81,7 @@ def test_options_may_follow_the_command(host: LocalHost, run: Run) -> None:
     status, out, _ = run("call", "vm", "agent", "echo", "x=1", "--json", "--timeout", "5")
     assert (status, out) == (cli.EXIT_OK, '{"x": 1}\n')
     assert run("--json", "call", "vm", "agent", "echo", "x=1")[1] == '{"x": 1}\n'
-    assert run("--timeout", "0.1", "call", "vm", "agent", "sleep")[0] == cli.EXIT_TIMEOUT
+    assert run("--timeout", "1", "call", "vm", "agent", "sleep")[0] == cli.EXIT_TIMEOUT
 
 
 def test_a_topic_may_be_named_as_list_shows_it(host: LocalHost, run: Run) -> None:
@@ -110,19 +112,50 @@ def test_a_command_that_lacks_a_package_says_which(
 def test_list_status_and_ping(host: LocalHost, run: Run) -> None:
     status, out, _ = run("list")
     assert status == cli.EXIT_OK
-    assert out.splitlines()[1].split() == ["u", "vm", "running", "ready", "openstack/agent"]
+    assert out.splitlines()[1].split() == ["vm", "u", "running", "ready", "openstack/agent"]
     assert json.loads(run("--json", "list")[1])[0]["name"] == "vm"
-    assert json.loads(run("status")[1]) == {"version": "1"}
-    assert json.loads(run("status", "vm")[1]) == {"version": "1", "vm": "vm"}
+    assert json.loads(run("--json", "status")[1]) == {"version": "1"}
+    assert json.loads(run("status", "vm", "--json")[1])["state"] == "ready"
     assert run("ping", "nobody")[0] == cli.EXIT_FAILED
 
 
-def test_a_vms_problem_is_listed_before_its_topics(host: LocalHost, run: Run) -> None:
+def test_a_vm_that_cannot_be_told_of_is_not_taken_for_gone(host: LocalHost, run: Run) -> None:
+    host.bug_of = "vm"
+    status, out, err = run("call", "vm", "agent", "echo", "n=1")
+    assert (status, json.loads(out)) == (cli.EXIT_OK, {"n": 1})
+    assert "how vm is: InternalError" in err
+    host.bug = NoSuchDomain("vm")
+    assert run("call", "vm", "agent", "echo", "n=1")[2] == ""
+
+
+def test_a_commands_time_is_for_all_its_questions(host: LocalHost, run: Run) -> None:
+    host.status_after_s = 1.0
+    status, _, err = run("--timeout", "2", "call", "vm", "agent", "never")
+    assert status == cli.EXIT_TIMEOUT
+    assert host.requests[-1].timeout_ms <= 1000, err
+
+
+def test_a_daemon_that_says_nothing_was_asked_nothing_of_the_vm(host: LocalHost, run: Run) -> None:
+    host.status_after_s = 3600.0
+    status, _, err = run("--timeout", "0.2", "call", "vm", "agent", "echo")
+    assert status == cli.EXIT_UNREACHABLE, err
+    assert host.requests == []
+
+
+def test_a_vms_problem_is_listed_after_its_topics(host: LocalHost, run: Run) -> None:
     host.problem = "in quarantine for 9 s more: over 30 handshakes a minute"
-    assert "openstack/agent" not in run("list")[1]
-    assert "ready       in quarantine for 9 s more" in run("list")[1]
+    out = run("list")[1]
+    assert out.splitlines()[0].split()[-1] == "PROBLEM"
+    assert "openstack/agent  in quarantine for 9 s more" in out
     assert run("release", "vm") == (cli.EXIT_OK, "", "")
     assert run("release", "nobody")[0] == cli.EXIT_FAILED
+
+
+def test_what_a_guest_reports_is_shown(host: LocalHost, run: Run) -> None:
+    host.guest = {"addresses": ["192.0.2.7", "fe80::1"], "os": "Debian GNU/Linux 12 (bookworm)"}
+    line = run("list")[1].splitlines()[1]
+    assert "192.0.2.7  Debian GNU/Linux 12 (bookworm)  openstack/agent" in line
+    assert json.loads(run("--json", "facts", "vm")[1]) == {"facts": {"hostname": "a"}}
 
 
 def test_a_list_made_without_libvirt_says_so(host: LocalHost, run: Run) -> None:
@@ -141,7 +174,7 @@ def test_a_list_made_without_libvirt_says_so(host: LocalHost, run: Run) -> None:
         (("call", "nobody", "agent", "echo"), cli.EXIT_FAILED, "no such domain"),
         (("attach", "vm"), cli.EXIT_FAILED, "no controller"),
         (("detach", "vm"), cli.EXIT_FAILED, "no method 'detach'"),
-        (("--timeout", "0.1", "call", "vm", "agent", "sleep"), cli.EXIT_TIMEOUT, "--timeout"),
+        (("--timeout", "1", "call", "vm", "agent", "sleep"), cli.EXIT_TIMEOUT, "--timeout"),
         (("call", "vm", "agent", "echo", "novalue"), cli.EXIT_USAGE, "expected KEY=VALUE"),
         (("call", "vm", "agent", "echo", "1x=2"), cli.EXIT_USAGE, "expected KEY=VALUE"),
         (("call", "vm", "agent", "echo", "x=1", "x=2"), cli.EXIT_USAGE, "x is given twice"),
@@ -184,7 +217,7 @@ def test_help_and_version(run: Run) -> None:
 def test_values() -> None:
     deep = "[" * 100_000
     words = ["a=1", "b=true", "c=null", "d=x", "e=", 'f={"g": []}', f"h={deep}"]
-    assert cli.parse_values(words) == {
+    assert parse_values(words) == {
         "a": 1,
         "b": True,
         "c": None,
@@ -194,7 +227,7 @@ def test_values() -> None:
         "h": deep,
     }
     with pytest.raises(ConfigError):
-        cli.parse_values(["=1"])
+        parse_values(["=1"])
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,32 @@
-"""bash's completion of vchan, held to the program's own parser."""
+"""Shells' completion of vchan, made from the program's own parser; and the daemons' own."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vchan.cli import build_parser
-from vchan.host.policy import KINDS
+from vchan import cli
+from vchan.cli.completion import KINDS, script
+from vchan.cli.parser import build_parser, commands_of, walk
+from vchan.host.policy import rules
 
 ROOT = Path(__file__).parents[2]
 COMPLETION = ROOT / "packaging" / "completion"
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 VCHAN = Path(sys.executable).parent / "vchan"
+WAIT_S = 60.0
 
 COMPLETE = """
 . "$1"; . "$2"; . "$3"
@@ -36,101 +42,234 @@ needs_bash = pytest.mark.skipif(
     not (BASH_COMPLETION.exists() and VCHAN.exists() and shutil.which("bash")),
     reason="needs bash-completion, and vchan installed",
 )
+needs_zsh = pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+needs_fish = pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+
+PARSERS = dict(walk(build_parser()))
+WITH_VM = [
+    path
+    for path, each in PARSERS.items()
+    if any(a.metavar == "VM" and not a.option_strings for a in each._actions)
+]
 
 
-def parsers(
-    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Every command's, by the words that lead to it."""
-    yield path, parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield from parsers(below, (*path, name))
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The scripts, by shell; `vms` is a directory with a vchan that has three VMs, and no more."""
+    directory = tmp_path_factory.mktemp("completion")
+    made = {shell: directory / f"vchan.{shell}" for shell in ("bash", "zsh", "fish")}
+    for shell, file in made.items():
+        file.write_text(script(shell, build_parser()))
+    (directory / "bin").mkdir()
+    program = directory / "bin" / "vchan"
+    program.write_text(
+        '#!/bin/sh\n[ "$*" = "-f value -c name list" ] || exit 1\nprintf "web-1\\nweb-2\\ndb\\n"\n'
+    )
+    program.chmod(0o755)
+    return {**made, "vms": program.parent}
 
 
-PARSERS = dict(parsers(build_parser()))
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {word for action in parser._actions for word in action.option_strings}
 
 
-def options(parser: argparse.ArgumentParser, *, with_value: bool = False) -> set[str]:
-    return {
-        word
-        for action in parser._actions
-        for word in action.option_strings
-        if word.startswith("--") and (action.nargs != 0 or not with_value)
-    }
+def environment(scripts: dict[str, Path]) -> dict[str, str]:
+    return os.environ | {"PATH": f"{scripts['vms']}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
 
 
-def below(path: tuple[str, ...]) -> set[str]:
-    """The words that may follow these."""
-    return {each[len(path)] for each in PARSERS if each[:-1] == path and each}
+LINES = [
+    ("vchan poli", {"policy"}),
+    ("vchan policy ", {"check", "lint"}),
+    ("vchan --timeout 3 pol", {"policy"}),
+    ("vchan policy check ", set(KINDS)),
+    ("vchan policy check --dir /tmp no", {"notify"}),
+    ("vchan policy check --vm name=x li", {"listen"}),
+    ("vchan completion ", {"bash", "zsh", "fish"}),
+    ("vchan list --format ", {"table", "json", "value", "csv"}),
+    ("vchan log --kind no", {"notify"}),
+    ("vchan log --vm we", {"web-1", "web-2"}),
+    *((" ".join(("vchan", *path, "we")), {"web-1", "web-2"}) for path in WITH_VM),
+    ("vchan -v call we", {"web-1", "web-2"}),
+]
 
 
-def complete(line: str) -> set[str]:
-    path = f"{VCHAN.parent}:{os.environ['PATH']}"
-    files = (BASH_COMPLETION, COMPLETION / "vchan", COMPLETION / "daemons")
+# ---------------------------------------------------------------- bash
+
+
+def complete(line: str, scripts: dict[str, Path]) -> set[str]:
+    files = (BASH_COMPLETION, scripts["bash"], COMPLETION / "daemons")
     done = subprocess.run(
         ["bash", "-c", COMPLETE, "bash", *map(str, files), line],
-        env=os.environ | {"PATH": path},
+        env=environment(scripts),
         capture_output=True,
         text=True,
         check=True,
     )
+    assert done.stderr == ""
     return set(done.stdout.split())
 
 
 @needs_bash
 @pytest.mark.parametrize("path", PARSERS, ids=" ".join)
-def test_every_option_of_every_command_is_completed(path: tuple[str, ...]) -> None:
-    assert complete(" ".join(("vchan", *path, "--"))) == options(PARSERS[path])
-
-
-@needs_bash
-@pytest.mark.parametrize("path", [path for path in PARSERS if below(path)], ids=" ".join)
-def test_every_command_is_completed(path: tuple[str, ...]) -> None:
-    assert complete(" ".join(("vchan", *path, ""))) == below(path)
-
-
-def test_what_takes_a_value_is_skipped_with_it() -> None:
-    expected = set().union(*(options(each, with_value=True) for each in PARSERS.values()))
-    text = (COMPLETION / "vchan").read_text()
-    at_cursor, _, in_line = text.partition("for ((i = 1")
-    skipped = " ".join(re.findall(r"(.*)\) \(\(i\+\+\)\)", in_line))
-    assert set(re.findall(r"--[\w-]+", skipped)) == expected
-    values = at_cursor.partition("case $prev in")[2].partition("esac")[0]
-    assert set(re.findall(r"--[\w-]+", values)) == expected
-
-
-def test_vms_are_named_where_the_program_wants_one() -> None:
-    without = {
-        " ".join(path)
-        for path, each in PARSERS.items()
-        if path and not below(path) and "vm" not in _operands(each)
-    }
-    text = (COMPLETION / "vchan").read_text().rpartition("case $command in")[2]
-    named = re.findall(r'^ +("[a-z ]+"|[a-z" |]+)\)', text, re.MULTILINE)
-    words = {word.strip(' "') for line in named for word in line.split("|")}
-    assert words - {"", "policy"} == without
-
-
-def _operands(parser: argparse.ArgumentParser) -> list[str]:
-    return [action.dest for action in parser._actions if not action.option_strings]
+def test_bash_completes_every_option_of_every_command(
+    path: tuple[str, ...], scripts: dict[str, Path]
+) -> None:
+    assert complete(" ".join(("vchan", *path, "-")), scripts) == options(PARSERS[path])
 
 
 @needs_bash
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("vchan policy check ", set(KINDS)),
-        ("vchan policy check --dir /tmp no", {"notify"}),
-        ("vchan policy check --vm name=x li", {"listen"}),
-        ("vchan policy check listen ", set()),
-        ("vchan policy lint ", set()),
-        ("vchan --timeout 3 pol", {"policy"}),
-    ],
+    "path", [path for path, each in PARSERS.items() if commands_of(each)], ids=" ".join
 )
-def test_what_the_policys_commands_take(line: str, expected: set[str]) -> None:
-    assert complete(line) == expected
+def test_bash_completes_every_command(path: tuple[str, ...], scripts: dict[str, Path]) -> None:
+    below = set(commands_of(PARSERS[path]))
+    assert complete(" ".join(("vchan", *path, "")), scripts) == below
+
+
+@needs_bash
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_bash_completes_what_arguments_take(
+    line: str, expected: set[str], scripts: dict[str, Path]
+) -> None:
+    assert complete(line, scripts) == expected
+
+
+@needs_bash
+def test_bash_proposes_nothing_where_nothing_is_known(scripts: dict[str, Path]) -> None:
+    for line in (
+        "vchan policy check listen ",
+        "vchan policy lint ",
+        "vchan list ",
+        "vchan call db ",
+    ):
+        assert complete(line, scripts) == set()
+
+
+@needs_bash
+def test_bash_completes_files(scripts: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.conf").touch()
+    for option in ("--socket", "--config-file"):
+        line = f"vchan doctor {option} {tmp_path}/a."
+        assert complete(line, scripts) == {f"{tmp_path}/a.conf"}
+
+
+# ---------------------------------------------------------------- fish
+
+
+def fish(line: str, scripts: dict[str, Path]) -> set[str]:
+    command = f"source {scripts['fish']}; complete -C '{line}'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", command],
+        env=environment(scripts),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return {found.partition("\t")[0] for found in done.stdout.splitlines()}
+
+
+@needs_fish
+def test_fish_completes_every_command_and_option(scripts: dict[str, Path]) -> None:
+    for path, parser in PARSERS.items():
+        found = fish(" ".join(("vchan", *path, "--")), scripts)
+        assert found == {word for word in options(parser) if word.startswith("--")}, path
+        below = set(commands_of(parser))
+        if below:
+            assert fish(" ".join(("vchan", *path, "")), scripts) == below
+
+
+@needs_fish
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_fish_completes_what_arguments_take(
+    line: str, expected: set[str], scripts: dict[str, Path]
+) -> None:
+    assert fish(line, scripts) == expected
+
+
+# ---------------------------------------------------------------- zsh
+
+
+class Zsh:
+    """A shell on a terminal of its own, with nothing but our completion."""
+
+    def __init__(self, scripts: dict[str, Path]) -> None:
+        self._scripts = scripts
+        self._line = scripts["zsh"].parent / "line"
+        pid, self._fd = pty.fork()
+        if pid == 0:
+            where = environment(scripts) | {"TERM": "dumb", "ZDOTDIR": "/nonexistent"}
+            os.execvpe("zsh", ["zsh", "-f", "-i"], where)
+        self._pid = pid
+
+    def __enter__(self) -> Zsh:
+        for line in (
+            "stty -echo cols 500 rows 100; PS1=; PS2=; unsetopt zle_bracketed_paste; LISTMAX=0",
+            f"autoload -U compinit; compinit -u -D; source {self._scripts['zsh']}",
+            "unsetopt always_last_prompt",
+            f'show() {{ BUFFER="$(<{self._line})"; CURSOR=$#BUFFER; zle list-choices; zle -R;'
+            "BUFFER=; zle -I; print -r -- li''sted }; zle -N show; bindkey '^T' show",
+            "print -r -- re''ady",
+        ):
+            os.write(self._fd, line.encode() + b"\n")
+        self.read_until("ready")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        os.waitpid(self._pid, 0)
+
+    def read_until(self, mark: str) -> str:
+        text = ""
+        deadline_s = time.monotonic() + WAIT_S
+        while mark not in text:
+            assert time.monotonic() < deadline_s, text
+            if select.select([self._fd], [], [], 1)[0]:
+                text += os.read(self._fd, 65536).decode(errors="replace")
+        return text
+
+    def complete(self, line: str) -> set[str]:
+        """The words that are listed after a line, or that it is completed to."""
+        self._line.write_text(line)
+        os.write(self._fd, b"\x14")
+        listed = self.read_until("listed")
+        return set(re.findall(r"[\w-]+", listed))
+
+
+@pytest.fixture(scope="module")
+def zsh(scripts: dict[str, Path]) -> Iterator[Zsh]:
+    with Zsh(scripts) as shell:
+        yield shell
+
+
+@needs_zsh
+def test_zsh_completes_every_command_and_option(zsh: Zsh) -> None:
+    for path, parser in PARSERS.items():
+        words = " ".join(("vchan", *path, "-"))
+        assert options(parser) - {"-h", "--help"} <= zsh.complete(words), path
+        below = set(commands_of(parser))
+        if below:
+            assert below <= zsh.complete(" ".join(("vchan", *path, "")))
+
+
+@needs_zsh
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_zsh_completes_what_arguments_take(line: str, expected: set[str], zsh: Zsh) -> None:
+    if len(expected) > 1:  # one alone is not listed
+        assert expected <= zsh.complete(line)
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_command_prints_them(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["completion", shell]) == cli.EXIT_OK
+    assert capsys.readouterr().out == script(shell, build_parser())
+
+
+def test_kinds_are_the_policys() -> None:
+    assert set(KINDS) == {str(kind) for kind in rules.KINDS}
 
 
 def test_every_daemon_is_completed() -> None:

@@ -1,21 +1,27 @@
-"""The conductor's desk: what is handed in, who may, and how much."""
+"""The conductor's admission: what is handed in, who may, and how much."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vchan.conductor import desk
-from vchan.conductor.desk import Desk, Handed, read
+from vchan.conductor import admission as admission
+from vchan.conductor import config
+from vchan.conductor.admission import Admission, Handed, read
 from vchan.errors import ConfigError
-from vchan.host.audit_record import REFUSED
-from vchan.host.envelope import EnvelopeError
-from vchan.host.gate import VmGate
-from vchan.host.identity import build_context
-from vchan.host.policy import Ask, Effect, Facts, Kind, Policy, parse
-from vchan.host.upward_envelope import Invocation
-from vchan.messages import CALL, Request, Topic
+from vchan.host.oslo_wire.envelope import EnvelopeError
+from vchan.host.oslo_wire.upward_envelope import Asked
+from vchan.host.policy.audit_record import REFUSED
+from vchan.host.policy.guest_context import build_context
+from vchan.host.policy.rule_parser import parse
+from vchan.host.policy.rules import Ask, Effect, Facts, Kind, Policy
+from vchan.host.threads import EXIT_SOFTWARE
+from vchan.host.vm.gate import VmGate
+from vchan.rpc.messages import CALL, Request, Topic
 
 VM = Facts("b1b1f4b2-0000-4000-8000-000000000001", "vm", "project-1", "user", "m1", "image")
 ID = bytes(range(16))
@@ -29,7 +35,7 @@ def handed_in(
     gate = VmGate(facts, Policy, lambda *_: None, lambda *_: {}, Topic("openstack", "vchan"))
     request = Request(ID, CALL, 5000, 1500, "nova", "topic", "server", b"{}")
     args = changes.pop("args", {"x": 1})
-    made = gate.conduct(Invocation(ask, args, "1.2", {}), request)
+    made = gate.conduct(Asked(ask, args, "1.2", {}), request)
     assert made.ask.method == kind.value
     context = build_context({}, facts, frozenset(), host="compute-1")
     return kind, {**context, **changes.pop("context", {})}, {**made.args, **changes}
@@ -97,8 +103,8 @@ class TestRead:
             read(*handed_in(Kind.NOTIFY, method="system"))
 
 
-def make_desk(policy: str = "call,cast any any allow", **limits: Any) -> Desk:
-    return Desk(parse([("p", policy)]), **{"requests_per_s": 10.0, "calls_max": 2, **limits})
+def make_desk(policy: str = "call,cast any any allow", **limits: Any) -> Admission:
+    return Admission(parse([("p", policy)]), **{"requests_per_s": 10.0, "calls_max": 2, **limits})
 
 
 class TestDesk:
@@ -118,35 +124,35 @@ class TestDesk:
         assert record.request_id == ID
 
     def test_calls_of_a_project_from_all_its_vms(self) -> None:
-        desk = make_desk()
+        admission = make_desk()
         calls = [request_of(number=number) for number in range(3)]
-        verdicts = [desk.judge(call, 0.0) for call in calls]
+        verdicts = [admission.judge(call, 0.0) for call in calls]
         assert [each.verdict for each in verdicts] == ["allow", "allow", REFUSED]
         assert verdicts[2].rule == "project_calls"
-        assert desk.judge(request_of(kind=Kind.CAST), 0.0).verdict == "allow"
-        assert desk.judge(request_of("project-2"), 0.0).verdict == "allow"
-        desk.call_over(calls[0])
-        assert desk.judge(calls[2], 0.0).verdict == "allow"
+        assert admission.judge(request_of(kind=Kind.CAST), 0.0).verdict == "allow"
+        assert admission.judge(request_of("project-2"), 0.0).verdict == "allow"
+        admission.call_over(calls[0])
+        assert admission.judge(calls[2], 0.0).verdict == "allow"
 
     def test_the_rate_of_a_project(self) -> None:
-        desk = make_desk(requests_per_s=5.0)
+        admission = make_desk(requests_per_s=5.0)
         cast = request_of(kind=Kind.CAST)
-        burst = [desk.judge(cast, 0.0).verdict for _ in range(11)]
+        burst = [admission.judge(cast, 0.0).verdict for _ in range(11)]
         assert burst == ["allow"] * 10 + [REFUSED]
-        assert desk.judge(cast, 0.1).rule == "project_requests_per_s"
-        assert desk.judge(cast, 0.3).verdict == "allow"
-        assert desk.judge(request_of("project-2", Kind.CAST), 0.0).verdict == "allow"
+        assert admission.judge(cast, 0.1).rule == "project_requests_per_s"
+        assert admission.judge(cast, 0.3).verdict == "allow"
+        assert admission.judge(request_of("project-2", Kind.CAST), 0.0).verdict == "allow"
 
     def test_what_is_refused_takes_no_place(self) -> None:
-        desk = make_desk(requests_per_s=0.5)
-        assert desk.judge(request_of(), 0.0).verdict == "allow"
-        assert desk.judge(request_of(), 0.0).rule == "project_requests_per_s"
-        assert desk._projects["project-1"].calls == 1
+        admission = make_desk(requests_per_s=0.5)
+        assert admission.judge(request_of(), 0.0).verdict == "allow"
+        assert admission.judge(request_of(), 0.0).rule == "project_requests_per_s"
+        assert admission._projects["project-1"].calls == 1
 
     def test_projects_are_forgotten_but_for_those_that_wait(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(desk, "PROJECTS_MAX", 3)
+        monkeypatch.setattr(admission, "PROJECTS_MAX", 3)
         known = make_desk()
         waiting = request_of("waits")
         known.judge(waiting, 0.0)
@@ -169,3 +175,31 @@ class TestConfig:
         file.write_text("[vchan_conductor]\nguest_context_allow = is_admin\n")
         with pytest.raises(ConfigError, match="no guest may set it"):
             config.load(["--config-file", str(file)])
+
+
+def test_a_conductor_that_cannot_serve_ends_and_says_why(tmp_path: Path) -> None:
+    """Its server starts on a thread of its own: what is unexpected there must not die with it."""
+    (tmp_path / "conductor.conf").write_text(
+        f"[DEFAULT]\ntransport_url = fake://\n[{config.GROUP}]\n"
+        f"policy_dir = {tmp_path}\naudit_log = -\n"
+    )
+    script = f"""
+import sys
+from vchan.conductor import daemon
+class Broken(daemon.Conductor):
+    def _make_server(self):
+        return self
+    def start(self, threads):
+        raise ZeroDivisionError("as asked")
+daemon.Conductor = Broken
+sys.argv = ["vchan-conductor", "--config-file", "{tmp_path}/conductor.conf"]
+daemon.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == EXIT_SOFTWARE, done.stdout + done.stderr
+    assert (
+        "vchan-conductor ends: thread vchan-start: ZeroDivisionError" in done.stdout + done.stderr
+    )
+    assert "ZeroDivisionError: as asked" in done.stdout + done.stderr

@@ -14,10 +14,12 @@ pytest.importorskip("oslo_messaging", reason="oslo.messaging is not installed")
 
 from oslo_config import cfg
 
-from vchan.conductor import config as conductor_config
-from vchan.guest import daemon, http, zeromq
+from tests import docs
+from vchan.gateways import http, zeromq
+from vchan.guest import daemon
 from vchan.guest.port import KINDS
-from vchan.host import broker_config, config
+from vchan.host import config
+from vchan.host.broker import config as broker_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,12 +43,9 @@ def in_code(text: str) -> set[str]:
     return set(re.findall(r"[\w.-]+", " ".join(re.findall(r"`([^`]+)`", text))))
 
 
-def test_the_documents_have_every_option() -> None:
-    host = in_code((ROOT / "docs" / "host.md").read_text())
-    assert names(config.OPTIONS) - host == set()
-    assert set(broker_config.HONOURED) - host == set()
-    conductor = in_code((ROOT / "docs" / "conductor.md").read_text())
-    assert names(conductor_config.OPTIONS) - conductor == set()
+def test_the_documents_have_every_option_of_the_brokers() -> None:
+    broker = in_code((ROOT / "docs" / "broker.md").read_text())
+    assert set(broker_config.HONOURED) - broker == set()
 
 
 def test_the_documents_have_every_option_of_a_guests_programs() -> None:
@@ -106,3 +105,26 @@ def test_the_brokers_options_are_those_that_are_read(monkeypatch: pytest.MonkeyP
     conf([], default_config_files=[], default_config_dirs=[])
     broker_config.BrokerConfig.from_oslo(conf)
     assert read == set(broker_config.HONOURED)
+
+
+def test_the_manual_has_every_exit_status() -> None:
+    page = (ROOT / "packaging" / "man" / "vchan-host.8").read_text()
+    section = page.partition(".Sh EXIT STATUS\n")[2].partition(".Sh ")[0]
+    said = [int(number) for number in re.findall(r"(?m)^\.It (\d+)$", section)]
+    assert said == [status.number for status in docs.exit_statuses("vchan.host.daemon")]
+
+
+PUT_TOGETHER = {"refused by the host", "vchan-host ends"}
+"""Parts of a log's lines that the code makes of two."""
+
+
+def test_each_line_of_a_log_that_the_documents_explain_is_one_that_a_daemon_writes() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"(?m)^\| (`.*?) \|", page.partition("## By line of the host's log")[2])
+    assert len(rows) >= 20
+    code = "".join(file.read_text() for file in sorted((ROOT / "vchan").rglob("*.py")))
+    code = re.sub(r'"\n\s*f?"', "", code)
+    for line in (line for row in rows for line in re.findall(r"`([^`]+)`", row)):
+        fixed = [part.strip(" :;()") for part in re.split(r"\b[A-Z_]{2,}\b", line)]
+        missing = [part for part in fixed if len(part) > 2 and part not in code]
+        assert set(missing) <= PUT_TOGETHER, line

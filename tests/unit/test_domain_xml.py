@@ -1,13 +1,15 @@
 """domain_xml: facts from libvirt's XML, the XML that attaches a channel, the selection."""
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.sax import saxutils
 
 import pytest
 
 from vchan.errors import ConfigError, LimitExceeded
-from vchan.host import domain_xml
-from vchan.host.domain_xml import (
+from vchan.host.hypervisor import domain_xml
+from vchan.host.hypervisor.domain_xml import (
     ALIAS,
     METADATA_KEYS,
     TARGET_NAME,
@@ -16,8 +18,11 @@ from vchan.host.domain_xml import (
     DomainState,
     DomainXmlError,
     Selection,
+    alias_of,
     channel_xml,
     domain_facts,
+    find_channel_element,
+    free_alias,
 )
 
 SNIPPETS = Path(__file__).parents[2] / "libvirt"
@@ -77,7 +82,6 @@ def test_a_running_domain_with_its_channel() -> None:
         name="vm1",
         state=DomainState.RUNNING,
         channel_path=PATH,
-        channel_alias=ALIAS,
         guest_opened=True,
         has_controller=True,
         configured=True,
@@ -97,7 +101,6 @@ def test_a_domain_that_is_off_has_no_live_channel() -> None:
     facts = domain_facts(xml, xml, state=DomainState.SHUTOFF)
     assert (facts.active, facts.configured, facts.persistent) == (False, True, True)
     assert (facts.channel_path, facts.has_controller) == (None, False)
-    assert facts.channel_alias == ALIAS
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_whether_the_guest_has_opened_the_port(state: str, opened: bool | None) 
 )
 def test_a_channel_of_another_kind_has_no_path(channel: str) -> None:
     facts = facts_of(domain(channel), domain(channel, live=False))
-    assert (facts.channel_path, facts.channel_alias, facts.configured) == (None, None, True)
+    assert (facts.channel_path, facts.configured) == (None, True)
 
 
 def test_channels_that_are_not_ours_are_passed_over() -> None:
@@ -201,6 +204,56 @@ def test_xml_over_the_limit_is_refused() -> None:
         facts_of(" " * (XML_CHARS_MAX + 1))
 
 
+NOTES = [
+    "<!DOCTYPE html><p>a note</p>",
+    "<!DOCTYPE x [<!ENTITY a 'b'>]>",
+    "<devices><channel type='unix'><source mode='bind' path='/forged'/>"
+    f"<target type='virtio' name='{TARGET_NAME}'/></channel></devices>",
+    "</domain>",
+    "<?xml version='1.0'?><!ENTITY x SYSTEM 'file:///etc/passwd'>",
+]
+
+
+@pytest.mark.parametrize("note", NOTES)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "<a:n xmlns:a='urn:x'><![CDATA[{}]]></a:n>",
+        "<a:n xmlns:a='urn:x'><!-- {} --></a:n>",
+        "<a:n xmlns:a='urn:x'><?note {} ?></a:n>",
+        "<a:n xmlns:a='urn:x' said=\"{escaped}\">{escaped}</a:n>",
+    ],
+    ids=["cdata", "comment", "instruction", "text"],
+)
+def test_what_stands_in_texts_is_text(note: str, form: str) -> None:
+    if "instruction" in form or "?note" in form:
+        note = note.replace("?>", "")
+    text = form.format(note, escaped=saxutils.escape(note, {'"': "&quot;"}))
+    plain = domain(CONTROLLER + LIVE_CHANNEL)
+    noted = domain(CONTROLLER + LIVE_CHANNEL, metadata=text)
+    assert facts_of(noted, noted) == facts_of(plain, plain)
+
+
+@pytest.mark.parametrize(
+    "prolog",
+    [
+        "<!DOCTYPE domain>",
+        "<!DOCTYPE domain [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;'>]>",
+        "<!DOCTYPE domain SYSTEM 'http://example.invalid/x.dtd'>",
+        "<?xml version='1.0'?> <!-- c --> <!DOCTYPE\ndomain>",
+    ],
+)
+def test_a_document_type_is_refused(prolog: str) -> None:
+    with pytest.raises(DomainXmlError, match="has a document type"):
+        facts_of(prolog + domain(LIVE_CHANNEL))
+
+
+@pytest.mark.parametrize("xml", ["", "<domain>", "<domain>\x00</domain>", "<domain>&x;</domain>"])
+def test_what_cannot_be_parsed_is_an_error_of_its_own(xml: str) -> None:
+    with pytest.raises(DomainXmlError, match="cannot be parsed"):
+        facts_of(xml)
+
+
 # --- the channel's XML ------------------------------------------------------------------------
 
 
@@ -223,8 +276,38 @@ def test_channel_xml_quotes_what_it_is_given() -> None:
     ]
 
 
-def test_alias_is_one_that_libvirt_keeps() -> None:
-    assert ALIAS.startswith("ua-")
+NAMES = ["com.example.vchan.0", "com.example-vchan.0", "com example vchan 0", "x" * 64, "\xe9"]
+
+
+def test_aliases_are_such_that_libvirt_keeps_and_one_each() -> None:
+    assert alias_of(TARGET_NAME) == ALIAS
+    aliases = [alias_of(name) for name in (TARGET_NAME, *NAMES)]
+    assert len(set(aliases)) == len(aliases)
+    assert all(re.fullmatch(r"ua-[A-Za-z0-9_-]{1,60}", alias) for alias in aliases)
+    assert f"'{alias_of(NAMES[0])}'" in channel_xml(NAMES[0]).replace('"', "'")
+
+
+def test_an_alias_that_something_else_has_is_not_given_again() -> None:
+    """An older vchan gave every channel this one, whatever its name."""
+    other = channel_xml("com.example.vchan.0", alias=ALIAS)
+    assert free_alias(domain(other), TARGET_NAME) is None
+    assert free_alias(domain(other), "com.example.vchan.0") == alias_of("com.example.vchan.0")
+    disk = f"<disk type='file'><alias name='{ALIAS}'/></disk>"
+    assert free_alias(domain(disk), TARGET_NAME) is None
+    assert free_alias(domain(AGENT_CHANNEL), TARGET_NAME) == ALIAS
+
+
+def test_a_channel_is_found_in_each_definition_as_it_stands_there() -> None:
+    live = find_channel_element(domain(AGENT_CHANNEL + LIVE_CHANNEL), TARGET_NAME)
+    assert live is not None
+    assert live.alias == "ua-vchan0" and live.has_own_alias
+    assert PATH in live.xml and live.xml.startswith("<channel") and live.xml.endswith("</channel>")
+    bare = channel_xml(alias=None, path="/fixed").replace("/>", ">", 0)
+    next_boot = find_channel_element(domain(AGENT_CHANNEL + bare, live=False), TARGET_NAME)
+    assert next_boot is not None
+    assert next_boot.alias is None and not next_boot.has_own_alias
+    assert "/fixed" in next_boot.xml
+    assert find_channel_element(domain(AGENT_CHANNEL), TARGET_NAME) is None
 
 
 # --- the snippets in libvirt/ -----------------------------------------------------------------
@@ -241,7 +324,6 @@ def test_snippets_with_path_and_controller() -> None:
     path = SNIPPETS / "channel-with-path.xml"
     facts = facts_of(domain((SNIPPETS / "controller.xml").read_text() + path.read_text()))
     assert facts.has_controller
-    assert facts.channel_alias == ALIAS
     assert (facts.channel_path or "").startswith("/")
 
 
@@ -249,7 +331,6 @@ def test_example_domain() -> None:
     xml = (SNIPPETS / "domain-example.xml").read_text()
     facts = domain_facts(xml, xml, state=DomainState.SHUTOFF)
     assert facts.configured
-    assert facts.channel_alias == ALIAS
 
 
 def test_nova_example() -> None:

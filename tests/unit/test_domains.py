@@ -2,37 +2,40 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vchan.host import domains as domains_module
-from vchan.host.domain_xml import DomainFacts, DomainState, Selection
-from vchan.host.domains import (
+from vchan.host.hypervisor import domains as domains_module
+from vchan.host.hypervisor.domain_xml import DomainFacts, DomainState, Selection
+from vchan.host.hypervisor.domains import (
     ATTACH_RETRY_MAX_S,
     ATTACH_RETRY_MIN_S,
     NO_CONTROLLER_CONFIGURED,
+    NO_CONTROLLER_NOVA,
     NO_CONTROLLER_TRANSIENT,
     Attach,
     AttachDone,
     Changed,
     Connect,
+    Decision,
     DetachDone,
     DomainEvent,
     Domains,
-    Effect,
     Gone,
     Happened,
     Hush,
     HypervisorEvent,
     HypervisorLost,
-    Level,
     Phase,
     Rebooted,
     Release,
     Resync,
+    Situation,
     Speak,
+    Unreadable,
     Warn,
     Why,
 )
@@ -60,10 +63,10 @@ BARE = replace(UNPLUGGED, configured=False)
 BARE_WITHOUT_CONTROLLER = replace(BARE, has_controller=False)
 
 LEVELS = {
-    Level.NO_CHANNEL: OFF,
-    Level.INCOMING: INCOMING,
-    Level.OUTGOING: OUTGOING,
-    Level.HERE: RUNNING,
+    Situation.NO_CHANNEL: OFF,
+    Situation.INCOMING: INCOMING,
+    Situation.OUTGOING: OUTGOING,
+    Situation.HERE: RUNNING,
 }
 
 
@@ -74,34 +77,30 @@ class Host:
         self.domains = Domains(Selection.parse(rules))
         self.now_s = 1000.0
 
-    def receive(self, event: HypervisorEvent) -> list[Effect]:
+    def receive(self, event: HypervisorEvent) -> list[Decision]:
         return self.domains.receive(event, self.now_s)
 
-    def see(self, facts: DomainFacts) -> list[Effect]:
+    def see(self, facts: DomainFacts) -> list[Decision]:
         return self.receive(Changed(facts))
 
-    def happen(self, event: DomainEvent) -> list[Effect]:
+    def happen(self, event: DomainEvent) -> list[Decision]:
         return self.receive(Happened(VM, "vm1", event))
 
-    def resync(self, *facts: DomainFacts) -> list[Effect]:
+    def resync(self, *facts: DomainFacts) -> list[Decision]:
         return self.receive(Resync(facts))
 
-    def wait(self, seconds: float) -> list[Effect]:
+    def wait(self, seconds: float) -> list[Decision]:
         self.now_s += seconds
         return self.domains.handle_timeout(self.now_s)
 
     def phase(self) -> Phase:
-        report = self.domains.report(VM)
-        assert report is not None
-        return report.phase
+        return self.domains.domain(VM).phase
 
     def hypervisor_problem(self) -> str | None:
         return self.domains.hypervisor_problem
 
     def problem(self) -> str | None:
-        report = self.domains.report(VM)
-        assert report is not None
-        return report.problem
+        return self.domains.domain(VM).trouble
 
 
 def host_in(phase: Phase) -> Host:
@@ -125,45 +124,86 @@ def host_in(phase: Phase) -> Host:
     ("reactions", "ignored", "inputs"),
     [
         (domains_module._ON_EDGE, domains_module._IGNORED_EDGES, DomainEvent),
-        (domains_module._ON_LEVEL, domains_module._IGNORED_LEVELS, Level),
+        (domains_module._ON_LEVEL, domains_module._IGNORED_LEVELS, Situation),
     ],
     ids=["edges", "levels"],
 )
 def test_tables_are_complete(
-    reactions: dict[object, object], ignored: dict[object, str], inputs: type[DomainEvent | Level]
+    reactions: dict[object, object],
+    ignored: dict[object, str],
+    inputs: type[DomainEvent | Situation],
 ) -> None:
     assert not reactions.keys() & ignored.keys()
     assert reactions.keys() | ignored.keys() == {(p, i) for p in Phase for i in inputs}
     assert all(ignored.values())
 
 
+def test_every_change_in_every_phase_leads_somewhere_or_cannot_be() -> None:
+    leads, cannot = domains_module._NEXT_PHASE, domains_module._CANNOT_BE
+    assert not leads.keys() & cannot.keys()
+    every = {(phase, change) for phase in Phase for change in get_args(domains_module.PhaseChange)}
+    assert leads.keys() | cannot.keys() == every
+    assert all(cannot.values())
+
+
+def test_every_row_of_the_phases_is_taken_by_some_news() -> None:
+    """None is there that nothing leads to."""
+    taken = set()
+    for phase in Phase:
+        for happened in (*DomainEvent, *LEVELS.values(), Gone(VM, "vm1")):
+            host = host_in(phase)
+            before = phase
+            match happened:
+                case DomainEvent():
+                    decisions = host.happen(happened)
+                case DomainFacts():
+                    decisions = host.see(happened)
+                case _:
+                    decisions = host.receive(happened)
+            for decision in decisions:
+                if isinstance(decision, get_args(domains_module.PhaseChange)):
+                    taken.add((before, type(decision)))
+                    before = domains_module._NEXT_PHASE[before, type(decision)]
+    assert taken == domains_module._NEXT_PHASE.keys()
+
+
+@pytest.mark.parametrize(("phase", "change"), sorted(domains_module._CANNOT_BE, key=str))
+def test_a_change_that_cannot_be_is_none(phase: Phase, change: type[Decision]) -> None:
+    domain = host_in(phase).domains.domain(VM)
+    of = {Connect: Connect(VM, PATH), Release: Release(VM, Why.GONE)}
+    made: Any = of.get(change) or change(VM)  # type: ignore[call-arg]
+    with pytest.raises(KeyError):
+        domain.change(made)
+    assert domain.phase is phase
+
+
 CONNECT, SPEAK, HUSH = Connect(VM, PATH), Speak(VM), Hush(VM)
 
 
 @pytest.mark.parametrize(
-    ("phase", "level", "after", "effects"),
+    ("phase", "level", "after", "decisions"),
     [
-        (Phase.IDLE, Level.NO_CHANNEL, Phase.IDLE, []),
-        (Phase.IDLE, Level.INCOMING, Phase.ARRIVING, [CONNECT]),
-        (Phase.IDLE, Level.OUTGOING, Phase.LEAVING, [CONNECT]),
-        (Phase.IDLE, Level.HERE, Phase.SERVING, [CONNECT, SPEAK]),
-        (Phase.ARRIVING, Level.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.ARRIVAL_FAILED)]),
-        (Phase.ARRIVING, Level.INCOMING, Phase.ARRIVING, []),
-        (Phase.ARRIVING, Level.OUTGOING, Phase.LEAVING, []),
-        (Phase.ARRIVING, Level.HERE, Phase.SERVING, [SPEAK]),
-        (Phase.SERVING, Level.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.STOPPED)]),
-        (Phase.SERVING, Level.INCOMING, Phase.SERVING, []),
-        (Phase.SERVING, Level.OUTGOING, Phase.LEAVING, [HUSH]),
-        (Phase.SERVING, Level.HERE, Phase.SERVING, []),
-        (Phase.LEAVING, Level.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.MIGRATED)]),
-        (Phase.LEAVING, Level.INCOMING, Phase.LEAVING, []),
-        (Phase.LEAVING, Level.OUTGOING, Phase.LEAVING, []),
-        (Phase.LEAVING, Level.HERE, Phase.SERVING, [SPEAK]),
+        (Phase.IDLE, Situation.NO_CHANNEL, Phase.IDLE, []),
+        (Phase.IDLE, Situation.INCOMING, Phase.ARRIVING, [CONNECT]),
+        (Phase.IDLE, Situation.OUTGOING, Phase.LEAVING, [CONNECT, HUSH]),
+        (Phase.IDLE, Situation.HERE, Phase.SERVING, [CONNECT, SPEAK]),
+        (Phase.ARRIVING, Situation.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.ARRIVAL_FAILED)]),
+        (Phase.ARRIVING, Situation.INCOMING, Phase.ARRIVING, []),
+        (Phase.ARRIVING, Situation.OUTGOING, Phase.LEAVING, [HUSH]),
+        (Phase.ARRIVING, Situation.HERE, Phase.SERVING, [SPEAK]),
+        (Phase.SERVING, Situation.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.STOPPED)]),
+        (Phase.SERVING, Situation.INCOMING, Phase.SERVING, []),
+        (Phase.SERVING, Situation.OUTGOING, Phase.LEAVING, [HUSH]),
+        (Phase.SERVING, Situation.HERE, Phase.SERVING, []),
+        (Phase.LEAVING, Situation.NO_CHANNEL, Phase.IDLE, [Release(VM, Why.MIGRATED)]),
+        (Phase.LEAVING, Situation.INCOMING, Phase.LEAVING, []),
+        (Phase.LEAVING, Situation.OUTGOING, Phase.LEAVING, []),
+        (Phase.LEAVING, Situation.HERE, Phase.SERVING, [SPEAK]),
     ],
 )
-def test_levels(phase: Phase, level: Level, after: Phase, effects: list[Effect]) -> None:
+def test_levels(phase: Phase, level: Situation, after: Phase, decisions: list[Decision]) -> None:
     host = host_in(phase)
-    assert host.see(LEVELS[level]) == effects
+    assert host.see(LEVELS[level]) == decisions
     assert host.phase() is after
 
 
@@ -176,7 +216,7 @@ STOPPED = {
 RESUMED = (DomainEvent.RESUMED, DomainEvent.RESUMED_MIGRATED, DomainEvent.RESUMED_POSTCOPY)
 
 
-def expected_of_edge(phase: Phase, event: DomainEvent) -> tuple[Phase, list[Effect]]:
+def expected_of_edge(phase: Phase, event: DomainEvent) -> tuple[Phase, list[Decision]]:
     if event in STOPPED and phase is not Phase.IDLE:
         why = Why.ARRIVAL_FAILED if phase is Phase.ARRIVING else STOPPED[event]
         return Phase.IDLE, [Release(VM, why)]
@@ -193,8 +233,8 @@ def expected_of_edge(phase: Phase, event: DomainEvent) -> tuple[Phase, list[Effe
 @pytest.mark.parametrize("event", DomainEvent)
 def test_edges(phase: Phase, event: DomainEvent) -> None:
     host = host_in(phase)
-    after, effects = expected_of_edge(phase, event)
-    assert host.happen(event) == effects
+    after, decisions = expected_of_edge(phase, event)
+    assert host.happen(event) == decisions
     assert host.phase() is after
 
 
@@ -202,8 +242,7 @@ def test_edges(phase: Phase, event: DomainEvent) -> None:
 def test_edges_of_an_unknown_domain_do_nothing(event: DomainEvent) -> None:
     host = Host("*")
     assert host.happen(event) == []
-    assert host.domains.reports() == ()
-    assert host.domains.report(VM) is None
+    assert host.domains.all() == ()
     assert host.domains.next_timeout() is None
 
 
@@ -217,7 +256,7 @@ def test_migration_seen_by_the_source() -> None:
     assert host.see(OUTGOING) == []
     assert host.happen(DomainEvent.STOPPED_MIGRATED) == [Release(VM, Why.MIGRATED)]
     assert host.receive(Gone(VM, "vm1")) == []
-    assert host.domains.reports() == ()
+    assert host.domains.all() == ()
 
 
 def test_migration_that_fails_at_the_end_seen_by_the_source() -> None:
@@ -306,9 +345,10 @@ def test_daemon_starts_with_domains_of_every_kind() -> None:
         Speak("paused"),
         Connect("in", PATH),
         Connect("out", PATH),
+        Hush("out"),
     ]
     assert host.hypervisor_problem() is None
-    assert [report.facts.name for report in host.domains.reports()] == list(names)
+    assert [domain.known.name for domain in host.domains.all()] == list(names)
 
 
 def test_save_and_restore() -> None:
@@ -363,7 +403,7 @@ def test_undefining_a_running_domain_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "effects"),
+    ("phase", "decisions"),
     [
         (Phase.IDLE, []),
         (Phase.ARRIVING, [Release(VM, Why.ARRIVAL_FAILED)]),
@@ -371,11 +411,11 @@ def test_undefining_a_running_domain_changes_nothing() -> None:
         (Phase.LEAVING, [Release(VM, Why.MIGRATED)]),
     ],
 )
-def test_gone_and_missing_at_a_resync(phase: Phase, effects: list[Effect]) -> None:
+def test_gone_and_missing_at_a_resync(phase: Phase, decisions: list[Decision]) -> None:
     for event in (Gone(VM, "vm1"), Resync(())):
         host = host_in(phase)
-        assert host.receive(event) == effects
-        assert host.domains.reports() == ()
+        assert host.receive(event) == decisions
+        assert host.domains.all() == ()
     assert Host().receive(Gone(VM, "vm1")) == []
 
 
@@ -394,6 +434,64 @@ def test_what_was_announced_before_libvirtd_restarted_is_forgotten() -> None:
     assert host.see(PAUSED) == [CONNECT]
     host.receive(HypervisorLost("it was killed"))
     assert host.resync(PAUSED) == [SPEAK]
+
+
+# --- what cannot be read ----------------------------------------------------------------------
+
+UNREAD = Unreadable(VM, "vm1", "it is busy")
+PROBLEM = "libvirt has this domain, and it could not be read: it is busy"
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_what_cannot_be_read_stays_what_it_was(phase: Phase) -> None:
+    """Whether libvirt is asked for one, or for all when it comes back."""
+    for event in (UNREAD, Resync((), (UNREAD,))):
+        host = host_in(phase)
+        if isinstance(event, Resync):
+            host.receive(HypervisorLost("it was killed"))
+        assert host.receive(event) == [Warn(VM, "vm1", PROBLEM)]
+        assert host.phase() is phase
+        assert host.problem() == PROBLEM
+        assert host.receive(event) == []  # once is enough
+        other = replace(UNREAD, reason="permission denied")
+        assert len(host.receive(other)) == 1
+
+
+def test_what_was_never_read_is_listed_with_its_reason() -> None:
+    host = Host("*")
+    host.resync(replace(RUNNING, uuid=OTHER_VM))
+    host.receive(UNREAD)
+    domain = host.domains.domain(VM)
+    assert (domain.known.name, domain.known.state) == ("vm1", DomainState.UNKNOWN)
+    assert domain.trouble == PROBLEM
+    assert len(host.domains.all()) == 2
+    assert host.wait(1000.0) == []  # nothing is attached to what is not known
+
+
+def test_facts_end_it() -> None:
+    host = Host()
+    host.receive(UNREAD)
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+    assert host.problem() is None
+    host.receive(UNREAD)
+    assert host.see(OFF) == [Release(VM, Why.STOPPED)]
+
+
+def test_an_edge_counts_also_for_what_cannot_be_read() -> None:
+    host = host_in(Phase.SERVING)
+    host.receive(UNREAD)
+    assert host.happen(DomainEvent.STOPPED) == [Release(VM, Why.STOPPED)]
+    assert host.receive(Gone(VM, "vm1")) == []
+    assert host.domains.all() == ()
+
+
+def test_a_known_socket_is_served_though_nothing_else_is_known() -> None:
+    host = Host()
+    known = replace(UNREAD, channel_path=PATH)
+    assert host.receive(known) == [Warn(VM, "vm1", PROBLEM), CONNECT, SPEAK]
+    assert host.receive(known) == []
+    assert host.see(RUNNING) == []  # the same
+    assert host.phase() is Phase.SERVING
 
 
 # --- attaching --------------------------------------------------------------------------------
@@ -465,6 +563,15 @@ def test_attach_for_the_next_boot_alone() -> None:
     assert host.see(RUNNING) == [CONNECT, SPEAK]
 
 
+def test_without_a_controller_nova_s_next_boot_brings_none() -> None:
+    facts = replace(BARE_WITHOUT_CONTROLLER, configured=True, metadata={"name": "db-1"})
+    told = NO_CONTROLLER_NOVA.format(uuid=VM)
+    assert "nova-manage image_property set " + VM in told
+    host = Host("*")
+    assert host.see(facts) == [Warn(VM, "vm1", told)]
+    assert host.problem() == told
+
+
 def test_transient_domain_without_controller() -> None:
     facts = replace(BARE_WITHOUT_CONTROLLER, persistent=False)
     assert Host("*").see(facts) == [Warn(VM, "vm1", NO_CONTROLLER_TRANSIENT)]
@@ -475,7 +582,7 @@ def test_failing_attaches_are_tried_ever_more_slowly() -> None:
     host = Host("*")
     host.see(BARE)
     delay_s = ATTACH_RETRY_MIN_S
-    warnings: list[Effect] = []
+    warnings: list[Decision] = []
     for _ in range(20):
         warnings += host.receive(AttachDone(VM, live=False, config=False, problem="busy"))
         assert host.see(BARE) == []
@@ -534,22 +641,14 @@ def test_problem_of_a_domain_without_facts() -> None:
     assert host.receive(DetachDone(VM, "no")) == [Warn(VM, "", "no")]
 
 
-def test_another_selection() -> None:
-    host = Host()
-    host.happen(DomainEvent.STARTED_INCOMING)
-    host.receive(Changed(replace(BARE, uuid=OTHER_VM)))
-    host.receive(Changed(replace(RUNNING, uuid="served")))
-    assert host.domains.select(Selection.parse(["*"]), host.now_s) == [Attach(OTHER_VM)]
-
-
 # --- any history ------------------------------------------------------------------------------
 
 
-def check_effects(effects: Sequence[Effect], uuid: str) -> None:
+def check_effects(decisions: Sequence[Decision], uuid: str) -> None:
     """What a daemon may rely on: connected from Connect to Release, spoken from Speak to Hush."""
     connected = spoken = False
-    for effect in effects:
-        match effect:
+    for decision in decisions:
+        match decision:
             case Connect(uuid=of) if of == uuid:
                 assert not connected
                 connected, spoken = True, False
@@ -558,7 +657,7 @@ def check_effects(effects: Sequence[Effect], uuid: str) -> None:
                 assert not spoken
                 spoken = True
             case Hush(uuid=of) if of == uuid:
-                assert spoken
+                assert connected
                 spoken = False
             case Release(uuid=of) if of == uuid:
                 assert connected
@@ -574,6 +673,8 @@ EVENTS = st.one_of(
     st.builds(Happened, st.just(VM), st.just("vm1"), st.sampled_from(DomainEvent)),
     st.just(Gone(VM, "vm1")),
     st.just(HypervisorLost("gone")),
+    st.builds(Unreadable, st.just(VM), st.just("vm1"), st.just("busy"), st.none() | st.just(PATH)),
+    st.just(Resync((), (Unreadable(VM, "vm1", "busy"),))),
     st.just(Resync(())),
     st.builds(lambda facts: Resync((facts,)), FACTS),
     st.builds(AttachDone, st.just(VM), st.booleans(), st.booleans(), st.none() | st.just("busy")),
@@ -585,14 +686,14 @@ EVENTS = st.one_of(
 @given(st.lists(EVENTS, max_size=30))
 def test_any_history(history: list[HypervisorEvent | float]) -> None:
     host = Host("*")
-    effects: list[Effect] = []
+    decisions: list[Decision] = []
     for event in history:
-        effects += host.wait(event) if isinstance(event, float) else host.receive(event)
-        check_effects(effects, VM)
+        decisions += host.wait(event) if isinstance(event, float) else host.receive(event)
+        check_effects(decisions, VM)
     # Whatever was missed or came late, the next whole truth puts it right.
-    effects += host.resync(RUNNING)
-    check_effects(effects, VM)
+    decisions += host.resync(RUNNING)
+    check_effects(decisions, VM)
     assert host.phase() is Phase.SERVING
-    effects += host.resync(OFF)
-    check_effects(effects, VM)
+    decisions += host.resync(OFF)
+    check_effects(decisions, VM)
     assert host.phase() is Phase.IDLE

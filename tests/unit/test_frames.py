@@ -8,9 +8,9 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from vchan import _layout as layout
 from vchan import protocol
-from vchan.frames import (
+from vchan.wire import layout
+from vchan.wire.frames import (
     FLUSH,
     FRAME_BYTES_MAX,
     GREETING_BYTES_MAX,
@@ -205,13 +205,13 @@ def test_a_later_version_may_add_to_a_greeting(greeting: Greeting, more: bytes) 
 
 
 @given(greetings, st.data())
-def test_half_a_greeting_is_none(greeting: Greeting, draw: st.DataObject) -> None:
+def test_a_truncated_greeting_is_rejected(greeting: Greeting, draw: st.DataObject) -> None:
     whole = greeting.encode()
     assert decode_greeting(whole[: draw.draw(st.integers(0, len(whole) - 1))]) is None
 
 
 @given(st.binary(max_size=400))
-def test_any_bytes_may_be_asked_for_a_greeting(payload: bytes) -> None:
+def test_parsing_any_bytes_as_a_greeting_never_raises(payload: bytes) -> None:
     decode_greeting(payload)
 
 
@@ -221,13 +221,13 @@ def plain_greeting(name: str = "", attached: str = "") -> Greeting:
     )
 
 
-def test_a_name_that_is_not_utf8_makes_no_greeting() -> None:
+def test_a_greeting_whose_name_is_not_utf8_is_rejected() -> None:
     whole = plain_greeting("xy").encode()
     assert decode_greeting(whole.replace(b"xy", b"\xff\xff")) is None
 
 
 @pytest.mark.parametrize("cut_by", [1, 3, 4])
-def test_a_greeting_cut_inside_its_names_is_none(cut_by: int) -> None:
+def test_a_greeting_that_ends_inside_its_names_is_rejected(cut_by: int) -> None:
     assert decode_greeting(plain_greeting("ab", "cd").encode()[:-cut_by]) is None
 
 
@@ -243,13 +243,13 @@ def test_long_names_are_cut_at_a_character() -> None:
 
 
 @given(ids, ids, ids)
-def test_both_sides_have_a_part_in_the_keys(host: bytes, guest: bytes, other: bytes) -> None:
+def test_the_keys_depend_on_both_sides_nonces(host: bytes, guest: bytes, other: bytes) -> None:
     keys = session_keys(host, guest)
     assert (session_keys(other, guest) == keys) == (other == host)
     assert (session_keys(host, other) == keys) == (other == guest)
 
 
-def test_the_nonces_words_are_the_seeds() -> None:
+def test_the_seeds_are_made_from_the_nonces() -> None:
     host = bytes(range(16))
     assert session_keys(host, ZERO_ID) == (
         Key(0x00010203, 0x04050607),
@@ -275,7 +275,7 @@ def test_noise_between_frames_is_skipped(sent: list[tuple[Frame, bytes]], sizes:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_half_a_magic_at_a_border_is_not_thrown_away(size: int) -> None:
+def test_the_decoder_keeps_half_a_magic_at_the_end_of_a_read(size: int) -> None:
     noise = b"x" * 60
     stream = noise + ping(7)
     made = decoder()
@@ -284,14 +284,14 @@ def test_half_a_magic_at_a_border_is_not_thrown_away(size: int) -> None:
     assert made.bytes_skipped == len(noise)
 
 
-def test_what_begins_like_a_magic_at_a_border_and_is_none() -> None:
+def test_the_decoder_skips_what_only_begins_like_a_magic_at_the_end_of_a_read() -> None:
     made = decoder()
     noise = b"x" * 60 + protocol.MAGIC[:3] + b"y" + protocol.MAGIC[:1]
     assert [frame.seq for frame in feed(made, [noise[:63], noise[63:], ping(9)])] == [9]
     assert made.bytes_skipped == len(noise)
 
 
-def test_empty_reads_hold_nothing() -> None:
+def test_an_empty_read_yields_no_frame() -> None:
     made = decoder()
     for _ in range(100):
         assert made.receive_data(b"") == []
@@ -332,7 +332,7 @@ def damage(draw: st.DrawFn, stream: bytes) -> bytes:
 
 
 @given(st.lists(frames(), min_size=1, max_size=4), st.data(), chunk_sizes)
-def test_after_damage_and_a_flush_good_frames_come_out(
+def test_the_decoder_finds_the_next_good_frame_after_damage_and_a_flush(
     sent: list[Frame], draw: st.DataObject, sizes: list[int]
 ) -> None:
     hurt = draw.draw(damage(b"".join(map(seal, sent))))
@@ -346,9 +346,7 @@ def test_after_damage_and_a_flush_good_frames_come_out(
 
 
 @given(frames(), st.data())
-def test_a_frame_torn_anywhere_is_completed_by_a_flush_into_a_bad_one(
-    frame: Frame, draw: st.DataObject
-) -> None:
+def test_a_flush_turns_a_torn_frame_into_a_damaged_one(frame: Frame, draw: st.DataObject) -> None:
     whole = seal(frame)
     torn = whole[: draw.draw(st.integers(0, len(whole) - 1))]
     out = feed(decoder(), [torn, FLUSH, ping(5)])
@@ -364,14 +362,14 @@ def test_the_other_half_of_a_torn_frame_is_skipped(frame: Frame, draw: st.DataOb
     assert [got.seq for got in out] == [5]
 
 
-def test_a_damaged_length_never_waits_for_bytes_that_do_not_come() -> None:
+def test_the_decoder_does_not_wait_for_the_bytes_of_a_damaged_length() -> None:
     hurt = bytearray(data(b"x"))
     hurt[10] ^= 0x20  # 8 KiB more
     assert [frame.seq for frame in feed(decoder(), [bytes(hurt), ping(3)])] == [3]
 
 
 @pytest.mark.parametrize("length", [PAYLOAD_BYTES_MAX + 1, 2**32 - 1])
-def test_a_length_over_the_limit_is_no_frame(length: int) -> None:
+def test_a_length_over_the_limit_is_rejected(length: int) -> None:
     header = protocol.FrameHeader.build(
         {
             "kind": layout.KIND_DATA,
@@ -391,7 +389,7 @@ def test_a_length_over_the_limit_is_no_frame(length: int) -> None:
     assert made.bytes_skipped == HEADER_BYTES
 
 
-def test_an_unknown_layout_is_no_frame() -> None:
+def test_an_unknown_layout_is_rejected() -> None:
     header = bytearray(ping(1)[: HEADER_BYTES - 4])
     header[4] = 2
     crc: Any = protocol.Crc
@@ -438,7 +436,7 @@ def test_unsealed_frames_never_decode_without_or_with_a_key() -> None:
     assert feed(decoder(), [stream]) == []
 
 
-def test_what_passes_for_a_greeting_swallows_little_of_what_follows() -> None:
+def test_bytes_that_resemble_a_greeting_hide_few_of_the_frames_behind_them() -> None:
     """The tail of a torn frame may hold a greeting's header that claims much."""
     claim = greeting_frame(bytes(GREETING_BYTES_MAX))[:HEADER_BYTES]
     out = feed(decoder(), [claim, *(ping(n) for n in range(40))])
@@ -474,7 +472,7 @@ def test_a_frame_sealed_with_neither_key_is_skipped() -> None:
     assert made.bytes_skipped == OVERHEAD_BYTES
 
 
-def test_reset_forgets_keys_and_halves() -> None:
+def test_reset_forgets_the_keys_and_the_unfinished_frame() -> None:
     made = decoder(KEY, OTHER)
     made.receive_data(ping(1)[:-1])
     assert held(made) == OVERHEAD_BYTES - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,21 +11,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.rig.gates import OpenGate
 from tests.rig.hosting import HostEnd
 from tests.unit.cable import Cable
+from tests.unit.pair import reconfigure
+from vchan import __version__
 from vchan.client import Agent
 from vchan.errors import ConfigError
-from vchan.exchange import HandedBack
-from vchan.guest.daemon import DEFAULT_SOCKET, Options, parse_options
+from vchan.guest.daemon import DEFAULT_SOCKET, Options, parse_options, parse_report
 from vchan.guest.port import DEFAULT_PORT
-from vchan.messages import AGENT_GONE, NO_AGENT
+from vchan.rpc.in_flight import Answered, HandedBack
+from vchan.rpc.messages import AGENT_GONE, NO_AGENT
+from vchan.session import Session
 
 ROOT = Path(__file__).parents[2]
 AGENT = ROOT / "tests" / "rig" / "counting_agent.py"
-WAIT_S = 20.0
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -258,7 +264,8 @@ def test_another_protocol_version_is_refused_readably(cable: Cable, daemon: Prog
 
 def _be_newer(host: HostEnd) -> None:
     channel = host.channel
-    channel._session.config = channel._session.config._replace(version_min=2, version_max=2)
+    assert isinstance(channel._session, Session)
+    reconfigure(channel._session, version_min=2, version_max=2)
     assert channel._link is not None
     channel._session.open(time.monotonic())
     channel._link.flush()
@@ -276,6 +283,8 @@ def test_the_command_line_goes_before_the_file(directory: Path) -> None:
     file.write_text("# a comment\n\nport = unix:/a\nsocket=/b # another\nsocket-mode = 0600\n")
     options = parse_options(["--config", str(file), "--socket=/c", "--quiet"])
     assert options == Options("unix:/a", "/c", 0o600, True)
+    file.write_text("port = unix:/a#1\t# a comment\nsocket = /b#\n#quiet = yes\n  # another\n")
+    assert parse_options(["--config", str(file)]) == Options("unix:/a#1", "/b#", 0o660, False)
     file.write_text("quiet = yes\n")
     assert parse_options(["--config", str(file)]).quiet
     file.write_text("quiet = no\n")
@@ -294,7 +303,7 @@ def test_the_command_line_goes_before_the_file(directory: Path) -> None:
         (["--socket-mode", "9"], "--socket-mode: '9': expected an octal mode"),
         (["--exit-without-port", "-1"], "'-1': expected a whole number of seconds"),
         (["--units", "relative"], "--units: 'relative': expected an absolute path"),
-        (["--allow", "ping, all"], "--allow: 'all': expected ping, info, list, and"),
+        (["--allow", "ping, all"], "--allow: 'all': expected ping, info, list, "),
         (["--port", "serial:ttyS1"], "--port: port 'serial:ttyS1': expected a device's path"),
         (["--config", "/no/such/file"], "/no/such/file: no such file"),
         (["--config", "/proc/self"], "/proc/self: cannot be read"),
@@ -366,3 +375,113 @@ def test_an_agent_without_a_daemon_waits_for_it(directory: Path) -> None:
     agent.loop.call_later(0.2, agent.stop)
     agent.run()
     assert "no such socket" in said[0]
+
+
+# --- reports
+
+
+class Reported:
+    """A host that takes reports, and what came."""
+
+    def __init__(self, cable: Cable, *, may_report: bool = True) -> None:
+        self.end = HostEnd(cable.host, gate=OpenGate(may_report=may_report))
+
+    def __enter__(self) -> Reported:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end.close()
+
+    def shown(self) -> dict[str, Any]:
+        return self.end.run(lambda: self.end.channel.downward.upward.reports.shown(0.0))
+
+    def wait_for(self, *kinds: str) -> dict[str, Any]:
+        wait(lambda: set(kinds) <= set(self.shown()), lambda: f"{self.shown()} {self.end.log}")
+        return self.shown()
+
+
+def test_a_host_that_takes_reports_knows_the_guest(cable: Cable, daemon: Program) -> None:
+    for _ in range(2):  # the second knows nothing of the first
+        with Reported(cable) as host:
+            shown = host.wait_for("phase", "facts", "agents")
+            assert shown["phase"]["phase"] == "ready"
+            assert shown["facts"]["hostname"] == os.uname().nodename
+            assert shown["facts"]["vchan"] == __version__
+            assert shown["agents"]["units"] == {}
+            assert "metrics" not in shown
+            told = json.loads(host.end.call("vchan.guest", "metrics"))
+            assert told["memory"]["total_bytes"] > 0
+            assert host.wait_for("metrics")["metrics"]["memory"] == told["memory"]
+
+
+def test_a_host_that_takes_none_gets_none(cable: Cable, daemon: Program) -> None:
+    with Reported(cable, may_report=False) as host:
+        host.end.wait_ready()
+        assert json.loads(host.end.call("vchan.guest", "facts"))["hostname"]
+        time.sleep(1.5)
+        assert host.shown() == {}
+        assert host.end.channel.downward.upward.counters["guest_requests"] == 0
+
+
+def test_a_guest_that_ends_says_so_first(cable: Cable, daemon: Program) -> None:
+    with Reported(cable) as host:
+        host.wait_for("phase")
+        daemon.process.terminate()
+        assert daemon.process.wait(WAIT_S) == 0
+        wait(lambda: host.shown()["phase"]["phase"] == "ending", lambda: str(host.shown()))
+
+
+def test_what_the_owner_does_not_want_told_is_not(directory: Path, cable: Cable) -> None:
+    daemon = guest_daemon(directory, f"unix:{cable.guest}")
+    daemon._command += ["--report", "phase"]
+    daemon.start()
+    try:
+        with Reported(cable) as host:
+            host.wait_for("phase")
+            outcome = host.end.submit("vchan.guest", "facts").result(WAIT_S)
+            assert isinstance(outcome, Answered) and outcome.failed
+            assert b"option report" in outcome.body
+            assert set(host.shown()) == {"phase"}
+    finally:
+        daemon.kill()
+
+
+def test_units_are_reported_as_they_crash(directory: Path, cable: Cable) -> None:
+    units = directory / "units"
+    units.mkdir(mode=0o700)
+    unit = 'command = ["/bin/sh", "-c", "sleep 0.3; exit 3"]\nrestart = "no"\n'
+    (units / "broken.toml").write_text(unit)
+    daemon = guest_daemon(directory, f"unix:{cable.guest}")
+    daemon._command += ["--units", str(units)]
+    daemon.start()
+    try:
+        with Reported(cable) as host:
+
+            def has_failed() -> bool:
+                told = host.shown().get("agents", {}).get("units", {}).get("broken", {})
+                return bool(told.get("state") == "failed")
+
+            wait(has_failed, lambda: f"{host.shown()} {daemon.log.read_text()}")
+            told = host.shown()["agents"]["units"]["broken"]
+            assert told == {"state": "failed", "starts": 1, "last_exit": "status 3", "problem": ""}
+    finally:
+        daemon.kill()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", {}),
+        ("phase,facts", {"phase": 0, "facts": 0}),
+        ("metrics", {"metrics": 0}),
+        ("metrics:60, agents", {"metrics": 60, "agents": 0}),
+    ],
+)
+def test_what_is_to_be_reported(text: str, wanted: dict[str, int]) -> None:
+    assert parse_report(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["fact", "facts:60", "metrics:", "metrics:9", "metrics:-1", "*"])
+def test_what_cannot_be_reported(text: str) -> None:
+    with pytest.raises(ConfigError, match="metrics:SECONDS of 10 or more"):
+        parse_options(["--config", "/dev/null", "--report", text])

@@ -22,9 +22,9 @@ SLOW = {
     "tempfile",
     "tomllib",
     "traceback",
-    "vchan.guest.agents",
+    "vchan.agents.super_agent",
     "vchan.guest.serial_port",
-    "vchan.guest.standard",
+    "vchan.agents.standard.agent",
     "vchan.protocol",
 }
 """Each costs as much as a tenth of our own code or more. socket imports selectors itself."""

@@ -20,8 +20,9 @@ pytest.importorskip("amqp", reason="py-amqp is not installed")
 from vchan import cli
 from vchan.client import Client
 from vchan.errors import ConfigError, LinkError
-from vchan.host import config
-from vchan.host.policy import Ask, Effect, Facts, Kind
+from vchan.host import config, config_files
+from vchan.host.broker.config import BrokerConfig
+from vchan.host.policy.rules import Ask, Effect, Facts, Kind
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -57,7 +58,10 @@ def test_the_defaults(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
-        (["[vchan]", "queues_expire_after = x"], "vchan.conf is not valid: invalid literal"),
+        (
+            ["[vchan]", "queues_expire_after = x"],
+            "vchan.conf: [vchan] queues_expire_after: 'x' is not a whole number from 0 to",
+        ),
         (["[vchan]", "socket_mode = 999"], "[vchan] socket_mode: '999' is no octal mode"),
         (["[vchan]", "socket = relative"], "[vchan] socket: 'relative' is no absolute path"),
         (["[vchan]", "select = color:red"], "[vchan] select"),
@@ -115,6 +119,21 @@ def test_the_policy_is_of_the_files_and_then_of_listen_topics(directory: Path) -
         config.policy(conf)
 
 
+def test_listen_topics_hold_for_notifications_of_their_name(directory: Path) -> None:
+    conf = load(
+        directory, "[vchan]", f"policy_dir = {directory}", "listen_topics = agent, nova/alerts, bb*"
+    )
+    policy = config.policy(conf)
+    vm = Facts("11111111-2222-3333-4444-555555555555")
+
+    def may(exchange: str, topic: str) -> bool:
+        return policy.decide(vm, Ask(Kind.LISTEN, exchange, topic)).effect is Effect.ALLOW
+
+    assert may("x", "agent.info") and may("nova", "alerts.error") and may("x", "bb.sample")
+    assert not may("x", "alerts.error") and not may("nova", "alerts.other")
+    assert not may("nova", "alerts.error.info") and not may("x", "notifications.info")
+
+
 def test_whose_exceptions_pass(directory: Path) -> None:
     rule = config.failure_rule(load(directory))
     assert rule("builtins") and rule("vchan.errors") and rule("oslo_messaging.exceptions")
@@ -164,7 +183,7 @@ class HostProcess:
         while True:
             try:
                 with Client(str(self.socket)) as client:
-                    return client.call("vchan.host", "status", timeout_s=5)
+                    return client.call("vchan.host", "status", timeout_s=30)
             except LinkError:
                 assert time.monotonic() < deadline_s, self.out.read_text()
                 time.sleep(0.05)
@@ -307,9 +326,253 @@ def test_a_misspelt_option_is_found(tmp_path: Path) -> None:
     arguments = ["--config-file", str(tmp_path / "vchan.conf"), "--config-dir", str(tmp_path / "d")]
     found = config.unknown_options(config.load(arguments))
     assert [text.partition(": ")[2] for text in found] == [
+        "[DEFAULT] x is no option",
         "[vchan] selct is no option: perhaps select is meant",
         "[vchan] policydir is no option: perhaps policy_dir is meant",
     ]
+
+
+def unknown(directory: Path, *lines: str) -> list[str]:
+    return [text.partition(": ")[2] for text in config.unknown_options(load(directory, *lines))]
+
+
+def test_misspelt_names_are_found_in_every_section(directory: Path) -> None:
+    assert unknown(
+        directory,
+        "[DEFAULT]",
+        "debug = true",
+        "logfile = /x",  # an old name of log_file
+        "control_exchange = nova",
+        "transport_ulr = rabbit://h/",
+        "select = *",
+        "[vchann]",
+        "host = h",
+        "[oslo_messaging_rabit]",
+        "[oslo_messaging_rabbit]",
+        "heartbeat_timeout_treshold = 3",
+        "heartbeat-rate = 3",
+        "[vchan_conductor]",
+        "threads = 3",
+        "[Vchan]",
+        "host = h",
+    ) == [
+        "[vchann] is no section: perhaps [vchan] is meant",
+        "[oslo_messaging_rabit] is no section: perhaps [oslo_messaging_rabbit] is meant",
+        "[DEFAULT] transport_ulr is no option: perhaps transport_url is meant",
+        "[DEFAULT] select is no option: it belongs in [vchan]",
+        "[oslo_messaging_rabbit] heartbeat_timeout_treshold is no option: "
+        "perhaps heartbeat_timeout_threshold is meant",
+    ]
+
+
+def test_a_file_of_another_program_does_not_flood_the_log(directory: Path) -> None:
+    found = unknown(directory, *(f"[section{number}]" for number in range(100)))
+    assert len(found) == 21
+    assert config.unknown_options(load(directory, *(f"[s{n}]" for n in range(100))))[-1] == (
+        "and 80 more such names"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (["[vchan]", "host = a$b"], ["vchan.conf: [vchan] host: ", "write $$"]),
+        (["[vchan]", "select = name:$x"], ["vchan.conf: [vchan] select: ", "write $$"]),
+        (["[vchan]", "metadata_proxy_shared_secret = s3cret$x"], ["shared_secret: ", "write $$"]),
+        (["[DEFAULT]", "log_dir = /s3cret/$x"], ["vchan.conf: [DEFAULT] log_dir: ", "write $$"]),
+        (["[DEFAULT]", "debug = s3cret"], []),
+        (["[vchan]", "s3cret"], ["vchan.conf:2: neither = nor : stands in it"]),
+        (["s3cret = 1"], ["vchan.conf:1: an option before the first [SECTION]"]),
+        (["[s3cret"], ["vchan.conf:1: a section's name must end with ]"]),
+        (["[vchan]", "delete_queues_after = -1"], ["'-1' is not a whole number from 0 on"]),
+        (["[vchan]", "queues_expire_after = 1.5"], ["from 0 to 4233600"]),
+        (["[DEFAULT]", "use_json = perhaps"], ["[DEFAULT] use_json: 'perhaps' is not true or"]),
+        (["[vchan]", "socket = /x\0y"], ["NUL"]),
+        (["[vchan]", "client_groups = a\0b"], ["[vchan] client_groups: ", "NUL"]),
+        (["[vchan]", "host = $host"], ["[vchan] host: ", "write $$"]),
+        (["[vchan]", "host = ${socket}", "socket = /$host"], ["vchan.conf: [vchan] ", "write $$"]),
+        (["[DEFAULT]", "use_json = a$"], ["[DEFAULT] use_json: 'a$' is not true or"]),
+        (["[DEFAULT]", "use_journal = $$"], ["[DEFAULT] use_journal: '$$' is not true or"]),
+        (["[vchan]", "http_services = x=http://u:s3cret/1@h/"], ["[vchan] http_services: "]),
+        (["[vchan]", "http_services = X=http://u:s3cret@h/"], ["[vchan] http_services: "]),
+        (
+            ["[vchan]", "metadata_proxy_shared_secret = s3cret", "target_name = $SECRET/"],
+            ["[vchan] target_name: ", "stands for another option's"],
+        ),
+        (["[vchan]", "policy_dir = " + "x" * 5000], ["[vchan] policy_dir: 'xxx"]),
+        (["[vchan]", "policy_dir = \x1b[31mred"], ["[vchan] policy_dir: "]),
+    ],
+)
+def test_a_refusal_names_file_and_option_and_no_secret(
+    directory: Path, lines: list[str], texts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(directory, *(line.replace("SECRET", "metadata_proxy_shared_secret") for line in lines))
+    said = str(caught.value)
+    assert str(directory / "vchan.conf") in said
+    assert all(text in said for text in texts), said
+    assert len(said) < 500
+    assert said.isprintable()
+    assert "s3cret" not in said or "debug" in said
+    assert not any(word in said for word in ("LocationInfo", "invalid literal", "Traceback"))
+
+
+def test_a_dollar_that_is_meant_is_let_be(directory: Path) -> None:
+    conf = load(directory, "[vchan]", "metadata_proxy_shared_secret = a$$b", "host = x", "")
+    assert conf.vchan.metadata_proxy_shared_secret == "a$b"
+    named = load(directory, "[vchan]", "host = h", "socket = /run/${host}x")
+    assert named.vchan.socket == "/run/hx"
+
+
+def test_a_file_that_is_not_text(directory: Path) -> None:
+    (directory / "vchan.conf").write_bytes(b"[vchan]\n# caf\xe9\nhost = h\n")
+    with pytest.raises(ConfigError, match=r"vchan\.conf:2: is not UTF-8"):
+        config.load(["--config-file", str(directory / "vchan.conf")])
+    with pytest.raises(ConfigError, match="Is a directory: expected a file"):
+        config.load([f"--config-file={directory}"])
+    with pytest.raises(ConfigError, match="no such directory"):
+        config.load(["--config-dir", str(directory / "nothing")])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("org.qemu.guest_agent.0", "QEMU's guest agent"),
+        ("org.qemu.guest_agent.1", "QEMU's guest agent"),
+        ("Org.QEMU.guest_agent.0", "QEMU's guest agent"),
+        ("com.redhat.spice.0", "SPICE"),
+        ("org.spice-space.webdav.0", "SPICE"),
+        ("org.libvirt.vchan", "libvirt"),
+        ("org.libvirt", "libvirt"),
+        ("org.libguestfs.channel.0", "libguestfs"),
+        ("com.redhat.rhevm.vdsm", "oVirt"),
+        ("agent.channel.0", "Kata"),
+        ("a/b", "no name of a port"),
+        ("../x", "no name of a port"),
+        ("a b", "no name of a port"),
+        ("x" * 65, "no name of a port"),
+        (" ", "is empty"),
+    ],
+)
+def test_names_that_are_others_or_none_are_refused(directory: Path, name: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(directory, "[vchan]", f"target_name = {name}")
+    assert "vchan.conf: [vchan] target_name: " in str(caught.value)
+    assert text in str(caught.value)
+    assert load(directory, "[vchan]", "target_name = org.qemux.0").vchan.target_name
+
+
+RABBIT = ["[oslo_messaging_rabbit]"]
+
+
+@pytest.mark.parametrize(
+    ("url", "lines", "text"),
+    [
+        ("", [], "[DEFAULT] transport_url: is empty; expected rabbit://"),
+        ("rabbit://nova:s3c$ret@h/", [], "[DEFAULT] transport_url: a $ in a value"),
+        ("rabbit://nova:1s3cret/3@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:12/s3cret@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:12#s3cret@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:12?s3cret@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:12@s3cret@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:12,s3cret@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:[s3cret@h:1/", [], "percent-encoded"),
+        ("rabbit://nova:x@h:s3cret/", [], "a port is a number"),
+        ("rabbit://nova:x@h:0/", [], "a port is a number"),
+        ("rabbit://nova:x@h:99999/", [], "a port is a number"),
+        ("rabbit://nova:x@" + "h" * 70 + "/", [], "cannot be read"),
+        ("rabbit://nova:x@h/" + "v" * 256, [], "cannot be read"),
+        ("s3cret://nova:x@h/", [], "its scheme is not rabbit://"),
+        ("nova:s3cret@h", [], "does not begin with a scheme"),
+        ("rabbit://nova:s3c\tret@h:1/", [], "cannot be read"),
+        ("rabbit://nova:x@::1:5672/", [], "an IPv6 address stands in [ ]"),
+        ("rabbit://nova:x@h1:1,nova:x@::1/", [], "an IPv6 address stands in [ ]"),
+        ("rabbit://nova:x@[::1]5672/", [], "cannot be read"),
+        ("$transport_url", [], "write $$"),
+        ("rabbit://n:s3cret@h/", [*RABBIT, "ssl = 1", "ssl_ca_file = ${transport_url}"], "stands"),
+        ("rabbit://h/", [*RABBIT, "ssl = 1", "ssl_ca_file = a\0b"], "NUL"),
+        ("rabbit://h/", [*RABBIT, "ssl = 1", "ssl_key_file = \x1b[31mx"], "ssl_key_file: "),
+        ("rabbit://h/?rabbit_qos_prefetch_count=x", [], "transport_url's rabbit_qos"),
+        ("rabbit://h/?rabbit_qos_prefetch_count=65536", [], "from 0 to 65535"),
+        ("rabbit://h/", [*RABBIT, "rabbit_qos_prefetch_count = 65536"], "from 0 to 65535"),
+        ("rabbit://h/", [*RABBIT, "heartbeat_timeout_threshold = 65536"], "from 0 to 65535"),
+        ("rabbit://h/", [*RABBIT, "heartbeat_timeout_threshold = -1"], "from 0 to 65535"),
+        ("rabbit://h/", [*RABBIT, "rabbit_interval_max = 99999999999"], "from 1 to 86400"),
+        ("rabbit://h/", [*RABBIT, "rabbit_retry_interval = 0"], "from 1"),
+        ("rabbit://h/", [*RABBIT, "rabbit_transient_queues_ttl = soon"], "'soon' is not a whole"),
+        ("rabbit://h/", [*RABBIT, "rabbit_quorum_max_memory_length = -5"], "from 0 to"),
+        ("rabbit://h/", [*RABBIT, "rabbit_quorum_max_memory_bytes = 9" + "0" * 20], "from 0 to"),
+        ("rabbit://h/", [*RABBIT, "rabbit_login_method = $PLAIN"], "write $$"),
+        ("rabbit://h/", [*RABBIT, "rabbit_login_method = KERBEROS"], "AMQPLAIN"),
+        ("rabbit://h/", [*RABBIT, "ssl = perhaps"], "'perhaps' is not true or false"),
+        ("rabbit://h/", [*RABBIT, "ssl = 1", "ssl_ca_file = /etc/hostname"], "no certificate"),
+        (
+            "rabbit://h/",
+            [*RABBIT, "ssl = 1", "ssl_cert_file = /etc/hostname"],
+            "expected a certificate and its key",
+        ),
+    ],
+)
+def test_what_a_broker_would_not_take_is_refused_at_the_start(
+    directory: Path, url: str, lines: list[str], text: str
+) -> None:
+    if "quorum_max_memory" in "".join(lines) and not has_memory_limits():
+        pytest.skip("this oslo.messaging has no such option")
+    conf = None
+    with pytest.raises(ConfigError) as caught:
+        conf = load(directory, "[DEFAULT]", f"transport_url = {url}", *lines)
+        assert config.names_a_broker(conf)
+        BrokerConfig.from_oslo(conf)
+    said = str(config_files.located(caught.value, conf))
+    assert text in said, said
+    assert str(directory / "vchan.conf") in said
+    assert "s3c" not in said and "ret@" not in said
+    assert not any(word in said for word in ("LocationInfo", "invalid literal"))
+    assert said.isprintable()
+
+
+def has_memory_limits() -> bool:
+    from oslo_messaging._drivers import impl_rabbit
+
+    return any(
+        option.dest == "rabbit_quorum_max_memory_length" for option in impl_rabbit.rabbit_opts
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rabbit://",
+        "rabbit:///",
+        "rabbit://h",
+        "rabbit://nova:%2F%40%23%2C@h:5672/v%2Fx",
+        "rabbit://a:b@h1:1,c:d@h2:2/v",
+        "rabbit://nova:a:b@[::1]:5672/",
+        "rabbit://nova:a@[::1],nova:a@[fe80::1]:5672/v",
+        "kombu+rabbit://u:p@h_1.example/",
+    ],
+)
+def test_urls_that_are_good(directory: Path, url: str) -> None:
+    conf = load(directory, "[DEFAULT]", f"transport_url = {url}")
+    assert BrokerConfig.from_oslo(conf).hosts
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        (["log_file = /nonexistent/x/y.log"], "[DEFAULT] log_file: /nonexistent/x/y.log"),
+        (["log_config_append = /nonexistent"], "[DEFAULT] log_config_append: /nonexistent"),
+        (["transport_url ="], "[DEFAULT] transport_url: is empty"),
+    ],
+)
+def test_it_does_not_start_over_and_over_with_what_cannot_be(
+    directory: Path, needs_libvirt: None, lines: list[str], text: str
+) -> None:
+    everything = options(directory)
+    ended, said = HostProcess(directory, *everything[:1], *lines, *everything[1:]).run()
+    assert ended == 2, said
+    assert text in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["host", "target_name"])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from vchan.access import Credentials
-from vchan.bodies import encode_invocation
 from vchan.errors import LimitExceeded, Rejected
-from vchan.exchange import HandedBack, Outcome, Overdue, Taken
-from vchan.host.local import Answer, LocalService
-from vchan.loop import Loop
-from vchan.messages import (
+from vchan.host.local.programs import LocalService, SendAnswer
+from vchan.io.access import Credentials
+from vchan.io.loop import Loop
+from vchan.rpc.bodies import encode_invocation
+from vchan.rpc.in_flight import HandedBack, Outcome, Overdue, Taken
+from vchan.rpc.messages import (
     AGENT_GONE,
     BUSY,
     CALL,
@@ -58,7 +58,7 @@ class Vms:
     def serving(self, topic: Topic) -> list[str]:
         return self.names if topic == TOPIC else []
 
-    def method(self, name: str, args: Mapping[str, Any], answer: Answer) -> None:
+    def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         raise KeyError(name)
 
     def take(self, name: str) -> None:
@@ -107,7 +107,7 @@ class Host:
         self.vms = Vms(*names)
         self.warned: list[str] = []
         self.local = LocalService(self.loop, self.vms, lambda _: None, warn=self.warned.append)
-        self.local._servers._grace_until_s = 0.0  # nobody is about to come back
+        self.local._servers._grace_until_s = None  # nobody is about to come back
 
     def program(self) -> Program:
         return Program(self.local, int.from_bytes(os.urandom(4)))

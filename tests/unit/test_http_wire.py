@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vchan.guest import http_wire
-from vchan.guest.http_wire import (
+from vchan.gateways import http_wire
+from vchan.gateways.http_wire import (
     BODY_BYTES_MAX,
     HEAD_BYTES_MAX,
     BadRequest,
-    Parser,
-    Request,
+    HttpParser,
+    HttpRequest,
     encode_event,
     encode_response,
     problem_body,
@@ -26,8 +26,8 @@ REQUEST = (
 )
 
 
-def parse(data: bytes) -> list[Request]:
-    parser = Parser()
+def parse(data: bytes) -> list[HttpRequest]:
+    parser = HttpParser()
     parser.feed(data)
     requests = []
     while (request := parser.next()) is not None:
@@ -47,7 +47,7 @@ def test_a_request_is_read() -> None:
 @given(st.lists(st.integers(1, 40), max_size=20))
 def test_however_it_is_cut(cuts: list[int]) -> None:
     whole = REQUEST + REQUEST
-    parser = Parser()
+    parser = HttpParser()
     requests, at = [], 0
     for size in [*cuts, len(whole)]:
         parser.feed(whole[at : at + size])
@@ -108,7 +108,7 @@ def test_a_body_over_the_limit_is_refused_before_it_comes() -> None:
 
 
 def test_who_waits_to_be_told_to_go_on() -> None:
-    parser = Parser()
+    parser = HttpParser()
     parser.feed(b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
     assert parser.next() is None
     assert parser.wants_continue

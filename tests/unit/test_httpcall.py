@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vchan import httpcall
 from vchan.errors import BadBody, LimitExceeded
-from vchan.httpcall import (
+from vchan.rpc import httpcall
+from vchan.rpc.httpcall import (
     ANSWER_BODY_BYTES_MAX,
     ASK_BODY_BYTES_MAX,
     HttpAnswer,

@@ -11,9 +11,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from vchan.bodies import encode_invocation
 from vchan.errors import BadBody, LimitExceeded
-from vchan.exchange import (
+from vchan.guest.router import _AGENTS
+from vchan.host.local.programs import _PROGRAMS, address_of
+from vchan.rpc.bodies import encode_invocation
+from vchan.rpc.dispatcher import (
+    HOLDING_MAX,
+    LINGER_S,
+    RESTART_GRACE_S,
+    RETRY_S,
+    SERVED_MAX,
+    Dispatcher,
+    Manner,
+)
+from vchan.rpc.in_flight import (
     Answered,
     Deliver,
     HandedBack,
@@ -23,16 +34,7 @@ from vchan.exchange import (
     Responder,
     Taken,
 )
-from vchan.host.servers import (
-    HOLDING_MAX,
-    LINGER_S,
-    RESTART_GRACE_S,
-    RETRY_S,
-    SERVED_MAX,
-    Servers,
-    address_of,
-)
-from vchan.messages import (
+from vchan.rpc.messages import (
     AGENT_GONE,
     BUSY,
     CALL,
@@ -82,6 +84,12 @@ class Program:
 
     def serve(self, *topics: str) -> None:
         self.hub.servers.subscribe(self.key, [Topic("e", name) for name in topics], self.hub.now_s)
+        self.hub.servers.release(self.hub.now_s)
+
+    def hold(self, *ids: bytes) -> str:
+        problem = self.hub.servers.hold(self.key, ids)
+        self.hub.servers.release(self.hub.now_s)
+        return problem
 
     def _receive(self, data: bytes, stream: int) -> None:
         message: Any = decode(data)
@@ -110,18 +118,29 @@ class Program:
 
     def leave(self) -> None:
         self.hub.servers.detach(self.key, self.hub.now_s)
+        self.hub.servers.release(self.hub.now_s)
 
 
 class Hub:
-    """`Servers`, a clock, and what who asked was told."""
+    """The dispatcher of a host's programs, a clock, and what who asked was told."""
 
-    def __init__(self, now_s: float = LATER_S) -> None:
-        self.servers = Servers(START_S)
+    def __init__(self, now_s: float = LATER_S, manner: Manner = _PROGRAMS) -> None:
+        self.servers = Dispatcher(manner, START_S)
+        self.servers.handle_timeout(now_s)
         self.now_s = now_s
         self.told: list[Outcome] = []
 
     def offer(self, wanted: Request, *, patient: bool = True) -> bool:
-        return self.servers.offer(wanted, self.told.append, self.now_s, patient=patient)
+        return self.offer_for(self.told, wanted, patient=patient)
+
+    def offer_for(self, told: list[Outcome], wanted: Request, *, patient: bool = True) -> bool:
+        return self.servers.offer(
+            wanted,
+            address_of(wanted),
+            lambda outcome, _: told.append(outcome),
+            self.now_s,
+            patient=patient,
+        )
 
     def after(self, seconds: float) -> None:
         """Time passes, with the timer called whenever it is due."""
@@ -180,7 +199,7 @@ def test_who_repeats_itself_is_the_one_that_is_told(hub: Hub) -> None:
     program = Program(hub, "t")
     wanted, told = request(), list[Outcome]()
     hub.offer(wanted)
-    assert hub.servers.offer(wanted, told.append, hub.now_s, patient=False)
+    assert hub.offer_for(told, wanted, patient=False)
     program.take()
     assert (len(program.given), hub.told, told) == (1, [], [Taken(wanted.id)])
 
@@ -254,6 +273,15 @@ def test_casts_wait_a_while_for_the_next_program_in_their_order(hub: Hub) -> Non
     assert len(hub.servers) == 0
 
 
+def test_topics_of_programs_that_come_and_go_do_not_add_up() -> None:
+    hub = Hub(manner=Manner(**{**vars(_PROGRAMS), "topics_max": 8}))
+    for number in range(40):
+        Program(hub, f"t{number}").leave()
+    assert len(hub.servers._linger_until_s) == 8
+    assert hub.offer(request(topic="t39"))  # the last are waited for
+    assert not hub.offer(request(topic="t0"))
+
+
 def test_who_unsubscribes_is_not_waited_for(hub: Hub) -> None:
     program = Program(hub, "t", "u")
     program.serve("u")
@@ -280,7 +308,7 @@ def test_a_holder_that_comes_back_is_given_what_it_holds() -> None:
     wanted, late = request(CALL | REDELIVERED), request(CALL | REDELIVERED)
     hub.offer(wanted)
     other, holder = Program(hub, "t"), Program(hub)
-    assert hub.servers.hold(holder.key, (wanted.id, late.id), hub.now_s) == ""
+    assert holder.hold(wanted.id, late.id) == ""
     holder.serve("t")
     hub.offer(late)
     assert (other.given, holder.given) == ([], [wanted, late])
@@ -294,7 +322,7 @@ def test_a_fanout_is_for_all_whoever_holds_it() -> None:
     hub = Hub(START_S)
     wanted = request(FANOUT | REDELIVERED)
     programs = [Program(hub, "t") for _ in range(2)]
-    hub.servers.hold(programs[0].key, (wanted.id,), hub.now_s)
+    programs[0].hold(wanted.id)
     hub.offer(wanted)
     hub.after(RESTART_GRACE_S)
     assert [program.given for program in programs] == [[wanted], [wanted]]
@@ -386,8 +414,8 @@ def test_limits(hub: Hub) -> None:
     program.take()
     assert hub.offer(request())
     ids = tuple(n.to_bytes(16) for n in range(HOLDING_MAX + 1))
-    assert "HOLDING_MAX" in hub.servers.hold(program.key, ids, hub.now_s)
-    assert hub.servers.hold(program.key, ids[1:], hub.now_s) == ""
+    assert "HOLDING_MAX" in program.hold(*ids)
+    assert program.hold(*ids[1:]) == ""
 
 
 def test_a_program_that_takes_less(hub: Hub) -> None:
@@ -408,10 +436,11 @@ class Machine(RuleBasedStateMachine):
     end, runs at most once (a fanout: once in each program), and in the end all have one."""
 
     requests = Bundle("requests")
+    manner = _PROGRAMS
 
     @initialize(early=st.booleans())
     def start(self, early: bool) -> None:
-        self.hub = Hub(START_S if early else LATER_S)
+        self.hub = Hub(START_S if early else LATER_S, self.manner)
         self.programs: list[Program] = []
         self.ran: Counter[tuple[int, bytes]] = Counter()
         self.wanted: dict[bytes, Request] = {}
@@ -493,7 +522,7 @@ class Machine(RuleBasedStateMachine):
             runs[request_id] += 1
         for request_id, number in runs.items():
             assert number == 1 or self.wanted[request_id].flags & FANOUT
-        assert len(self.hub.servers._waiting) <= len(self.hub.servers)
+        assert self.hub.servers.waiting <= len(self.hub.servers)
 
     def teardown(self) -> None:
         if not hasattr(self, "hub"):
@@ -504,9 +533,17 @@ class Machine(RuleBasedStateMachine):
         ends = {o.id for o in self.hub.told if not isinstance(o, Heartbeat)}
         assert ends | self.dropped == set(self.wanted)
         assert len(self.hub.servers) == 0
-        left = (self.hub.servers._by_address, self.hub.servers._holders)
+        left = (self.hub.servers._by_topic, self.hub.servers._holders)
         assert not any((*left, self.hub.servers._linger_until_s))
 
 
+class OfAgents(Machine):
+    """The same is true of agents in a guest."""
+
+    manner = _AGENTS
+
+
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestOfAgents = OfAgents.TestCase
+for case in (TestMachine, TestOfAgents):
+    case.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

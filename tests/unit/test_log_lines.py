@@ -9,20 +9,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.unit.local_host import LocalHost
 from vchan.client import Agent
+from vchan.errors import RemoteError
 
 pytest.importorskip("oslo_log", reason='oslo.log is not installed: pip install "vchan[host]"')
 pytest.importorskip("amqp", reason="py-amqp is not installed")
 
-from vchan.host import broker as broker_module
-from vchan.host.broker import Broker
-from vchan.host.broker_config import BrokerConfig, BrokerHost
-from vchan.host.broker_events import Disconnected
+from vchan.host.broker import broker as broker_module
+from vchan.host.broker.broker import Broker
+from vchan.host.broker.config import BrokerConfig, BrokerHost
+from vchan.host.broker.events import Disconnected
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -91,7 +93,7 @@ def test_a_broker_that_is_away_is_said_once(
 def test_an_agent_says_once_that_its_daemon_is_away(directory: Path) -> None:
     path, said = directory / "agent.sock", list[str]()
     agent = Agent(str(path), log=said.append)
-    agent.serve("t", object())
+    agent.serve("t", SimpleNamespace(echo=len))
     attempts = 0
     connect = agent._connection.connect
 
@@ -115,3 +117,11 @@ def test_an_agent_says_once_that_its_daemon_is_away(directory: Path) -> None:
     finally:
         agent.stop()
         thread.join(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "ValueError"), ("as asked", "ValueError: as asked")]
+)
+def test_no_line_ends_after_a_colon(text: str, said: str) -> None:
+    """Exceptions without a text have a name."""
+    assert str(RemoteError("ValueError", text, "{}")) == said

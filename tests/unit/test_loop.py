@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from vchan.loop import Loop
+from vchan.io.loop import Alarm, Loop
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_a_timer_can_cancel_another_and_itself(loop: Loop) -> None:
     assert came == ["first"]
 
 
-def test_what_is_cancelled_wakes_nobody(loop: Loop) -> None:
+def test_a_cancelled_timer_does_not_wake_the_loop(loop: Loop) -> None:
     for _ in range(10):
         loop.call_later(0.0, lambda: None).cancel()
     loop.call_soon(lambda: None)
@@ -61,7 +64,36 @@ def test_what_is_cancelled_wakes_nobody(loop: Loop) -> None:
     assert loop._patience(5.0) == 5.0
 
 
-def test_soon_is_before_waiting_and_not_for_ever(loop: Loop) -> None:
+def test_an_alarm_rings_once_at_the_earliest_time_it_is_set_to(loop: Loop) -> None:
+    began_s, rang_s = loop.time(), list[float]()
+    alarm = Alarm(loop, lambda: rang_s.append(loop.time()))
+    for delay_s in (30.0, 0.02, 10.0):
+        alarm.set(began_s + delay_s)
+    alarm.set(None)
+    loop.call_later(0.06, loop.stop)
+    loop.run()
+    assert len(rang_s) == 1
+    assert 0.02 <= rang_s[0] - began_s < 0.06
+
+
+def test_an_alarm_can_be_set_again_while_it_rings_and_be_cancelled(loop: Loop) -> None:
+    rang: list[str] = []
+
+    def ring() -> None:
+        rang.append("")
+        alarm.set(loop.time() if len(rang) < 3 else None)
+
+    alarm, other = Alarm(loop, ring), Alarm(loop, lambda: rang.append("cancelled"))
+    alarm.set(loop.time())
+    other.set(loop.time())
+    other.cancel()
+    other.cancel()
+    loop.call_later(0.02, loop.stop)
+    loop.run()
+    assert rang == ["", "", ""]
+
+
+def test_call_soon_runs_before_waiting_and_cannot_starve_the_loop(loop: Loop) -> None:
     came: list[str] = []
 
     def again() -> None:
@@ -95,7 +127,7 @@ def test_readers_and_writers_of_one_descriptor(loop: Loop) -> None:
         assert came[4:] == []
 
 
-def test_hang_up_is_readable(loop: Loop) -> None:
+def test_a_hang_up_counts_as_readable(loop: Loop) -> None:
     came: list[str] = []
     ours, theirs = socket.socketpair()
     with ours:
@@ -125,7 +157,7 @@ def test_a_callback_may_remove_what_is_ready(loop: Loop) -> None:
         assert came == []
 
 
-def test_other_threads_calls_come_all_and_in_order(loop: Loop) -> None:
+def test_calls_from_other_threads_all_run_in_order(loop: Loop) -> None:
     came: list[int] = []
 
     def call() -> None:
@@ -176,3 +208,149 @@ def test_a_closed_loop_ignores_late_calls() -> None:
     loop.call_soon_threadsafe(lambda: None)
     loop.stop()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def _take_number(wanted: int) -> list[int]:
+    """Open descriptors until one of them has this number; all of them, that one last."""
+    taken: list[int] = []
+    while not taken or taken[-1] != wanted:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+        assert len(taken) < 100
+    return taken
+
+
+def test_a_late_call_does_not_write_into_a_reused_descriptor() -> None:
+    loop = Loop()
+    numbers = {loop._wake_read, loop._wake_write}
+    loop.close()
+    ends = [end for _ in range(8) for end in socket.socketpair()]
+    try:
+        assert numbers <= {end.fileno() for end in ends}, "nobody got the numbers again"
+        loop.call_soon_threadsafe(lambda: None)
+        loop.stop()
+        for end in ends:
+            with pytest.raises(BlockingIOError):
+                end.recv(1, socket.MSG_DONTWAIT)
+    finally:
+        for end in ends:
+            end.close()
+
+
+def test_calls_from_threads_race_with_close() -> None:
+    """However the two meet: nothing is written after the close, and nobody fails."""
+    for _ in range(50):
+        loop = Loop()
+        is_over = threading.Event()
+        failures: list[BaseException] = []
+
+        def call(
+            loop: Loop = loop,
+            is_over: threading.Event = is_over,
+            failures: list[BaseException] = failures,
+        ) -> None:
+            try:
+                while not is_over.is_set():
+                    loop.call_soon_threadsafe(lambda: None)
+            except OSError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        loop.close()
+        is_over.set()
+        thread.join()
+        assert failures == []
+
+
+def test_a_signal_handler_may_call_into_the_loop_that_it_interrupts(loop: Loop) -> None:
+    """A lock that is not its holder's to take again would stand still here."""
+    came: list[str] = []
+
+    def handler(*_: object) -> None:
+        loop.call_soon_threadsafe(lambda: came.append("signal"))
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with loop._wake_lock:
+            signal.raise_signal(signal.SIGUSR1)
+        loop.run_once(0.0)
+        loop.run_once(0.0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came == ["signal"]
+
+
+def test_closing_twice_does_not_close_a_reused_descriptor() -> None:
+    loop = Loop()
+    wanted = loop._wake_write
+    loop.close()
+    taken = _take_number(wanted)
+    try:
+        loop.close()
+        os.fstat(taken[-1])
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+def test_events_of_a_closed_descriptor_are_not_its_successors(loop: Loop) -> None:
+    """Both are ready in one turn; the first closes the second, whose number goes to another."""
+    came: list[str] = []
+    pairs = [socket.socketpair() for _ in range(2)]
+    taken: list[socket.socket] = []
+
+    def closes_the_other(mine: int) -> None:
+        came.append("first")
+        other = pairs[1 - mine][0]
+        number = other.fileno()
+        loop.remove_reader(number)
+        other.close()
+        while not taken or number not in (end.fileno() for end in taken):
+            taken.extend(socket.socketpair())
+            assert len(taken) < 100
+        loop.add_reader(number, lambda: came.append("successor"))
+
+    try:
+        for mine, (ours, theirs) in enumerate(pairs):
+            theirs.send(b"x")
+            loop.add_reader(ours.fileno(), partial(closes_the_other, mine))
+        loop.run_once(0.0)
+        assert came == ["first"]
+    finally:
+        for end in [end for pair in pairs for end in pair] + taken:
+            end.close()
+
+
+def test_cancelled_timers_are_freed_wherever_they_stand(loop: Loop) -> None:
+    """One that is alive, and due before them, must not keep the others."""
+    came: list[int] = []
+    loop.call_later(15.0, lambda: None)
+    for _ in range(10_000):
+        loop.call_later(60.0, lambda: None).cancel()
+    assert len(loop._timers) < 200
+    at_s = loop.time()
+    kept = [loop.call_at(at_s, partial(came.append, number)) for number in range(1000)]
+    for timer in kept[1::2]:
+        timer.cancel()
+        timer.cancel()  # counted once
+    loop.run_once(0.0)
+    assert came == list(range(0, 1000, 2))
+    assert len(loop._timers) < 200
+
+
+def test_timers_may_be_cancelled_by_thousands_while_others_run(loop: Loop) -> None:
+    came: list[int] = []
+    at_s = loop.time()
+    later = [loop.call_at(at_s + 60.0, lambda: None) for _ in range(1000)]
+
+    def cancel_all() -> None:
+        for timer in later:
+            timer.cancel()
+
+    loop.call_at(at_s, cancel_all)
+    for number in range(10):
+        loop.call_at(at_s, partial(came.append, number))
+    loop.run_once(0.0)
+    assert came == list(range(10))
+    assert len(loop._timers) < 200
+    assert loop._patience(5.0) == 5.0

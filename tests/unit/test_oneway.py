@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vchan.errors import LimitExceeded, LinkError, NotAPort, PortAbsent
-from vchan.frames import FRAME_BYTES_MAX
-from vchan.link import Link
-from vchan.loop import Loop
-from vchan.messages import CALL, Request, Settled, Subscribe, encode
-from vchan.oneway import Reader, Writer
-from vchan.pipes import open_pipe_reader, open_pipe_writer
+from vchan.io.link import Link
+from vchan.io.loop import Loop
+from vchan.io.pipes import open_pipe_reader, open_pipe_writer
+from vchan.rpc.messages import CALL, Request, Settled, Subscribe, encode
 from vchan.session import Config, Event, Lost, Opened, Received, Role, State, Violation
+from vchan.session.oneway import Reader, Writer
+from vchan.wire.frames import FRAME_BYTES_MAX
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 def writer(instance: bytes = b"w" * 16) -> Writer:

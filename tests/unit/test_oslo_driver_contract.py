@@ -258,7 +258,7 @@ def test_a_failed_requeue_is_logged_and_raises_nothing(
     """ "If the requeue operation fails this method must issue a log message describing the reason
     for the failure. :raises: Does not raise an exception"
     """
-    monkeypatch.setattr("vchan.host.servers.LINGER_S", 0.1)
+    monkeypatch.setattr("vchan.rpc.dispatcher.LINGER_S", 0.1)
     received = rpc(target(server="s"), lambda _: None)
     with Casting(site, target()) as cast:
         (sent,) = cast(1)
@@ -383,15 +383,15 @@ def test_a_heartbeat_updates_the_clients_timer(site: Site, rpc: Any) -> None:
     """
 
     def work(got: Any) -> None:
-        assert got.client_timeout == 1
-        for _ in range(4):
-            time.sleep(0.6)
+        assert got.client_timeout == 3
+        for _ in range(8):
+            time.sleep(0.5)
             got.heartbeat()
         got.reply("done")
 
     rpc(target(server="s"), work)
     result = site.driver(site.host_url).send(
-        target(), {}, message(), wait_for_reply=True, timeout=60, call_monitor_timeout=1
+        target(), {}, message(), wait_for_reply=True, timeout=60, call_monitor_timeout=3
     )
     assert result == "done"
 
@@ -820,12 +820,14 @@ def test_a_retry_duplicates_nothing(site: Site, rpc: Any) -> None:
 
     with ThreadPoolExecutor() as pool:
         disturbing = pool.submit(disturb)
-        for number in range(100):
-            driver.send(target(), {}, message(n=number))
-        disturbing.result(PATIENT_S)
+        sent = 0
+        while not disturbing.done():  # how many are acknowledged between two disturbances is chance
+            driver.send(target(), {}, message(n=sent))
+            sent += 1
+        disturbing.result()
     # The sender is released by the acknowledgement, a moment before `run` has noted it.
-    wait(lambda: len(acknowledged) >= 100, lambda: acknowledged)
-    assert acknowledged == list(range(100))
+    wait(lambda: len(acknowledged) >= sent, lambda: acknowledged)
+    assert acknowledged == list(range(sent))
 
 
 # -------------------------------------------------------------------- BaseDriver: notifications

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vchan.host import policy_lint
-from vchan.host.policy import Ask, Facts, Kind, Policy, parse
-from vchan.host.policy_lint import includes, lint
+from vchan.host.policy import lint as policy_lint
+from vchan.host.policy.lint import includes, lint
+from vchan.host.policy.rule_parser import parse
+from vchan.host.policy.rules import Ask, Facts, Kind, Policy
 
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"

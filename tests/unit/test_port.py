@@ -8,6 +8,7 @@ import itertools
 import os
 import pty
 import select
+import shutil
 import socket
 import sys
 import termios
@@ -15,10 +16,12 @@ import threading
 import time
 import tty
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.rig.ports import claim_ports
 from vchan.errors import ConfigError, LinkError, NotAPort, PortAbsent, PortBusy
 from vchan.guest import port as port_module
 from vchan.guest.port import FLAPPING_S, Port, port_opener
@@ -27,16 +30,17 @@ from vchan.guest.serial_port import (
     BridgeStream,
     Line,
     SerialStream,
+    UrlOpener,
     open_line,
     parse_line,
 )
-from vchan.loop import Loop
+from vchan.io.loop import Loop
+from vchan.io.streams import SocketStream, Stream
 from vchan.session import Config, Role, Session
-from vchan.streams import SocketStream, Stream
 
 serial = pytest.importorskip("serial")
 
-WAIT_S = 20.0
+WAIT_S = 30.0
 EVERY_BYTE = bytes(range(256))
 
 
@@ -131,6 +135,99 @@ def test_a_wrong_url_says_what_was_expected(url: str, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+class Machine:
+    """/dev and /sys of a VM, with or without udev. Its ports are terminals."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        for name, where in (
+            ("KERNEL_DIRECTORY", "sys"),
+            ("DEVICES_DIRECTORY", "dev"),
+            ("PORTS_DIRECTORY", "dev/virtio-ports"),
+        ):
+            (directory / where).mkdir(exist_ok=True)
+            monkeypatch.setattr(port_module, name, str(directory / where))
+        monkeypatch.setattr(port_module, "open_port", lambda path: path)
+
+    def plug(self, device: str, name: str | None, *, node: bool = True) -> None:
+        (self.directory / "sys" / device).mkdir()
+        if name is not None:
+            (self.directory / "sys" / device / "name").write_text(f"{name}\n")
+        if node:
+            (self.directory / "dev" / device).touch()
+
+    def unplug(self, device: str) -> None:
+        shutil.rmtree(self.directory / "sys" / device)
+        (self.directory / "dev" / device).unlink()
+
+    def link(self, name: str, device: str) -> None:
+        path = self.directory / "dev" / "virtio-ports" / name
+        path.unlink(missing_ok=True)
+        path.symlink_to(f"../{device}")
+
+    def found(self, name: str = "org.openstack.vchan.0") -> str:
+        opened: Any = port_opener(f"virtio:{name}")()
+        return str(Path(opened).relative_to(self.directory))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def test_a_port_is_found_without_udev_and_found_again_at_another_number(machine: Machine) -> None:
+    machine.plug("vport0p1", "org.qemu.guest_agent.0")
+    machine.plug("vport1p0", None)
+    machine.plug("vport0p2", "org.openstack.vchan.0")
+    assert machine.found() == "dev/vport0p2"
+    machine.unplug("vport0p2")
+    with pytest.raises(PortAbsent, match=r"this VM's ports: org\.qemu\.guest_agent\.0$"):
+        machine.found()
+    machine.plug("vport0p7", "org.openstack.vchan.0")
+    assert machine.found() == "dev/vport0p7"
+
+
+def test_udevs_link_is_taken_where_it_leads_to_the_port(machine: Machine) -> None:
+    machine.plug("vport0p2", "org.openstack.vchan.0")
+    machine.link("org.openstack.vchan.0", "vport0p2")
+    assert machine.found() == "dev/virtio-ports/org.openstack.vchan.0"
+
+
+def test_a_stale_udev_link_is_not_followed(machine: Machine) -> None:
+    """Made once at the boot; since then the port was plugged in again, and another took its
+    number."""
+    machine.plug("vport0p2", "org.qemu.guest_agent.0")
+    machine.plug("vport0p3", "org.openstack.vchan.0")
+    machine.link("org.openstack.vchan.0", "vport0p2")
+    assert machine.found() == "dev/vport0p3"
+    machine.link("org.openstack.vchan.0", "vport0p9")  # leads nowhere
+    assert machine.found() == "dev/vport0p3"
+
+
+def test_a_container_that_has_the_link_alone(machine: Machine) -> None:
+    machine.plug("vport0p2", "org.openstack.vchan.0", node=False)
+    (machine.directory / "dev" / "virtio-ports" / "org.openstack.vchan.0").touch()
+    assert machine.found() == "dev/virtio-ports/org.openstack.vchan.0"
+    shutil.rmtree(machine.directory / "sys")
+    assert machine.found() == "dev/virtio-ports/org.openstack.vchan.0"
+
+
+def test_a_device_that_nobody_made_is_named(machine: Machine) -> None:
+    machine.plug("vport0p2", "org.openstack.vchan.0", node=False)
+    assert machine.found() == "dev/vport0p2"  # which says that there is no such port
+
+
+def test_no_port_at_all(machine: Machine) -> None:
+    with pytest.raises(PortAbsent, match=r"it may appear later; this VM's ports: none$"):
+        machine.found()
+
+
+@pytest.mark.parametrize("name", ["org.qemu.guest_agent.0", "com.redhat.spice.0", "ORG.QEMU.x"])
+def test_ports_that_others_talk_on_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is reserved for .*; expected a name of vchan's own"):
+        port_opener(f"virtio:{name}")
+
+
 @pytest.mark.parametrize("url", ["serial:/dev/ttyS1", "pyserial:socket://localhost:1"])
 def test_without_pyserial(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "serial", None)
@@ -154,6 +251,16 @@ def test_a_line_is_raw_and_passes_every_byte_both_ways(line: tuple[int, str]) ->
     pass_both_ways(stream, lambda: os.read(other, 4096), lambda data: os.write(other, data))
     stream.close()
     stream.close()
+
+
+def test_closing_a_line_does_not_touch_a_reused_descriptor(line: tuple[int, str]) -> None:
+    """A thread closes it, at some time: the number may be another's by then."""
+    stream = port_opener(f"serial:{line[1]}")()
+    stream.close()
+    assert stream.fileno() == -1
+    for use in (stream.read, lambda: stream.write(b"x")):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            use()
 
 
 def test_a_line_has_no_flow_control(line: tuple[int, str]) -> None:
@@ -187,7 +294,7 @@ def test_a_line_that_takes_no_more_does_not_block(line: tuple[int, str]) -> None
             stream.write(bytes(4096))
     started_s = time.monotonic()
     stream.close()
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 15  # of the 30 s that the kernel waits
 
 
 def test_a_line_that_was_hung_up_ends(line: tuple[int, str]) -> None:
@@ -223,7 +330,9 @@ def test_a_line_has_one_opener(line: tuple[int, str]) -> None:
         ("/etc/hostname", NotAPort, "is no character device"),
     ],
 )
-def test_what_is_no_line(path: str, kind: type[LinkError], text: str) -> None:
+def test_a_device_that_is_no_serial_line_is_refused(
+    path: str, kind: type[LinkError], text: str
+) -> None:
     with pytest.raises(kind, match=text) as caught:
         open_line(Line(path))
     assert str(caught.value).startswith(f"{path}: ")
@@ -246,7 +355,7 @@ def opened(opener: Callable[[], Stream]) -> Stream:
             time.sleep(0.005)
 
 
-def test_a_socket_through_pyserial() -> None:
+def test_a_socket_through_pyserial(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         opener = port_opener(f"pyserial:socket://127.0.0.1:{server.getsockname()[1]}")
         stream = opened(opener)
@@ -255,18 +364,60 @@ def test_a_socket_through_pyserial() -> None:
             with pytest.raises(BlockingIOError):
                 stream.read()
             pass_both_ways(stream, lambda: other.recv(65536), other.send)
-            started_s = time.monotonic()
         assert read_exactly(lambda: stream.read() or b"end", 3) == b"end"
+        closers: list[str] = []
+        close = stream._port.close
+
+        def closed() -> None:
+            closers.append(threading.current_thread().name)
+            close()
+
+        monkeypatch.setattr(stream._port, "close", closed)
         stream.close()  # pyserial sleeps 0.3 s there
-        assert time.monotonic() - started_s < 0.3
+        deadline_s = time.monotonic() + WAIT_S
+        while not closers:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        assert closers == ["vchan-line-close"]
         again = opened(opener)
         server.accept()[0].close()
         again.close()
 
 
-def test_a_socket_that_nobody_listens_on_is_tried_again() -> None:
+class Hurried(UrlOpener):
+    """Its thread comes to its end in the middle of being asked about it."""
+
+    may_end: threading.Event
+
+    @property
+    def _opened(self) -> Any:
+        opened = self.__dict__.get("opened")
+        if opened is None and self._thread is not None:
+            self.may_end.set()
+            self._thread.join(WAIT_S)
+        return opened
+
+    @_opened.setter
+    def _opened(self, opened: Any) -> None:
+        self.__dict__["opened"] = opened
+
+    def _open(self) -> None:
+        assert self.may_end.wait(WAIT_S)
+        super()._open()
+
+
+def test_a_port_that_opens_in_a_thread_is_picked_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+        opener = Hurried(f"socket://127.0.0.1:{server.getsockname()[1]}")
+        opener.may_end = threading.Event()
+        threading.Timer(0.2, opener.may_end.set).start()
+        stream = opened(opener)
+        server.accept()[0].close()
+        stream.close()
+
+
+def test_a_socket_that_nobody_listens_on_is_tried_again() -> None:
+    (port,) = claim_ports(1)
     opener = port_opener(f"pyserial:socket://127.0.0.1:{port}")
     for _ in range(2):
         with pytest.raises(PortAbsent, match=r"cannot be opened: .*refused"):

@@ -11,18 +11,26 @@ import pytest
 from construct import Bytes, Int16ub, PascalString, Struct
 
 from tests.vectors import generate
-from vchan import _layout, protocol
+from vchan import protocol
+from vchan.wire import layout
+
+BYTE_STREAM_KINDS = {
+    value: name.removeprefix("BYTE_STREAM_")
+    for name, value in vars(layout).items()
+    if name.startswith("BYTE_STREAM_")
+}
 
 
 def test_the_generated_module_is_up_to_date() -> None:
-    assert Path(_layout.__file__).read_text() == protocol.generate()
+    assert Path(layout.__file__).read_text() == protocol.generate()
 
 
 def test_writing_the_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(protocol, "__file__", str(tmp_path / "protocol.py"))
+    (tmp_path / "wire").mkdir()
     monkeypatch.setattr(sys, "argv", ["protocol", "--write"])
     protocol.main()
-    assert (tmp_path / "_layout.py").read_text() == protocol.generate()
+    assert (tmp_path / "wire" / "layout.py").read_text() == protocol.generate()
 
 
 def test_printing_the_module(
@@ -35,6 +43,7 @@ def test_printing_the_module(
 
 def test_every_message_kind_has_its_definition() -> None:
     assert sorted(protocol.MESSAGE_BY_KIND) == list(range(1, 9))
+    assert sorted(protocol.BYTE_STREAM_BY_KIND) == list(range(32, 37))
     assert protocol.parse_message(b"\x02" + bytes(16)).head.id == bytes(16)
 
 
@@ -45,15 +54,15 @@ def test_a_field_of_no_fixed_size_has_no_struct_format() -> None:
 
 
 def test_kinds_fit_their_byte_and_are_distinct() -> None:
-    for prefix in ("KIND_", "MESSAGE_", "REASON_", "ROLE_"):
-        numbers = [value for name, value in vars(_layout).items() if name.startswith(prefix)]
+    for prefix in ("KIND_", "MESSAGE_", "REASON_", "ROLE_", "BYTE_STREAM_", "RESET_REASON_"):
+        numbers = [value for name, value in vars(layout).items() if name.startswith(prefix)]
         assert len(numbers) == len(set(numbers))
         assert all(0 < number < 256 for number in numbers)
 
 
 def test_flags_are_single_bits() -> None:
-    for prefix in ("FLAG_", "REQUEST_FLAG_", "REPLY_FLAG_"):
-        flags = [value for name, value in vars(_layout).items() if name.startswith(prefix)]
+    for prefix in ("FLAG_", "REQUEST_FLAG_", "REPLY_FLAG_", "PROGRESS_FLAG_", "PART_FLAG_"):
+        flags = [value for name, value in vars(layout).items() if name.startswith(prefix)]
         assert sum(flags) == 2 ** len(flags) - 1
 
 
@@ -114,7 +123,20 @@ def test_the_definition_reads_the_message_vectors() -> None:
             assert parsed.head.id.hex() == vector["fields"]["id"]
 
 
+def test_the_definition_reads_the_byte_stream_vectors() -> None:
+    for vector in vectors("byte_streams.json")["messages"]:
+        data = bytes.fromhex(vector["message"])
+        parsed = protocol.parse_message(data)
+        assert BYTE_STREAM_KINDS[int(data[0])] == vector["kind"].upper()
+        for name in ("id", "tag", "received", "credit", "offset"):
+            if name in vector["fields"]:
+                got = parsed.head[name]
+                assert (got.hex() if isinstance(got, bytes) else got) == vector["fields"][name]
+
+
 def test_every_kind_of_frame_and_message_has_a_vector() -> None:
+    made = {vector["kind"].upper() for vector in vectors("byte_streams.json")["messages"]}
+    assert made == set(BYTE_STREAM_KINDS.values())
     kinds = {vector["kind"] for vector in vectors("frames.json")["frames"]}
-    assert kinds | {_layout.KIND_HELLO, _layout.KIND_WELCOME} == set(range(1, 9))
+    assert kinds | {layout.KIND_HELLO, layout.KIND_WELCOME} == set(range(1, 9))
     assert len({vector["kind"] for vector in vectors("messages.json")["messages"]}) == 8

@@ -8,28 +8,30 @@ from typing import Any
 
 import pytest
 
-from vchan.bodies import encode_invocation
 from vchan.errors import LimitExceeded, Rejected
-from vchan.guest.later import Later
 from vchan.guest.router import (
     AGENTS_MAX,
-    HOLDING_MAX,
-    LINGER_S,
-    OWN_EXCHANGE,
+    DOUBT_MARGIN_S,
     OWN_TOPIC,
-    RESTART_GRACE_S,
     Method,
     Router,
 )
-from vchan.messages import (
+from vchan.rpc.bodies import REDELIVERED_KEY, encode_invocation
+from vchan.rpc.deferred import Later
+from vchan.rpc.dispatcher import HOLDING_MAX, LINGER_S, RESTART_GRACE_S
+from vchan.rpc.in_flight import REQUESTS_MAX
+from vchan.rpc.messages import (
     AGENT_GONE,
     BUSY,
     CALL,
     FAILURE,
     FANOUT,
     FINAL,
+    GUEST_TOPIC,
     IDS_MAX,
+    LOCAL,
     NO_AGENT,
+    OUT_OF_TURN,
     REDELIVERED,
     REFUSED,
     TOPICS_MAX,
@@ -42,6 +44,7 @@ from vchan.messages import (
     Settled,
     Subscribe,
     Topic,
+    charge,
     decode,
     encode,
 )
@@ -74,7 +77,12 @@ class Rig:
             "refuse": refuse,
             "later": lambda _: self.later,
         }
-        self.router = Router(lambda data, _: self._to_host(data), methods, self.now_s)
+        self.router = Router(
+            lambda data, _: self._to_host(data),
+            methods,
+            self.now_s,
+            flush=lambda: self._host.append("flushed"),
+        )
         if not grace:
             self.wait(RESTART_GRACE_S)
         self.router.host_opened(resumed=False, now_s=0.0)
@@ -305,10 +313,14 @@ def test_a_cancelled_fanout_is_cancelled_with_all(rig: Rig) -> None:
 
 
 def test_a_call_nobody_serves_is_handed_back(rig: Rig) -> None:
-    rig.ask(call(1, B), call(2, B, flags=CALL | REDELIVERED))
-    first, second = rig.host()
+    rig.ask(call(2, B, flags=CALL | REDELIVERED), call(1, B))
+    second, first = rig.host()
     assert (first.id, first.reason) == (identity(1), NO_AGENT)
     assert (second.id, second.reason) == (identity(2), AGENT_GONE)
+    rig.attach(3, B)
+    rig.host()
+    rig.ask(call(1, B), call(2, B))  # the same again: they are over, whoever serves it now
+    assert (rig.host(), rig.ids(3)) == ([first, second], [])
 
 
 def test_a_cast_nobody_serves_waits_if_it_has_time(rig: Rig) -> None:
@@ -367,6 +379,14 @@ def test_casts_of_an_agent_that_left_go_to_the_next_in_their_order() -> None:
     assert rig.host() == []
 
 
+def test_a_cast_of_an_agent_that_left_is_given_on_with_the_time_that_is_left(rig: Rig) -> None:
+    rig.ask(cast(1, timeout_ms=4000))
+    rig.now_s += 1.0
+    rig.detach(1)
+    given = [said for said in rig.given(2) if isinstance(said, Request)]
+    assert [request.timeout_ms for request in given] == [3000]
+
+
 def test_casts_of_an_agent_that_left_go_to_the_others_at_once(rig: Rig) -> None:
     rig.ask(cast(1), cast(2), cast(3))
     rig.ids(2)
@@ -386,13 +406,13 @@ def test_what_waits_when_a_topic_is_given_up() -> None:
     rig.attach(1, A)
     rig.detach(1)
     rig.host()
-    rig.ask(cast(1), call(2), call(3, flags=CALL | REDELIVERED))
+    rig.ask(call(3, flags=CALL | REDELIVERED), cast(1), call(2))
     rig.wait(LINGER_S)
-    told, *returned = rig.host()
+    *returned, told = rig.host()
     assert told == Subscribe(())
     assert [(message.id, message.reason) for message in returned] == [
-        (identity(2), NO_AGENT),
         (identity(3), AGENT_GONE),
+        (identity(2), NO_AGENT),
     ]
     assert rig.router.summary()["waiting"] == 1  # the cast
 
@@ -517,7 +537,7 @@ def test_the_daemon_answers_itself(rig: Rig, body: bytes, failed: bool, expected
 
 def test_the_daemon_takes_casts_itself(rig: Rig) -> None:
     rig.ask(cast(1, Topic("any", OWN_TOPIC), body=encode_invocation("ping", {})))
-    assert rig.host() == [Receipt(identity(1))]
+    assert rig.host() == [Receipt(identity(1)), "flushed"]
 
 
 @pytest.mark.parametrize(
@@ -549,7 +569,7 @@ def test_an_answer_that_nobody_waits_for_any_more(rig: Rig) -> None:
 
 def test_a_cast_of_what_is_answered_later_is_taken_at_once(rig: Rig) -> None:
     rig.ask(cast(1, Topic("any", OWN_TOPIC), body=encode_invocation("later", {})))
-    assert rig.host() == [Receipt(identity(1))]
+    assert rig.host() == [Receipt(identity(1)), "flushed"]
     rig.later.answer({}, rig.now_s)
     assert rig.host() == []
 
@@ -560,7 +580,7 @@ def announced(rig: Rig) -> list[tuple[Topic, ...]]:
 
 def test_our_own_topic_is_announced_with_those_of_agents() -> None:
     rig = Rig(grace=True)
-    ours = Topic(OWN_EXCHANGE, OWN_TOPIC)
+    ours = GUEST_TOPIC
     rig.router.announce_own_topic()
     assert announced(rig) == []  # an agent may be about to come back: a list without it would lie
     rig.attach(1)
@@ -575,7 +595,7 @@ def test_our_own_topic_is_announced_with_those_of_agents() -> None:
 def test_our_own_topic_gives_way_to_those_of_agents() -> None:
     rig = Rig()
     rig.router.announce_own_topic()
-    assert announced(rig) == [(Topic(OWN_EXCHANGE, OWN_TOPIC),)]
+    assert announced(rig) == [(GUEST_TOPIC,)]
     rig.attach(1)
     topics = tuple(Topic("x", f"t{number:02}") for number in range(TOPICS_MAX))
     assert rig.hear(1, Subscribe(topics)) == ""
@@ -608,12 +628,18 @@ def test_held_ids_are_bounded(rig: Rig) -> None:
 
 
 def test_nonsense(rig: Rig) -> None:
-    rig.router.host_receive(b"nonsense", rig.now_s)
-    assert rig.router.agent_receive(1, b"nonsense", rig.now_s) != ""
+    rig.router.host_receive(b"\x01nonsense", rig.now_s)
+    assert rig.router.agent_receive(1, b"\x01nonsense", rig.now_s) != ""
     assert rig.router.bad_messages == 2
     rig.say(1, Receipt(identity(1)))  # of what it was never given
     rig.tell(Receipt(identity(1)))
     assert rig.host() == []
+
+
+def test_kinds_of_a_later_version_are_passed_over(rig: Rig) -> None:
+    rig.router.host_receive(b"later", rig.now_s)
+    assert rig.router.agent_receive(1, b"later", rig.now_s) == ""
+    assert rig.router.bad_messages == 2
 
 
 def test_topics_that_linger_make_room_for_those_that_are_served(rig: Rig) -> None:
@@ -632,3 +658,251 @@ def test_an_answer_of_our_own_that_is_too_large_is_a_failure(rig: Rig) -> None:
     (reply,) = rig.host()
     assert reply.flags & FAILURE
     assert b"MESSAGE_BYTES_MAX" in reply.body
+
+
+# -------------------------------------------------------------------- in doubt
+
+AGAIN = REDELIVERED
+BODY, INFO = encode_invocation("m", {}), encode_invocation("ping", {})
+"""What the broker hands out again, and the host passes on as it came."""
+MINUTE_MS = 60_000
+
+
+def is_marked(request: Any) -> bool:
+    return json.loads(request.body)["context"].get(REDELIVERED_KEY) is True
+
+
+def test_a_call_that_an_earlier_run_may_have_passed_on_does_not_run() -> None:
+    """Neither this daemon nor an agent knows it: they may have lost their memory together."""
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.host()
+    rig.ask(call(1, flags=CALL | AGAIN, timeout_ms=MINUTE_MS))
+    rig.wait(RESTART_GRACE_S)
+    (returned,) = [said for said in rig.host() if isinstance(said, Returned)]
+    assert (returned.id, returned.reason) == (identity(1), AGENT_GONE)
+    assert "may have run" in returned.text
+    assert rig.ids(1) == []
+    rig.ask(call(1, flags=CALL | AGAIN, timeout_ms=MINUTE_MS))
+    assert rig.host() == [returned]
+    rig.ask(call(2, flags=CALL | AGAIN, timeout_ms=MINUTE_MS))  # the grace is over
+    assert [said.id for said in rig.host()] == [identity(2)]
+    assert rig.ids(1) == []
+
+
+def test_a_call_of_the_daemons_own_that_an_earlier_run_may_have_answered_does_not_run() -> None:
+    rig = Rig(grace=True)
+    own = GUEST_TOPIC
+    rig.ask(call(1, own, flags=CALL | AGAIN, timeout_ms=MINUTE_MS, body=INFO))
+    (returned,) = rig.host()
+    assert (returned.id, returned.reason) == (identity(1), AGENT_GONE)
+
+
+@pytest.mark.parametrize("flags", [0, FANOUT])
+def test_a_cast_that_may_run_a_second_time_is_told_so(flags: int) -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(cast(1, flags=flags | AGAIN, body=BODY))
+    rig.wait(RESTART_GRACE_S)
+    (request,) = rig.given(1)
+    assert is_marked(request)
+    rig.ask(cast(2, flags=flags, body=BODY))
+    (request,) = [said for said in rig.given(1) if isinstance(said, Request)]
+    assert not is_marked(request)
+    rig.ask(cast(3, flags=flags | AGAIN, body=BODY))  # handed out after the one before, and so here
+    (request,) = rig.given(1)
+    assert not is_marked(request)
+
+
+def test_a_body_that_is_none_is_given_as_it_is() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(cast(1, flags=AGAIN, body=b"nonsense"))
+    rig.wait(RESTART_GRACE_S)
+    assert rig.given(1)[0].body == b"nonsense"
+
+
+@pytest.mark.parametrize(
+    ("first", "is_known"),
+    [
+        (call(1), True),
+        (cast(1), True),
+        (cast(1, flags=FANOUT), False),  # another queue
+        (call(1, B), False),
+        (call(1, flags=CALL | LOCAL), False),  # a local program's
+        (call(1, flags=CALL | OUT_OF_TURN), False),
+        (call(1, flags=CALL | AGAIN), False),
+    ],
+)
+def test_after_the_first_fresh_request_of_a_queue_nothing_is_older_than_the_daemon(
+    first: Request, is_known: bool
+) -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A, B)
+    rig.wait(RESTART_GRACE_S)
+    rig.ask(first)
+    rig.ask(call(2, flags=CALL | AGAIN, timeout_ms=MINUTE_MS))
+    assert (2 in rig.ids(1)) is is_known
+
+
+def test_what_waits_when_the_first_fresh_request_comes_stays_in_doubt() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(call(1, flags=CALL | AGAIN, timeout_ms=MINUTE_MS), call(2))
+    rig.wait(RESTART_GRACE_S)
+    assert rig.ids(1) == [2]
+
+
+def test_a_daemon_older_than_a_calls_whole_time_was_there_when_it_was_made() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.wait(RESTART_GRACE_S)
+    rig.wait(5.0 + DOUBT_MARGIN_S)
+    rig.ask(call(1, flags=CALL | AGAIN, timeout_ms=5000))
+    rig.ask(call(2, flags=CALL | AGAIN, timeout_ms=10_000))
+    rig.ask(call(3, flags=CALL | AGAIN | OUT_OF_TURN, timeout_ms=1))  # it had more
+    assert rig.ids(1) == [1]
+
+
+def test_what_an_agent_holds_is_not_in_doubt() -> None:
+    rig = Rig(grace=True)
+    rig.ask(call(1, flags=CALL | AGAIN, timeout_ms=MINUTE_MS), cast(2, flags=AGAIN, body=BODY))
+    rig.attach(1)
+    rig.say(1, Holding((identity(1), identity(2))))
+    rig.say(1, Subscribe((A,)))
+    call_, cast_ = [said for said in rig.given(1) if isinstance(said, Request)]
+    assert (call_.id, is_marked(cast_)) == (identity(1), False)
+
+
+def charges(rig: Rig, key: int) -> Any:
+    """What this agent was told last that it alone has."""
+    told = [said.ids for said in rig.given(key) if isinstance(said, Holding)]
+    return told[-1] if told else None
+
+
+def test_an_agent_that_alone_had_everything_says_so_to_the_next_daemon() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(call(1))
+    told = charges(rig, 1)
+    assert told == (charge(("a", 0)),)
+    rig = Rig(grace=True)  # the next run
+    rig.ask(call(2, flags=CALL | AGAIN | OUT_OF_TURN), cast(3, flags=AGAIN | FANOUT, body=BODY))
+    rig.attach(1)
+    rig.say(1, Holding(told))
+    rig.say(1, Subscribe((A,)))
+    assert charges(rig, 1) is None  # it says so to the one after it, too
+    rig.wait(RESTART_GRACE_S)
+    given = [said for said in rig.given(1) if isinstance(said, Request)]
+    assert [(said.id, bool(said.flags & FANOUT)) for said in given] == [
+        (identity(2), False),
+        (identity(3), True),
+    ]
+    assert is_marked(given[1])  # of fanouts it said nothing
+    rig.detach(1)
+    rig.attach(2, A)
+    rig.host()
+    rig.ask(call(4, flags=CALL | AGAIN | OUT_OF_TURN))  # who said so is gone
+    assert [said.reason for said in rig.host()] == [AGENT_GONE]
+
+
+def test_a_charge_that_is_not_true_any_more_is_taken_back() -> None:
+    """Before this daemon has said any itself."""
+    rig = Rig(grace=True)
+    rig.attach(1)
+    rig.say(1, Holding((charge(("a", 0)), identity(7))))
+    rig.attach(2, A)
+    rig.say(1, Subscribe((A,)))
+    assert charges(rig, 1) == ()
+
+
+def test_an_agent_is_not_charged_alone_with_what_another_serves_or_had() -> None:
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(call(1))
+    assert charges(rig, 1) == (charge(("a", 0)),)
+    rig.attach(2, Topic("other exchange", "a"))  # the same queue
+    assert charges(rig, 1) == ()
+    rig.detach(2)
+    assert charges(rig, 1) == (charge(("a", 0)),)
+    rig.say(1, Reply(identity(1), FINAL, b"1"))
+    rig.attach(3, B)
+    rig.detach(3)
+    assert charges(rig, 1) == ()  # who had it may be gone
+    rig.tell(Settled((identity(1),)))
+    assert charges(rig, 1) == (charge(("a", 0)),)
+
+
+def test_a_call_that_is_refused_for_want_of_room_stays_refused() -> None:
+    """The word is binding: its caller may have been told."""
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    for n in range(REQUESTS_MAX):
+        rig.ask(cast(n))
+    rig.host()
+    rig.ask(call(5000), call(5001, flags=CALL | AGAIN), cast(5002))
+    said = rig.host()
+    assert [each.reason for each in said] == [BUSY, AGENT_GONE, BUSY]
+    for n in range(REQUESTS_MAX):
+        rig.say(1, Receipt(identity(n)))
+    rig.host()
+    rig.given(1)
+    rig.ask(call(5000), call(5001, flags=CALL | AGAIN), cast(5002))
+    assert rig.host() == said[:2]
+    assert rig.ids(1) == [5002]  # a cast may come again
+
+
+def test_a_host_s_program_may_ask_again_for_what_was_refused() -> None:
+    """With the same id, as the oslo.messaging driver does while it hears BUSY."""
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.ask(call(1, flags=CALL | LOCAL))
+    rig.say(1, Returned(identity(1), BUSY, "requeued"))
+    rig.given(1)
+    rig.ask(call(1, flags=CALL | LOCAL))
+    assert rig.ids(1) == [1]
+
+
+def test_a_cast_to_the_daemon_is_receipted_before_it_runs() -> None:
+    rig = Rig(grace=True)
+    at_its_run: list[Any] = []
+    rig.router._methods = {"ping": lambda _: at_its_run.extend(rig.host())}
+    rig.ask(cast(1, GUEST_TOPIC, body=INFO))
+    assert at_its_run == [Receipt(identity(1)), "flushed"]
+
+
+# --- what the host serves, and this daemon's own requests
+
+
+def test_what_the_host_serves_is_forgotten_with_its_session() -> None:
+    told: list[tuple[Topic, ...]] = []
+    router = Router(lambda _, __: None, {}, 0.0, host_serves=told.append)
+    router.host_opened(resumed=False, now_s=1.0)
+    router.host_receive(encode(Subscribe((A,))), 1.0)
+    router.host_opened(resumed=True, now_s=2.0)
+    assert told == [(), (A,)]
+    router.host_opened(resumed=False, now_s=3.0)
+    assert told == [(), (A,), ()]
+    assert router.bad_messages == 0
+
+
+def test_who_does_not_care_what_the_host_serves() -> None:
+    rig = Rig()
+    rig.router.host_receive(encode(Subscribe((A,))), rig.now_s)
+    assert rig.router.bad_messages == 0 and rig.host() == []
+
+
+def test_our_own_requests_go_up_as_an_agents_do_and_are_repeated() -> None:
+    rig = Rig()
+    heard: list[Any] = []
+    ask = rig.router.attach_ourselves(lambda data, _: heard.append(decode(data)))
+    ask(Request(identity(1), 0, 0, 0, "", "vchan.host", "", b"{}"), rig.now_s)
+    assert [message.id for message in rig.host()] == [identity(1)]
+    rig.router.host_opened(resumed=False, now_s=rig.now_s)
+    (again,) = (message for message in rig.host() if isinstance(message, Request))
+    assert again.id == identity(1) and again.flags & REDELIVERED
+    rig.router.host_receive(encode(Receipt(identity(1))), rig.now_s)
+    assert heard == [Receipt(identity(1))]
+    ask(Settled((identity(1),)), rig.now_s)
+    assert rig.host() == [Settled((identity(1),))]
+    assert rig.router.summary()["agents"] == 0 and rig.router.summary()["open_up"] == 0

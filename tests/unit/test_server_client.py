@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from tests.unit.local_host import LocalHost
-from vchan import server as server_module
-from vchan.access import Credentials
+from tests.unit.owned import touches_recorded
 from vchan.client import Client
 from vchan.errors import (
     AgentGone,
@@ -31,14 +30,16 @@ from vchan.errors import (
     Rejected,
     RemoteError,
 )
-from vchan.link import Link
-from vchan.loop import Loop
-from vchan.messages import CALL, FAILURE, Reply, Request, Subscribe, Topic, decode, encode
-from vchan.server import LocalServer
+from vchan.io import local_socket as server_module
+from vchan.io.access import Credentials
+from vchan.io.link import Link
+from vchan.io.local_socket import LocalServer
+from vchan.io.loop import Loop
+from vchan.io.streams import connect_unix
+from vchan.rpc.messages import CALL, FAILURE, Reply, Request, Subscribe, Topic, decode, encode
 from vchan.session import Config, Event, Opened, Received, Role, Session
-from vchan.streams import connect_unix
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -90,12 +91,40 @@ def test_a_failure_says_what_happened(
     client: Client, topic: str, method: str, server: str, error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=text):
-        client.call(topic, method, server=server, timeout_s=5)
+        client.call(topic, method, server=server, timeout_s=30)
+
+
+@pytest.mark.parametrize("vm", [[], {}, 5, True])
+def test_a_wrong_argument_is_named(client: Client, vm: object) -> None:
+    with pytest.raises(RemoteError, match="TypeError: argument 'vm': expected a text"):
+        client.call("vchan.host", "attach", {"vm": vm}, timeout_s=WAIT_S)
+
+
+@pytest.mark.parametrize("bug", [KeyError("inside"), TypeError("inside"), ValueError("inside")])
+def test_a_bug_in_a_method_is_no_word_about_the_request(
+    host: LocalHost, client: Client, caplog: pytest.LogCaptureFixture, bug: Exception
+) -> None:
+    """It is not "no such method", nor "wrong arguments"; and it is in the log, where it was."""
+    host.bug = bug
+    with pytest.raises(RemoteError, match=r"InternalError: .*'broken'.*log"):
+        client.call("vchan.host", "broken", timeout_s=WAIT_S)
+    assert "Traceback" in caplog.text
+    assert "inside" in caplog.text
+    assert client.call("vchan.host", "list", timeout_s=WAIT_S)
 
 
 def test_a_method_that_is_answered_later(client: Client) -> None:
     with pytest.raises(RemoteError, match="Rejected: vm: no controller"):
         client.call("vchan.host", "attach", {"vm": "vm"})
+
+
+def test_a_clients_connection_is_touched_by_its_own_thread_alone(
+    host: LocalHost, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with touches_recorded(monkeypatch) as strays, Client(str(path)) as client:
+        assert client.call("agent", "echo", {"n": 1}, server="vm", timeout_s=WAIT_S) == {"n": 1}
+        client.cast("agent", "echo", server="vm", timeout_s=WAIT_S)
+    assert strays == []
 
 
 def test_many_calls_of_many_threads(client: Client) -> None:
@@ -113,20 +142,57 @@ def test_a_call_that_is_not_answered_in_time_is_withdrawn(host: LocalHost, clien
     assert client.call("agent", "echo", server="vm") == {}
 
 
+def test_waiting_for_the_daemon_is_a_part_of_a_calls_time(host: LocalHost, client: Client) -> None:
+    client.call("agent", "echo", server="vm", timeout_s=WAIT_S)
+    client._ready.clear()  # as when the connection was lost
+    threading.Timer(0.5, client._ready.set).start()
+    client.call("agent", "echo", server="vm", timeout_s=20)
+    assert host.requests[-1].timeout_ms <= 19_600  # the call may begin a little after the timer
+
+
 def test_who_goes_away_waits_no_more(host: LocalHost, path: Path) -> None:
     with Client(str(path)) as client, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.call, "agent", "sleep", server="vm", timeout_s=0.5)
+        asked = pool.submit(client.call, "agent", "sleep", server="vm", timeout_s=3600)
         wait(lambda: len(host.requests) == 1)
         client.close()
         wait(lambda: host.cancelled == [host.requests[0].id])
-        assert isinstance(asked.exception(), CallTimeout)
+        assert isinstance(asked.exception(WAIT_S), CallTimeout)
+        with pytest.raises(LinkDown, match="closed"):
+            client.call("agent", "echo", server="vm", timeout_s=3600)
+    assert len(host.requests) == 1
+
+
+def test_a_client_of_the_process_before_a_fork_is_not_used(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is not there, and its descriptors are the other process's, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(LinkDown, match="before this process was forked"):
+            client.call("agent", "echo", server="vm", timeout_s=3600)
+    assert client.call("agent", "echo", server="vm", timeout_s=WAIT_S) == {}
+
+
+def test_a_clients_thread_that_dies_is_not_waited_for(
+    host: LocalHost, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    with Client(str(path)) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.call, "agent", "sleep", server="vm", timeout_s=3600)
+        wait(lambda: len(host.requests) == 1)
+        client._loop.call_soon_threadsafe(lambda: 1 / 0)
+        assert isinstance(asked.exception(WAIT_S), CallTimeout)
+        with pytest.raises(LinkDown, match="ended"):
+            client.call("agent", "echo", server="vm", timeout_s=3600)
+    assert len(seen) == 1
 
 
 def test_over_the_limit_nothing_is_sent_and_nothing_else_suffers(
     host: LocalHost, client: Client
 ) -> None:
     with pytest.raises(LimitExceeded, match=r"over the limit of 4194304 \(MESSAGE_BYTES_MAX\)"):
-        client.call("agent", "echo", {"x": "y" * (4 << 20)}, server="vm", timeout_s=5)
+        client.call("agent", "echo", {"x": "y" * (4 << 20)}, server="vm", timeout_s=30)
     assert host.requests == []
     almost = "y" * ((4 << 20) - 1000)
     assert client.call("agent", "echo", {"x": almost}, server="vm") == {"x": almost}
@@ -140,7 +206,7 @@ def test_an_answer_over_the_limit_is_a_failure(host: LocalHost, client: Client) 
     # The request fits; the answer, with more around it, does not.
     args = {"x": "y" * ((4 << 20) - 150)}
     try:
-        client.call("agent", "echo", args, server="vm", timeout_s=5)
+        client.call("agent", "echo", args, server="vm", timeout_s=30)
     except (LimitExceeded, RemoteError) as error:
         assert "MESSAGE_BYTES_MAX" in str(error)
     assert client.call("agent", "echo", server="vm") == {}

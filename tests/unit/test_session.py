@@ -20,37 +20,19 @@ from tests.unit.pair import (
     make_session,
     opened,
     read_frames,
+    reconfigure,
     sealed,
 )
-from vchan import _layout as layout
-from vchan import session as session_module
 from vchan.errors import LimitExceeded
-from vchan.frames import (
-    FLUSH,
-    FRAME_BYTES_MAX,
-    FRAME_BYTES_MIN,
-    GREETING_BYTES_MAX,
-    NO_KEY,
-    OVERHEAD_BYTES,
-    PAYLOAD_BYTES_MAX,
-    ZERO_ID,
-    Greeting,
-    decode_greeting,
-    encode_frame,
-)
 from vchan.session import (
-    ACK_DELAY_S,
     BACKLOG_BYTES_MAX,
     CONTROL,
     MESSAGE_BYTES_MAX,
     MESSAGE_BYTES_MIN,
     PING_IDLE_S,
-    PROBE_S,
-    REGREET_PINGS,
-    REGREET_S,
-    REWIND_S,
     SILENCE_S,
     STREAMS,
+    WINDOW_BYTES,
     Config,
     Heard,
     Lost,
@@ -63,6 +45,24 @@ from vchan.session import (
     Silent,
     State,
     Violation,
+)
+from vchan.session import session as session_module
+from vchan.session.liveness import PROBE_S, REGREET_PINGS
+from vchan.session.sender import REWIND_S
+from vchan.session.session import ACK_DELAY_S, REGREET_S, Cause
+from vchan.wire import layout
+from vchan.wire.frames import (
+    FLUSH,
+    FRAME_BYTES_MAX,
+    FRAME_BYTES_MIN,
+    GREETING_BYTES_MAX,
+    NO_KEY,
+    OVERHEAD_BYTES,
+    PAYLOAD_BYTES_MAX,
+    ZERO_ID,
+    Greeting,
+    decode_greeting,
+    encode_frame,
 )
 
 DATA, ACK, PING = layout.KIND_DATA, layout.KIND_ACK, layout.KIND_PING
@@ -101,15 +101,22 @@ def test_every_state_and_kind_is_handled_or_ignored_on_purpose() -> None:
     assert not handled & ignored
 
 
+def test_every_state_and_change_leads_on_or_cannot_be() -> None:
+    everything = set(product(State, Cause))
+    leads, cannot = set(session_module._NEXT_STATE), set(session_module._CANNOT_BE)
+    assert leads | cannot == everything
+    assert not leads & cannot
+
+
 # ---------------------------------------------------------------- handshake
 
 
-def test_two_ends_meet() -> None:
+def test_two_ends_open_a_session() -> None:
     pair = Pair().connect()
     host, guest = pair.host.session, pair.guest.session
     assert pair.host.events == [Opened(Peer(GUEST_INSTANCE, "guest", "", 1), resumed=False)]
     assert pair.guest.events == [Opened(Peer(HOST_INSTANCE, "host", "", 1), resumed=False)]
-    assert host._session_id == guest._session_id != ZERO_ID
+    assert host._handshake.session_id == guest._handshake.session_id != ZERO_ID
     assert host.counters.sessions == guest.counters.sessions == 1
 
 
@@ -123,7 +130,7 @@ def test_a_stream_opens_with_a_flush_and_a_hello() -> None:
 
 
 @pytest.mark.parametrize("first", [Role.HOST, Role.GUEST])
-def test_who_was_there_first_is_found_by_who_comes_later(first: Role) -> None:
+def test_the_end_that_starts_later_finds_the_earlier_one(first: Role) -> None:
     pair = Pair()
     early, late = (pair.host, pair.guest) if first is Role.HOST else (pair.guest, pair.host)
     pair.open(early)
@@ -146,7 +153,7 @@ def test_messages_both_ways_on_every_stream() -> None:
         assert pair.host.received(stream) == [b"to host %d" % stream]
 
 
-def test_what_was_sent_before_the_session_began_does_not_arrive() -> None:
+def test_messages_sent_before_the_session_are_not_delivered() -> None:
     """The layer above repeats what still matters; Opened(resumed=False) tells it to."""
     pair = Pair()
     pair.host.session.send(b"too early")
@@ -157,7 +164,24 @@ def test_what_was_sent_before_the_session_began_does_not_arrive() -> None:
     assert pair.host.session.backlog_bytes == 0
 
 
-def test_a_lost_hello_is_sent_again_ever_more_rarely() -> None:
+def test_a_session_that_is_abandoned_is_followed_by_a_new_one() -> None:
+    """What waited in it takes no memory any more, and does not arrive; both ends are told."""
+    pair = connected()
+    pair.host.session.send(b"x" * 1_000_000, 1)
+    pair.host.session.close()
+    pair.guest.session.close()
+    pair.host.session.abandon()
+    assert pair.host.session.backlog_bytes == pair.host.session.unacknowledged == 0
+    pair.connect()
+    for end in (pair.host, pair.guest):
+        (opened,) = [event for event in end.events if isinstance(event, Opened)]
+        assert not opened.resumed
+    pair.host.session.send(b"now", 1)
+    pair.settle()
+    assert pair.guest.received(1) == [b"now"]
+
+
+def test_a_lost_hello_is_resent_at_growing_intervals() -> None:
     pair = Pair()
     pair.open(pair.host)
     times = []
@@ -187,7 +211,7 @@ def test_a_lost_welcome_is_asked_for_again() -> None:
     assert opened(pair.host.events) == opened(pair.guest.events) == [False]
 
 
-def test_a_lost_confirmation_is_made_good_by_the_next_hello() -> None:
+def test_the_next_hello_replaces_a_lost_confirmation() -> None:
     """One end is OPEN and said so; the other did not hear it and greets again."""
     pair = Pair()
     pair.open()
@@ -204,7 +228,7 @@ def test_a_lost_confirmation_is_made_good_by_the_next_hello() -> None:
     assert opened(pair.host.events) == opened(pair.guest.events) == [False]
 
 
-def test_a_hello_that_comes_again_gets_the_same_answer() -> None:
+def test_a_duplicate_hello_gets_the_same_answer() -> None:
     pair = Pair()
     pair.open()
     hello = pair.write(pair.guest)[len(FLUSH) :]
@@ -250,7 +274,7 @@ def test_a_hello_alone_changes_nothing_in_an_open_session() -> None:
 
 @pytest.mark.parametrize("kind", [layout.KIND_WELCOME, layout.KIND_REFUSE])
 @pytest.mark.parametrize("state", [State.GREETING, State.OPEN])
-def test_smuggled_answers_do_nothing(kind: int, state: State) -> None:
+def test_forged_answers_to_a_greeting_are_ignored(kind: int, state: State) -> None:
     pair = connected() if state is State.OPEN else Pair()
     if state is State.GREETING:
         pair.open(pair.host)
@@ -264,7 +288,7 @@ def test_smuggled_answers_do_nothing(kind: int, state: State) -> None:
     assert pair.host.session.state is state
 
 
-def test_a_terminal_that_echoes_is_not_a_peer() -> None:
+def test_an_echoing_terminal_is_not_taken_for_a_peer() -> None:
     host = make_session(Role.HOST)
     host.open(0.0)
     own = host.data_to_send()
@@ -295,7 +319,9 @@ def test_a_new_guest_on_the_same_stream_gets_a_new_session() -> None:
     assert opened(pair.host.events) == opened(pair.guest.events) == [False]
     assert pair.host.session.peer is not None
     assert pair.host.session.peer.instance == b"second-instance!"
-    assert pair.host.session._partials == {} and pair.host.session._reassembly == 0
+    assert (
+        pair.host.session._receiver._partials == {} and pair.host.session._receiver.reassembly == 0
+    )
 
 
 def test_a_guest_tells_whom_it_was_attached_to() -> None:
@@ -317,7 +343,7 @@ def test_names_from_a_peer_are_fit_for_a_log() -> None:
     assert pair.host.session.peer.name == "a?b?[31m"
 
 
-def test_nothing_is_answered_without_a_stream() -> None:
+def test_a_session_without_a_stream_answers_nothing() -> None:
     pair = connected()
     pair.host.session.close()
     pair.guest.session.send(b"to nobody")
@@ -371,7 +397,7 @@ def test_a_refused_end_greets_again_by_itself() -> None:
     pair = Pair(guest=make_session(Role.GUEST, version_min=3, version_max=4))
     pair.open()
     pair.settle()
-    pair.guest.session.config = pair.guest.session.config._replace(version_min=1)
+    reconfigure(pair.guest.session, version_min=1)
     pair.advance(31.0)
     assert pair.host.session.state is pair.guest.session.state is State.OPEN
     assert len(pair.host.of(Refused)) == 1
@@ -556,17 +582,17 @@ def test_a_resumed_end_takes_the_credit_it_is_greeted_with() -> None:
     replug(pair, pair.guest)
     pair.write(pair.guest)
     pair.deliver(pair.host)
-    before = pair.guest.session._peer_credit
+    before = pair.guest.session._sender.credit
     pair.write(pair.host)
     pair.deliver(pair.guest)
-    assert pair.guest.session._peer_credit == before + 10_000 + OVERHEAD_BYTES
+    assert pair.guest.session._sender.credit == before + 10_000 + OVERHEAD_BYTES
 
 
-def test_no_candidate_is_left_when_a_key_is_in_force() -> None:
+def test_a_session_forgets_the_candidate_key_once_a_key_is_in_force() -> None:
     pair = connected()
     for end in (pair.host, pair.guest):
         assert end.session._decoder.candidate is None
-        assert end.session._candidate is None
+        assert end.session._handshake.candidate is None
     replug(pair, pair.guest)
     pair.settle()
     assert pair.host.session._decoder.candidate is None
@@ -593,7 +619,7 @@ def test_a_restarted_host_begins_a_new_session() -> None:
     assert pair.host.received() == []
 
 
-def test_a_clone_of_a_guest_is_told_apart() -> None:
+def test_the_host_distinguishes_a_clone_from_the_original_guest() -> None:
     """Same memory, same random numbers, same instance; another host's session all the same."""
     pair = connected()
     pair.host.session.send(b"before")
@@ -645,9 +671,9 @@ def test_a_guest_that_was_rolled_back_under_a_live_stream_is_found_by_its_silenc
     assert pair.guest.received()[-1] == b"there"
 
 
-def test_another_instance_does_not_go_on_with_a_session() -> None:
+def test_another_instance_cannot_resume_a_session() -> None:
     pair = connected()
-    pair.guest.session.config = pair.guest.session.config._replace(instance=b"somebody-else-00")
+    reconfigure(pair.guest.session, instance=b"somebody-else-00")
     replug(pair, pair.guest)
     pair.settle()
     assert opened(pair.host.events) == [False]
@@ -655,15 +681,13 @@ def test_another_instance_does_not_go_on_with_a_session() -> None:
 
 def test_a_peer_whose_limits_changed_is_not_the_same_peer() -> None:
     pair = connected()
-    pair.guest.session.config = pair.guest.session.config._replace(
-        message_bytes_max=MESSAGE_BYTES_MIN
-    )
+    reconfigure(pair.guest.session, message_bytes_max=MESSAGE_BYTES_MIN)
     replug(pair, pair.guest)
     pair.settle()
     assert opened(pair.host.events) == [False]
 
 
-def test_old_frames_that_arrive_in_the_new_session_mean_nothing() -> None:
+def test_frames_of_an_old_session_are_ignored_in_a_new_one() -> None:
     """QEMU can deliver the same bytes at both hosts."""
     pair = connected()
     pair.guest.session.send(b"once")
@@ -677,7 +701,7 @@ def test_old_frames_that_arrive_in_the_new_session_mean_nothing() -> None:
     assert pair.host.received() == [b"once"]
 
 
-def test_old_frames_in_the_same_read_as_the_new_key_mean_nothing() -> None:
+def test_frames_of_an_old_session_are_ignored_in_the_read_that_brings_the_new_key() -> None:
     """Even in one batch with the frame that proves the new key."""
     pair = connected()
     pair.guest.session.send(b"once")
@@ -716,7 +740,7 @@ def test_an_old_acknowledgement_that_comes_again_is_harmless() -> None:
     pair.host.session.send(b"one")
     pair.settle()
     pair.advance(1.0)
-    assert pair.host.session._base == 1
+    assert pair.host.session._sender.base == 1
     assert hand(pair, pair.host, old) == []
     assert pair.host.session.state is State.OPEN
 
@@ -754,7 +778,7 @@ def test_a_lost_last_frame_is_found_by_a_probe() -> None:
     assert pair.host.received() == [b"last words"]
 
 
-def test_a_lost_rewind_is_brought_by_the_next_probe() -> None:
+def test_the_next_probe_repeats_a_lost_rewind() -> None:
     pair = connected()
     pair.guest.session.send(b"lost")
     lose(pair, pair.guest)
@@ -875,7 +899,9 @@ def violation(pair: Pair) -> str:
         ),
     ],
 )
-def test_what_a_peer_may_not_send(frames: list[dict[str, Any]], reason: str) -> None:
+def test_frames_that_a_peer_may_not_send_are_violations(
+    frames: list[dict[str, Any]], reason: str
+) -> None:
     pair = connected()
     for fields in frames:
         assert pair.host.session.state is State.OPEN
@@ -895,14 +921,14 @@ def test_more_than_the_credit_is_a_violation() -> None:
     pair = connected()
     host = pair.host.session
     payload = b"x" * 10_000
-    for _ in range(session_module.WINDOW_BYTES // (10_000 + OVERHEAD_BYTES)):
+    for _ in range(WINDOW_BYTES // (10_000 + OVERHEAD_BYTES)):
         hand(pair, pair.host, sealed(host, DATA, flags=WHOLE, payload=payload))
     assert pair.host.of(Violation) == []
     hand(pair, pair.host, sealed(host, DATA, flags=WHOLE, payload=payload))
     assert "more than its credit" in violation(pair)
 
 
-def test_credit_told_in_a_greeting_counts() -> None:
+def test_credit_in_a_greeting_is_used() -> None:
     """A resumed peer goes by the greeting until it hears a frame."""
     pair = connected()
     for _ in range(15):
@@ -919,7 +945,7 @@ def test_credit_told_in_a_greeting_counts() -> None:
     assert len(pair.host.received()) == 39
 
 
-def test_violations_do_not_put_off_the_greeting_for_ever() -> None:
+def test_violations_do_not_delay_the_greeting_without_end() -> None:
     """A thousand violations in a second: who comes next is greeted within a second."""
     pair = connected()
     for _ in range(1000):
@@ -938,7 +964,7 @@ def test_violations_do_not_put_off_the_greeting_for_ever() -> None:
     assert at_s is not None and at_s - pair.now_s <= REGREET_S
 
 
-def test_a_peer_that_makes_no_sense_is_greeted_at_most_so_often() -> None:
+def test_a_peer_that_sends_nonsense_is_greeted_at_a_bounded_rate() -> None:
     pair = connected()
     hand(pair, pair.host, sealed(pair.host.session, ACK, ack=99))
     assert kinds(pair.write(pair.host), pair.host.session) == ["HELLO"]
@@ -1004,7 +1030,7 @@ def test_a_large_message_goes_on_delaying_small_ones_by_no_more_than_that() -> N
         frames = read_frames(host.data_to_send(2 * FRAME_BYTES_MAX), host._tx_key)
         assert b"small %d" % n in [frame.payload for frame in frames[:2]]
         pair.now_s += 1.0
-        hand(pair, pair.host, sealed(host, ACK, ack=host._tail, credit=10**9))
+        hand(pair, pair.host, sealed(host, ACK, ack=host._sender.tail, credit=10**9))
 
 
 def test_small_messages_do_not_starve_large_ones() -> None:
@@ -1039,7 +1065,7 @@ def test_the_peers_reassembly_memory_is_never_overrun() -> None:
         data = pair.host.session.data_to_send()
         pair.guest.inbox += data
         pair.deliver(pair.guest)
-        most = max(most, pair.guest.session._reassembly)
+        most = max(most, pair.guest.session._receiver.reassembly)
         pair.write(pair.guest)
         pair.deliver(pair.host)
         assert data, "it stalled"
@@ -1088,14 +1114,14 @@ def test_messages_of_one_stream_stay_in_order_whatever_their_size() -> None:
         assert [(m[0], len(m)) for m in pair.guest.received(stream)] == list(enumerate(sizes))
 
 
-def test_tiny_fragments_cost_their_peer_more_than_us() -> None:
+def test_tiny_fragments_cost_the_sender_more_than_the_receiver() -> None:
     """A message of 4 MiB in fragments of 2 bytes holds what it holds, not fifty times that."""
     pair = connected()
     host = pair.host.session
     hand(pair, pair.host, sealed(host, DATA, flags=1, total=9999, payload=b"xx"))
     for _ in range(1000):
         hand(pair, pair.host, sealed(host, DATA, flags=0, payload=b"xx"))
-    (partial,) = host._partials.values()
+    (partial,) = host._receiver._partials.values()
     assert partial.data.__sizeof__() < 2 * 2002 + 100
 
 
@@ -1122,16 +1148,39 @@ def test_in_flight_is_bounded_whatever_the_credit() -> None:
     assert pair.guest.received() == [b"x" * 500_000]
 
 
-def test_a_host_grants_no_credit_to_who_does_not_read() -> None:
+def test_a_host_does_not_take_back_the_credit_it_greeted_with() -> None:
+    """It has too much unsent to grant more: what it has granted, the guest may use."""
+    pair = connected()
+    host, guest = pair.host.session, pair.guest.session
+    guest.send(b"x" * 100_000, 1)
+    pair.write(pair.guest)
+    pair.deliver(pair.host)  # the host's next word is its greeting on a new stream
+    for _ in range(2):
+        pair.guest.inbox.clear()
+        pair.host.inbox.clear()
+        pair.open()
+        host.send(b"y" * 2 * BACKLOG_BYTES_MAX, 2)
+        for end in (pair.host, pair.guest, pair.host):
+            pair.peer(end).inbox += end.session.data_to_send()
+            pair.deliver(pair.peer(end))
+        assert guest.state is State.OPEN
+    for _ in range(3):
+        guest.send(b"z" * 80_000, 1)
+    assert host._receiver.cost + len(pair.write(pair.guest)) > WINDOW_BYTES  # the first grant
+    pair.deliver(pair.host)
+    assert pair.host.of(Violation) == []
+
+
+def test_a_host_grants_no_credit_to_a_guest_that_does_not_read() -> None:
     pair = connected()
     host = pair.host.session
     for n in range(BACKLOG_BYTES_MAX // 1_000_000 + 1):
         host.send(b"x" * 1_000_000, 1 + n)
-    granted = host._grant()
+    granted = host._receiver.grant(host.backlog_bytes)
     pair.guest.session.send(b"y" * 200_000, 1)
     while data := pair.guest.session.data_to_send():
         hand(pair, pair.host, data)
-    assert host._grant() == granted
+    assert host._receiver.grant(host.backlog_bytes) == granted
     host.send(b"x" * 100, 0)
     assert sealed_credit(host) == granted
     # It reads again: all is well.
@@ -1145,7 +1194,7 @@ def sealed_credit(session: Session) -> int:
     return read_frames(session.data_to_send(), session._tx_key)[-1].credit
 
 
-def test_a_guest_always_grants_so_that_two_full_ends_do_not_wait_for_each_other() -> None:
+def test_a_guest_always_grants_credit_so_that_two_full_ends_do_not_deadlock() -> None:
     pair = connected()
     for stream in range(1, 5):
         pair.host.session.send(b"h" * 2_000_000, stream)
@@ -1155,7 +1204,7 @@ def test_a_guest_always_grants_so_that_two_full_ends_do_not_wait_for_each_other(
     assert len(pair.host.received()) == len(pair.guest.received()) == 4
 
 
-def test_limits_of_send() -> None:
+def test_send_refuses_messages_over_its_limits() -> None:
     session = make_session(Role.HOST)
     session.send(b"x" * MESSAGE_BYTES_MAX)
     with pytest.raises(LimitExceeded, match="MESSAGE_BYTES_MAX"):
@@ -1187,7 +1236,7 @@ def test_writes_are_whole_frames_within_the_limit(limit: int) -> None:
 # ---------------------------------------------------------------- time
 
 
-def test_an_acknowledgement_waits_for_a_frame_that_goes_its_way() -> None:
+def test_an_acknowledgement_waits_to_travel_with_a_frame() -> None:
     pair = connected()
     pair.guest.session.send(b"question")
     pair.write(pair.guest)
@@ -1200,7 +1249,7 @@ def test_an_acknowledgement_waits_for_a_frame_that_goes_its_way() -> None:
     assert pair.guest.session.unacknowledged == 0
 
 
-def test_an_acknowledgement_goes_alone_after_its_delay() -> None:
+def test_an_acknowledgement_is_sent_alone_after_its_delay() -> None:
     pair = connected()
     pair.guest.session.send(b"telling")
     pair.write(pair.guest)
@@ -1237,7 +1286,7 @@ def test_the_timer_of_an_acknowledgement_that_went_with_data_does_nothing() -> N
     assert pair.host.session.data_to_send() == b""
 
 
-def test_an_idle_session_says_something_now_and_then() -> None:
+def test_an_idle_session_sends_pings() -> None:
     pair = connected()
     pair.advance(60.0)
     for end in (pair.host, pair.guest):
@@ -1265,7 +1314,7 @@ def test_the_first_message_after_a_silence_is_not_probed_at_once() -> None:
     assert at_s <= pair.now_s + PROBE_S
 
 
-def test_silence_is_told_and_ends_nothing() -> None:
+def test_silence_is_reported_and_does_not_end_the_session() -> None:
     pair = connected()
     events: list[Any] = []
     pings: list[float] = []
@@ -1292,7 +1341,7 @@ def test_silence_is_told_and_ends_nothing() -> None:
     assert False not in opened(pair.host.events)
 
 
-def test_a_session_with_something_to_say_asks_sooner() -> None:
+def test_a_session_with_unacknowledged_frames_probes_sooner() -> None:
     pair = connected()
     pair.advance(1.0)
     pair.host.session.send(b"anybody there?")
@@ -1356,7 +1405,7 @@ def test_a_paused_guest_wakes_up_to_a_pile_of_hellos(paused_s: float) -> None:
 
 
 @pytest.mark.parametrize("start_s", [1000.0, 1000.31, 12345.678, 9e6 + 0.1])
-def test_hours_of_waiting_never_spin(start_s: float) -> None:
+def test_a_session_that_waits_for_hours_never_spins(start_s: float) -> None:
     """Sums of times are rounded: what is due must not stay due."""
     host = make_session(Role.HOST)
     host.open(start_s)
@@ -1379,7 +1428,7 @@ def test_a_host_that_waits_for_its_guest_says_so() -> None:
     assert [round(event.for_s) for event in pair.host.of(Silent)] == [10, 20, 30]
 
 
-def test_time_may_stand_still_or_leap() -> None:
+def test_a_session_survives_a_clock_that_stops_or_jumps() -> None:
     pair = connected()
     for leap_s in (0.0, 1e9, 1e12):
         pair.now_s += leap_s
@@ -1394,7 +1443,7 @@ def test_time_may_stand_still_or_leap() -> None:
 # ---------------------------------------------------------------- counters
 
 
-def test_counters() -> None:
+def test_the_counters_count_what_their_names_say() -> None:
     pair = connected()
     pair.host.session.send(b"one")
     pair.settle()

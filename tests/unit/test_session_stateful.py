@@ -23,23 +23,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.unit.pair import End, Entropy, read_frames
-from vchan import _layout as layout
+from tests.unit.pair import End, Entropy, read_frames, reconfigure
 from vchan.errors import LimitExceeded
-from vchan.frames import (
-    FRAME_BYTES_MAX,
-    NO_KEY,
-    OVERHEAD_BYTES,
-    PAYLOAD_BYTES_MAX,
-    ZERO_ID,
-    Greeting,
-    decode_greeting,
-    encode_frame,
-)
 from vchan.protocol import MAGIC
 from vchan.session import (
     CONTROL,
-    REWIND_S,
     STREAMS,
     Config,
     Event,
@@ -49,6 +37,18 @@ from vchan.session import (
     Session,
     State,
     Violation,
+)
+from vchan.session.sender import REWIND_S
+from vchan.wire import layout
+from vchan.wire.frames import (
+    FRAME_BYTES_MAX,
+    NO_KEY,
+    OVERHEAD_BYTES,
+    PAYLOAD_BYTES_MAX,
+    ZERO_ID,
+    Greeting,
+    decode_greeting,
+    encode_frame,
 )
 
 REACH: Counter[str] = Counter()
@@ -349,7 +349,7 @@ class Sessions(RuleBasedStateMachine):
         instance = self.host.session.config.instance
         host = self.make("host")
         if same_daemon:
-            host.session.config = host.session.config._replace(instance=instance)
+            reconfigure(host.session, instance=instance)
         self.host = host
         self.open(host)
         self.reached["restored"] += 1
@@ -424,31 +424,33 @@ class Sessions(RuleBasedStateMachine):
 def check_limits(session: Session) -> None:
     """The limits a session sets itself, and that its sums are right."""
     config = session.config
-    cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sent)
-    assert session._in_flight == cost <= config.in_flight_bytes_max
-    assert session._tail - session._base == len(session._sent)
-    assert session._base <= session._cursor <= session._tail
-    assert session._tx_cost <= session._peer_credit
-    begun = sum(partial.total for partial in session._partials.values())
-    assert session._reassembly == begun <= config.reassembly_bytes_max
-    assert all(len(partial.data) < partial.total for partial in session._partials.values())
+    cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sender._sent)
+    assert session._sender.in_flight == cost <= config.in_flight_bytes_max
+    assert session._sender.tail - session._sender.base == len(session._sender._sent)
+    assert session._sender.base <= session._sender.cursor <= session._sender.tail
+    assert session._sender._tx_cost <= session._sender.credit
+    begun = sum(partial.total for partial in session._receiver._partials.values())
+    assert session._receiver.reassembly == begun <= config.reassembly_bytes_max
+    assert all(
+        len(partial.data) < partial.total for partial in session._receiver._partials.values()
+    )
     assert session._decoder._held < FRAME_BYTES_MAX
     assert len(session._decoder._chunks) <= session._decoder._held
     unsent = sum(
-        sum(map(len, outgoing.messages)) - outgoing.offset for outgoing in session._streams
+        sum(map(len, outgoing.messages)) - outgoing.offset for outgoing in session._sender._streams
     )
     assert session.backlog_bytes == unsent
-    large = [session._streams[stream] for stream in session._large]
-    assert session._large_open == sum(len(outgoing.messages[0]) for outgoing in large)
-    assert session._large_open <= session._peer_reassembly_max
-    rings = [*session._small, *session._waiting, *session._large]
+    large = [session._sender._streams[stream] for stream in session._sender._large]
+    assert session._sender._large_open == sum(len(outgoing.messages[0]) for outgoing in large)
+    assert session._sender._large_open <= session._sender._peer_reassembly_max
+    rings = [*session._sender._small, *session._sender._waiting, *session._sender._large]
     waiting = [
         stream
         for stream in range(STREAMS)
-        if session._streams[stream].messages
+        if session._sender._streams[stream].messages
         and (
             stream != CONTROL
-            or len(session._streams[stream].messages[0]) > session._peer_payload_max
+            or len(session._sender._streams[stream].messages[0]) > session._sender._peer_payload_max
         )
     ]
     assert sorted(rings) == waiting
@@ -506,9 +508,9 @@ class HostilePeer(RuleBasedStateMachine):
         session = self.victim.session
         role = Role.GUEST if session.config.role is Role.HOST else Role.HOST
         honest = Greeting(
-            1, 1, role, b"p" * 16, nonce, ZERO_ID, session._session_id, session._base,
-            session._recv_next, session._recv_next, 10**6, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX,
-            REASSEMBLY_BYTES_MAX, "peer", "",
+            1, 1, role, b"p" * 16, nonce, ZERO_ID, session._handshake.session_id,
+            session._sender.base, session._receiver.next, session._receiver.next, 10**6,
+            FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, REASSEMBLY_BYTES_MAX, "peer", "",
         )  # fmt: skip
         return honest._replace(**fields)
 
@@ -564,9 +566,9 @@ class HostilePeer(RuleBasedStateMachine):
                     flags,
                     stream,
                     total,
-                    (session._recv_next + seq) % 2**64,
-                    (session._base + ack) % 2**64,
-                    (session._peer_credit + credit) % 2**64,
+                    (session._receiver.next + seq) % 2**64,
+                    (session._sender.base + ack) % 2**64,
+                    (session._sender.credit + credit) % 2**64,
                     payload,
                 )
             )
@@ -657,9 +659,9 @@ class HostilePeer(RuleBasedStateMachine):
     def nothing_grows(self) -> None:
         session = self.victim.session
         check_limits(session)
-        held = sum(len(partial.data) for partial in session._partials.values())
+        held = sum(len(partial.data) for partial in session._receiver._partials.values())
         assert held <= REASSEMBLY_BYTES_MAX
-        assert len(session._attached) <= 255
+        assert len(session._handshake._attached) <= 255
         assert session._events == []
 
     @invariant()

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from tests.simulate.broker import Broker, Event, HostBroker, Mail, Released, Sent
+from tests.simulate.broker import Broker, Event, HostBroker, Mail, PublishResult, Released
 from tests.simulate.world import Fifo, World
-from vchan.host.broker_events import Form, Publication
-from vchan.host.broker_vm import own_queue
+from vchan.host.oslo_wire.mail import own_queue
+from vchan.host.oslo_wire.upward_envelope import Form, Publication
 
 VM = "vm0"
 
@@ -33,8 +33,8 @@ class Rig:
     def run(self, for_s: float) -> None:
         assert self.world.run(until_s=self.world.now_s + for_s)
 
-    def sent(self) -> list[Sent]:
-        return [event for event in self.events[0] if isinstance(event, Sent)]
+    def sent(self) -> list[PublishResult]:
+        return [event for event in self.events[0] if isinstance(event, PublishResult)]
 
     def mail(self, host: int) -> list[bytes]:
         return [event.body for event in self.events[host] if isinstance(event, Mail)]
@@ -58,8 +58,8 @@ def test_each_form_arrives() -> None:
         rig.hosts[0].publish_request(VM, key.encode(), cast(form.encode(), form, key))
     rig.run(1.0)
     assert rig.got == [b"topic", b"fanout", b"notify"]
-    assert [sent.ok for sent in rig.sent()] == [True, True, True, True, False, False]
-    assert [sent.unroutable for sent in rig.sent()] == [False, False, False, False, True, True]
+    assert [sent.ok for sent in rig.sent()] == [True, True, True, False, False, False]
+    assert [sent.unroutable for sent in rig.sent()] == [False, False, False, True, True, True]
 
 
 @pytest.mark.parametrize("seed", range(50))

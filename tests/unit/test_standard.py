@@ -25,15 +25,23 @@ from hypothesis import strategies as st
 
 from tests.rig.hosting import HostEnd
 from tests.unit.cable import Cable
+from vchan.agents.standard import exec as runs
+from vchan.agents.standard import files
+from vchan.agents.standard.agent import Standard, read_rules
+from vchan.agents.standard.exec import RUNS_MAX, WAITING_MAX, Runs
+from vchan.agents.standard.facts import addresses, facts
+from vchan.agents.standard.files import CHUNK_BYTES_MAX, UPLOADS_MAX, Uploads, checksum, read_part
+from vchan.agents.standard.permissions import (
+    Exec,
+    FilePermissions,
+    Rules,
+    matches,
+    parse_rules,
+    path_problem,
+)
 from vchan.errors import ConfigError, Rejected
-from vchan.exchange import Answered
-from vchan.guest import files, runs
-from vchan.guest.facts import addresses, facts
-from vchan.guest.files import CHUNK_BYTES_MAX, UPLOADS_MAX, Uploads, checksum, read_part
-from vchan.guest.rules import Exec, Files, Rules, matches, parse_rules, path_problem
-from vchan.guest.runs import RUNS_MAX, WAITING_MAX, Runs
-from vchan.guest.standard import Standard, read_rules
-from vchan.loop import Loop
+from vchan.io.loop import Loop
+from vchan.rpc.in_flight import Answered
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -94,8 +102,8 @@ def test_everything_the_rules_can_say() -> None:
         False,
         True,
         Exec(("/usr/bin/*",), ("LANG", "MY_*"), ("/srv/**",), 5.0, 65536),
-        Files(("/var/log/**",), 1 << 20),
-        Files(("/srv/incoming/*",), 1000),
+        FilePermissions(("/var/log/**",), 1 << 20),
+        FilePermissions(("/srv/incoming/*",), 1000),
     )
 
 
@@ -178,7 +186,7 @@ def test_a_path_without_a_problem_is_its_own_real_path(path: str) -> None:
 
 
 def rules_for(directory: Path, *, bytes_max: int = 1 << 20) -> Rules:
-    allowed = Files((f"{directory}/in/**",), bytes_max)
+    allowed = FilePermissions((f"{directory}/in/**",), bytes_max)
     (directory / "in").mkdir(exist_ok=True)
     return Rules("rules", read=allowed, write=allowed)
 
@@ -690,7 +698,7 @@ class Guest:
     def __init__(self, directory: Path, rules: str) -> None:
         (directory / "standard.toml").write_text(rules)
         (directory / "units").mkdir()
-        command = [sys.executable, "-m", "vchan.guest.standard"]
+        command = [sys.executable, "-m", "vchan.agents.standard.agent"]
         command += ["--config", str(directory / "standard.toml")]
         unit = f'command = {json.dumps(command)}\ntopics = ["vchan.standard"]\n'
         unit += f'environment = {{ PYTHONPATH = "{ROOT}" }}\n'

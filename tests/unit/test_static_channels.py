@@ -13,17 +13,17 @@ import pytest
 
 from vchan.errors import ConfigError, PortAbsent, PortBusy
 from vchan.guest.port import port_opener
-from vchan.host.channels import End
-from vchan.host.domain_xml import DomainState
-from vchan.host.static_channels import (
+from vchan.host.hypervisor.domain_xml import DomainState
+from vchan.host.vm.channel import End
+from vchan.host.vm.static_channels import (
     StaticChannel,
     StaticChannels,
     parse_channels,
     parse_topics,
 )
-from vchan.messages import TOPICS_MAX, Topic
+from vchan.io.streams import Listener, connect_unix
+from vchan.rpc.messages import TOPICS_MAX, Topic
 from vchan.session import Role
-from vchan.streams import Listener, connect_unix
 
 WHERE = "[vchan] channels"
 

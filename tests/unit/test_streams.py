@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from vchan import streams
 from vchan.errors import LinkError, NotAPort, PortAbsent, PortBusy, PortDenied
-from vchan.streams import connect_unix, listen_unix, open_port
+from vchan.io import streams
+from vchan.io.streams import connect_unix, listen_unix, open_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_a_full_socket_takes_parts_and_then_nothing(directory: Path) -> None:
         theirs.close()
 
 
-def test_nobody_there(directory: Path) -> None:
+def test_connecting_to_a_missing_socket_says_so(directory: Path) -> None:
     with pytest.raises(PortAbsent) as caught:
         connect_unix(str(directory / "nothing"))
     one_line(caught.value, directory / "nothing")
@@ -81,7 +81,7 @@ def test_nobody_there(directory: Path) -> None:
         connect_unix(str(path))
 
 
-def test_others_wait_already(directory: Path) -> None:
+def test_connecting_to_a_socket_whose_queue_is_full_says_so(directory: Path) -> None:
     path = directory / "s"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -124,7 +124,7 @@ def test_a_dead_socket_is_replaced(directory: Path) -> None:
         server.accept()[0].close()
 
 
-def test_a_live_socket_is_not(directory: Path) -> None:
+def test_a_live_socket_is_not_replaced(directory: Path) -> None:
     path = directory / "s"
     with listen_unix(str(path), 0o660):
         with pytest.raises(PortBusy, match="another daemon") as caught:
@@ -133,7 +133,7 @@ def test_a_live_socket_is_not(directory: Path) -> None:
         connect_unix(str(path)).close()
 
 
-def test_what_is_no_socket_is_not_removed(directory: Path) -> None:
+def test_a_file_in_the_sockets_place_is_not_removed(directory: Path) -> None:
     path = directory / "precious"
     path.write_text("data")
     with pytest.raises(NotAPort, match="configure another path") as caught:
@@ -209,7 +209,7 @@ DENIED = """
 import os, sys
 sys.path.insert(0, {root!r})
 from vchan.errors import PortDenied
-from vchan.streams import connect_unix, listen_unix, open_port
+from vchan.io.streams import connect_unix, listen_unix, open_port
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 for open_it in (lambda: connect_unix({s!r}), lambda: open_port({p!r}),

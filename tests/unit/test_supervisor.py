@@ -7,21 +7,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vchan.guest.supervisor import (
+from vchan.agents.supervisor import (
     CRASHES,
     HEALTHY_S,
     KILL_AGAIN_S,
     Action,
-    Policy,
-    State,
+    RestartPolicy,
     Supervised,
+    UnitState,
 )
 
 START, TERMINATE, KILL = [Action.START], [Action.TERMINATE], [Action.KILL]
 
 
-def running(policy: Policy | None = None) -> Supervised:
-    supervised = Supervised(policy or Policy())
+def running(policy: RestartPolicy | None = None) -> Supervised:
+    supervised = Supervised(policy or RestartPolicy())
     assert supervised.start(0.0) == START
     return supervised
 
@@ -31,7 +31,7 @@ def is_crashing(supervised: Supervised) -> bool:
     return supervised.is_crashing
 
 
-def is_in(supervised: Supervised, state: State) -> bool:
+def is_in(supervised: Supervised, state: UnitState) -> bool:
     """Asked so, mypy does not believe that it stays."""
     return supervised.state is state
 
@@ -41,14 +41,14 @@ def is_in(supervised: Supervised, state: State) -> bool:
 
 def test_it_starts_once() -> None:
     supervised = running()
-    assert is_in(supervised, State.RUNNING)
+    assert is_in(supervised, UnitState.RUNNING)
     assert supervised.start(1.0) == []
     assert supervised.starts == 1
     assert supervised.next_timeout() is None
 
 
 def test_it_is_asked_to_end_and_then_killed_again_and_again() -> None:
-    supervised = running(Policy(stop_timeout_s=3.0))
+    supervised = running(RestartPolicy(stop_timeout_s=3.0))
     assert supervised.stop(10.0) == TERMINATE
     assert supervised.stop(11.0) == []
     assert supervised.next_timeout() == 13.0
@@ -56,27 +56,27 @@ def test_it_is_asked_to_end_and_then_killed_again_and_again() -> None:
     assert supervised.handle_timeout(13.0) == KILL
     assert supervised.handle_timeout(13.0 + KILL_AGAIN_S) == KILL
     assert supervised.exited(-9, 20.0) == []
-    assert is_in(supervised, State.STOPPED)
+    assert is_in(supervised, UnitState.STOPPED)
     assert supervised.next_timeout() is None
 
 
 def test_what_was_stopped_is_not_started_again() -> None:
-    for policy in (Policy("always"), Policy("on-failure")):
+    for policy in (RestartPolicy("always"), RestartPolicy("on-failure")):
         supervised = running(policy)
         supervised.stop(1.0)
         assert supervised.exited(1, 2.0) == []
-        assert is_in(supervised, State.STOPPED)
+        assert is_in(supervised, UnitState.STOPPED)
 
 
 def test_stopping_what_does_not_run() -> None:
-    supervised = Supervised(Policy())
+    supervised = Supervised(RestartPolicy())
     assert supervised.stop(1.0) == []
-    assert is_in(supervised, State.STOPPED)
+    assert is_in(supervised, UnitState.STOPPED)
     supervised = running()
     supervised.exited(1, 1.0)
-    assert is_in(supervised, State.WAITING)
+    assert is_in(supervised, UnitState.WAITING)
     assert supervised.stop(1.1) == []
-    assert is_in(supervised, State.STOPPED)
+    assert is_in(supervised, UnitState.STOPPED)
     assert supervised.handle_timeout(1000.0) == []
 
 
@@ -86,9 +86,9 @@ def test_restarting() -> None:
     assert supervised.restart(1.1) == []
     assert supervised.exited(0, 2.0) == START
     assert supervised.starts == 2
-    for state in (State.STOPPED, State.WAITING, State.FAILED):
-        supervised = Supervised(Policy("no" if state is State.FAILED else "always"))
-        if state is not State.STOPPED:
+    for state in (UnitState.STOPPED, UnitState.WAITING, UnitState.FAILED):
+        supervised = Supervised(RestartPolicy("no" if state is UnitState.FAILED else "always"))
+        if state is not UnitState.STOPPED:
             supervised.start(0.0)
             supervised.exited(1, 0.1)
         assert is_in(supervised, state)
@@ -103,16 +103,16 @@ def test_the_last_word_counts_while_it_stops() -> None:
     supervised.restart(3.0)
     supervised.stop(3.1)
     assert supervised.exited(0, 4.0) == []
-    assert is_in(supervised, State.STOPPED)
+    assert is_in(supervised, UnitState.STOPPED)
 
 
 def test_an_adopted_process_is_like_one_of_our_own() -> None:
-    supervised = Supervised(Policy("always"))
+    supervised = Supervised(RestartPolicy("always"))
     supervised.adopted(5.0)
-    assert is_in(supervised, State.RUNNING)
+    assert is_in(supervised, UnitState.RUNNING)
     assert supervised.starts == 0
     supervised.exited(None, 100.0)
-    assert is_in(supervised, State.WAITING)
+    assert is_in(supervised, UnitState.WAITING)
 
 
 # --- ending by itself
@@ -121,24 +121,24 @@ def test_an_adopted_process_is_like_one_of_our_own() -> None:
 @pytest.mark.parametrize(
     ("restart", "status", "state"),
     [
-        ("always", 0, State.WAITING),
-        ("always", 1, State.WAITING),
-        ("on-failure", 0, State.STOPPED),
-        ("on-failure", 1, State.WAITING),
-        ("on-failure", -15, State.WAITING),
-        ("on-failure", None, State.WAITING),
-        ("no", 0, State.STOPPED),
-        ("no", 1, State.FAILED),
-        ("no", None, State.FAILED),
+        ("always", 0, UnitState.WAITING),
+        ("always", 1, UnitState.WAITING),
+        ("on-failure", 0, UnitState.STOPPED),
+        ("on-failure", 1, UnitState.WAITING),
+        ("on-failure", -15, UnitState.WAITING),
+        ("on-failure", None, UnitState.WAITING),
+        ("no", 0, UnitState.STOPPED),
+        ("no", 1, UnitState.FAILED),
+        ("no", None, UnitState.FAILED),
     ],
 )
-def test_whether_it_is_started_again(restart: str, status: int | None, state: State) -> None:
-    supervised = running(Policy(restart))
+def test_whether_it_is_started_again(restart: str, status: int | None, state: UnitState) -> None:
+    supervised = running(RestartPolicy(restart))
     assert supervised.exited(status, 1.0) == []
     assert is_in(supervised, state)
     assert supervised.last_status == status
-    if state is State.WAITING:
-        assert supervised.handle_timeout(1.0 + Policy().delay_s) == START
+    if state is UnitState.WAITING:
+        assert supervised.handle_timeout(1.0 + RestartPolicy().delay_s) == START
 
 
 def delays(supervised: Supervised, count: int, ran_s: float = 0.0) -> list[float]:
@@ -156,7 +156,7 @@ def delays(supervised: Supervised, count: int, ran_s: float = 0.0) -> list[float
 
 
 def test_a_crash_loop_backs_off() -> None:
-    supervised = running(Policy(delay_s=1.0, delay_max_s=10.0))
+    supervised = running(RestartPolicy(delay_s=1.0, delay_max_s=10.0))
     assert delays(supervised, 2) == [1.0, 2.0]
     assert not is_crashing(supervised)
     assert delays(supervised, 1) == [4.0]
@@ -167,14 +167,14 @@ def test_a_crash_loop_backs_off() -> None:
 
 
 def test_who_was_healthy_starts_again_soon() -> None:
-    supervised = running(Policy(delay_s=1.0))
+    supervised = running(RestartPolicy(delay_s=1.0))
     assert delays(supervised, 4)[-1] == 8.0
     assert delays(supervised, 3, ran_s=HEALTHY_S) == [1.0, 1.0, 1.0]
     assert not supervised.is_crashing
 
 
 def test_somebody_who_starts_it_does_not_wait() -> None:
-    supervised = running(Policy(delay_s=1.0))
+    supervised = running(RestartPolicy(delay_s=1.0))
     delays(supervised, 5)
     supervised.exited(1, 1000.0)
     assert supervised.start(1000.1) == START
@@ -184,10 +184,10 @@ def test_somebody_who_starts_it_does_not_wait() -> None:
 
 
 def test_a_new_policy_holds_from_the_next_decision_on() -> None:
-    supervised = running(Policy("no"))
-    supervised.policy = Policy("always")
+    supervised = running(RestartPolicy("no"))
+    supervised.policy = RestartPolicy("always")
     supervised.exited(1, 1.0)
-    assert is_in(supervised, State.WAITING)
+    assert is_in(supervised, UnitState.WAITING)
 
 
 # --- against a model
@@ -203,7 +203,9 @@ class Machine(RuleBasedStateMachine):
         self.is_there = False
         self.was_asked = False
         self.wanted = False  # by the last who said something
-        self.supervised = Supervised(Policy(delay_s=1.0, delay_max_s=8.0, stop_timeout_s=5.0))
+        self.supervised = Supervised(
+            RestartPolicy(delay_s=1.0, delay_max_s=8.0, stop_timeout_s=5.0)
+        )
 
     def follow(self, actions: list[Action]) -> None:
         for action in actions:
@@ -259,7 +261,7 @@ class Machine(RuleBasedStateMachine):
         assert self.supervised.is_there == self.is_there
         at_s = self.supervised.next_timeout()
         if self.wanted and not self.is_there:
-            assert self.supervised.state is State.WAITING
+            assert self.supervised.state is UnitState.WAITING
             assert at_s is not None
             assert at_s <= self.now_s + 8.0
         if self.is_there and self.was_asked:
@@ -277,7 +279,7 @@ class Machine(RuleBasedStateMachine):
             self.follow(actions)
             if Action.KILL in actions:
                 self.end(-9)
-        assert self.supervised.state in (State.STOPPED, State.FAILED)
+        assert self.supervised.state in (UnitState.STOPPED, UnitState.FAILED)
 
 
 Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

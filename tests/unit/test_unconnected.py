@@ -142,19 +142,19 @@ def test_what_was_not_delivered_says_so_and_never_runs(site: Site, run: Run) -> 
     assert state == "connecting"
     assert f"{site.directory}/host: no such socket" in problem
 
-    words = ("--timeout", "0.3", "call", "vm", "agent", "work", "number=1")
+    words = ("--timeout", "1", "call", "vm", "agent", "work", "number=1")
     status, out, err = run(*words)
     assert (status, out) == (cli.EXIT_FAILED, "")
     first, last = err.splitlines()
     assert first.startswith("vchan: vm is connecting: ")
-    assert first.endswith("waiting for it, 0.3 s at most")
+    assert first.endswith("waiting for it, 1 s at most")
     assert "not delivered: VM vm is connecting: " in last
     assert "may have run" not in err
 
     site.plug_in()
     wait(lambda: channel(run)[0] == "waiting")
     assert "is vchan-guest installed and running" in channel(run)[1]
-    status, _, err = run("--timeout", "0.3", "cast", "vm", "agent", "work", "number=2")
+    status, _, err = run("--timeout", "1", "cast", "vm", "agent", "work", "number=2")
     assert status == cli.EXIT_FAILED
     assert "not delivered: VM vm is waiting: nobody answers" in err
 
@@ -193,7 +193,7 @@ def test_what_was_delivered_may_have_run(site: Site, run: Run) -> None:
         guest.send_signal(19)  # SIGSTOP: the bytes are on their way to it
         with pytest.raises(CallTimeout):
             client.call("agent", "work", {"number": 2}, server="vm", timeout_s=0.3)
-        status, _, err = run("--timeout", "0.3", "call", "vm", "agent", "work", "number=3")
+        status, _, err = run("--timeout", "1", "call", "vm", "agent", "work", "number=3")
         assert (status, "may have run" in err) == (cli.EXIT_TIMEOUT, True)
         guest.send_signal(18)
         assert client.call("agent", "work", {"number": 4}, server="vm", timeout_s=WAIT_S) == 4
@@ -218,7 +218,7 @@ def test_what_a_daemon_before_delivered_may_have_run(site: Site) -> None:
 
         def ask() -> None:
             with pytest.raises((CallTimeout, NoSuchAgent)) as raised:
-                client.call("agent", "work", {"number": 2}, server="vm", timeout_s=5)
+                client.call("agent", "work", {"number": 2}, server="vm", timeout_s=10)
             told.append(raised.value)
 
         thread = threading.Thread(target=ask)
@@ -233,3 +233,29 @@ def test_what_a_daemon_before_delivered_may_have_run(site: Site) -> None:
         guest.send_signal(18)
     assert [type(error) for error in told] == [CallTimeout]
     assert site.ran == [1, 2]
+
+
+def test_the_command_and_the_daemon_agree(site: Site, run: Run) -> None:
+    """What it reads of the daemon's status is there: the files, the rule that denied a topic."""
+    site.plug_in()
+    site.start_guest()
+    wait(lambda: channel(run)[0] == "ready" and json.loads(run("list", "--json")[1])[0]["topics"])
+    assert run("list", "--topic", "agent", "-f", "value", "-c", "name")[1] == "vm\n"
+    assert run("doctor", "vm")[1].startswith(
+        "ok       vm: running, ready, serves openstack/agent\n"
+    )
+    assert f"{site.directory}/vchan.conf" in run("status")[1]
+    assert "serves:              openstack/agent" in run("status", "vm")[1]
+    assert "asked 3, answered 3; " in run("ping", "vm")[1]
+    assert "nobody in vm serves openstack/other; " in run("call", "vm", "other", "work")[2]
+    status, _, err = run("log")
+    assert (status, "journalctl -o cat -u vchan-host" in err) == (cli.EXIT_USAGE, True)
+    rows = json.loads(run("top", "--interval", "0.1", "--count", "1", "--json")[1])
+    assert [(row["name"], row["channel"]) for row in rows] == [("vm", "ready")]
+
+    file = site.directory / "policy" / "50-all.policy"
+    file.write_text("# not this one\nlisten any agent deny\nlisten,reply any any allow\n")
+    assert run("policy", "check", "listen", "agent")[1].endswith(f"deny: {file}:2\n")
+    site._processes[0].send_signal(1)  # SIGHUP: the policy is read again
+    wait(lambda: f"openstack/agent ({file}:2)" in run("status", "vm")[1])
+    assert f"its agents serve openstack/agent, and {file}:2 denies it" in run("doctor", "vm")[1]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from vchan.agents.allowed import DEFAULT_ALLOW, VERBS, Allowed
+from vchan.agents.standard.agent import read_rules
+from vchan.agents.standard.permissions import Rules
+from vchan.agents.super_agent import UNIT_BYTES_MAX, read_units
+from vchan.agents.supervisor import RestartPolicy
+from vchan.agents.units import UNITS_MAX, Unit, UnitLimits, parse_unit
 from vchan.errors import ConfigError, Rejected
-from vchan.guest.agents import UNIT_BYTES_MAX, read_units
-from vchan.guest.allowed import DEFAULT_ALLOW, VERBS, Allowed
-from vchan.guest.rules import Rules
-from vchan.guest.standard import read_rules
-from vchan.guest.supervisor import Policy
-from vchan.guest.units import UNITS_MAX, Limits, Unit, parse_unit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -62,11 +62,11 @@ def test_everything_a_unit_can_say() -> None:
         "vchan",
         "/opt/web",
         {"LANG": "C", "EMPTY": ""},
-        Policy("on-failure", 1.0, 30.5, 0.0),
+        RestartPolicy("on-failure", 1.0, 30.5, 0.0),
         False,
         True,
         ("web", "files"),
-        Limits(256 << 20, 60, 64, 8),
+        UnitLimits(256 << 20, 60, 64, 8),
         "web@1.service",
     )
 
@@ -76,7 +76,7 @@ def test_the_least_a_unit_must_say() -> None:
     assert unit == Unit("web", ("/bin/true",))
     assert unit.autostart
     assert not unit.survive
-    assert unit.policy == Policy("always", 0.5, 60.0, 10.0)
+    assert unit.policy == RestartPolicy("always", 0.5, 60.0, 10.0)
 
 
 def test_a_unit_of_systemd() -> None:
@@ -220,7 +220,7 @@ def test_the_examples_and_the_manual_are_right() -> None:
     manual = (EXAMPLES.parent / "docs" / "guest.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", manual, re.DOTALL)
     unit = parse(block)
-    assert unit.policy == Policy()  # the values it shows are the defaults that it names
+    assert unit.policy == RestartPolicy()  # the values it shows are the defaults that it names
     assert (unit.autostart, unit.survive) == (True, False)
 
 
@@ -256,7 +256,10 @@ def test_the_owner_may_forbid_everything() -> None:
         allowed.require("ping")
 
 
-@pytest.mark.parametrize("text", ["everything", "ping:x", "list:web", "start:", "start web", ":x"])
+@pytest.mark.parametrize(
+    "text", ["everything", "ping:x", "list:web", "start:", "start web", ":x", "freeze:x"]
+)
 def test_what_cannot_be_allowed(text: str) -> None:
-    with pytest.raises(ValueError, match="expected ping, info, list, and VERB or VERB:UNIT of"):
+    expected = "expected ping, info, list, freeze, set-time, and VERB or VERB:UNIT of state"
+    with pytest.raises(ValueError, match=expected):
         Allowed(text)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vchan.errors import LimitExceeded
-from vchan.guest.upward import ORPHAN_S, UPWARD_BYTES_MAX, UPWARD_MAX, Upward
-from vchan.messages import (
+from vchan.guest.upward import ORPHAN_S, UPWARD_BYTES_MAX, UPWARD_MAX, GuestUpward
+from vchan.rpc.messages import (
     AGENT_GONE,
     BUSY,
     CALL,
@@ -49,7 +49,7 @@ class Rig:
         self.host: list[Any] = []
         self.heard: dict[int, list[Any]] = {}
         self.host_takes = self.agents_take = 2**62
-        self.up = Upward(self._to_host)
+        self.up = GuestUpward(self._to_host)
         self.up.opened(self.now_s)
         self.attach(1)
 
@@ -139,7 +139,7 @@ def test_an_answer_to_nothing_that_is_known(rig: Rig) -> None:
 
 def test_requests_made_without_a_host_go_when_it_is_there() -> None:
     rig = Rig()
-    rig.up = Upward(rig._to_host)
+    rig.up = GuestUpward(rig._to_host)
     rig.attach(1)
     rig.agent(request(1))
     rig.agent(request(2))
@@ -355,7 +355,9 @@ def test_a_request_that_the_next_host_does_not_take(rig: Rig) -> None:
     rig.host_takes = 1000
     rig.up.opened(rig.now_s)
     rig.wait(0.0)
-    assert rig.to_agent()[0].reason == REFUSED
+    returned = rig.to_agent()[0]
+    assert returned.reason == AGENT_GONE  # the host before took it
+    assert returned.text.endswith("(MESSAGE_BYTES_MAX); it may have run before")
     rig.settle(1)
     assert rig.is_empty
 

@@ -9,28 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vchan.bodies import encode_invocation
-from vchan.host.broker_events import Form
-from vchan.host.broker_vm import own_queue
-from vchan.host.envelope import DEPTH_MAX, EnvelopeError, encode_json, encode_reply
-from vchan.host.policy import Kind
-from vchan.host.upward_envelope import (
+from vchan.host.oslo_wire.downward_envelope import encode_reply
+from vchan.host.oslo_wire.envelope import DEPTH_MAX, EnvelopeError, encode_json
+from vchan.host.oslo_wire.mail import (
     ARRIVAL_KEY,
     NOTE_IDS_MAX,
     NOTE_KEY,
-    PRIORITIES,
     STAYS_MAX,
     Answer,
     Arrival,
     Note,
     encode_arrival,
     encode_note,
-    publication,
-    read,
+    own_queue,
     read_mail,
-    vm_queue,
 )
-from vchan.messages import CALL, FANOUT, NAME_BYTES_MAX, NOTIFICATION, Request
+from vchan.host.oslo_wire.upward_envelope import PRIORITIES, Form, publication, read
+from vchan.host.policy.rules import Kind
+from vchan.rpc.bodies import encode_invocation
+from vchan.rpc.messages import CALL, FANOUT, NAME_BYTES_MAX, NOTIFICATION, Request
 
 VM = "b1b1f4b2-0000-4000-8000-000000000001"
 ID = bytes(range(16))
@@ -167,7 +164,7 @@ def test_a_call_names_the_vm_s_own_queue() -> None:
     assert made[:3] == (Form.TOPIC, "nova", "conductor.one")
     assert made.expiration_ms == 1500
     assert message["_msg_id"] == ID.hex()
-    assert message["_reply_q"] == vm_queue(VM) == own_queue(VM)
+    assert message["_reply_q"] == own_queue(VM) == own_queue(VM)
     assert message["_timeout"] == 2.0
     assert published(request(CALL))[1]["_timeout"] is None
 
@@ -230,6 +227,9 @@ def test_a_failure_has_no_traceback_in_a_guest(as_text: bool) -> None:
     assert json.loads(answer.body) == {**failure, "tb": []}
 
 
+EMPTY_NOTE = {NOTE_KEY: ["a"], "taken": [], "calls": [], "gone": [], "doubt": []}
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -247,6 +247,11 @@ def test_a_failure_has_no_traceback_in_a_guest(as_text: bool) -> None:
         {NOTE_KEY: [1]},
         {NOTE_KEY: ["a"]},
         {NOTE_KEY: ["a"], "taken": [], "calls": [], "gone": [], "doubt": [], "unclear": None},
+        {**EMPTY_NOTE, "unclear": ["b"], "waited_ms": 1},
+        {**EMPTY_NOTE, "unclear": ["b"], "waited_ms": [1, 2]},
+        {**EMPTY_NOTE, "unclear": ["b"], "waited_ms": [-1]},
+        {**EMPTY_NOTE, "unclear": ["b"], "waited_ms": [True]},
+        {**EMPTY_NOTE, "unclear": ["b"], "waited_ms": [1e3]},
         {NOTE_KEY: ["a"], "taken": [1], "calls": [], "gone": [], "doubt": [], "unclear": []},
         {NOTE_KEY: ["a"], "taken": ["0"], "calls": [], "gone": [], "doubt": [], "unclear": []},
         {NOTE_KEY: ["a"] * (STAYS_MAX + 1), "taken": [], "calls": [], "gone": [], "doubt": []},
@@ -266,13 +271,24 @@ ids = st.lists(st.binary(min_size=16, max_size=16), max_size=5).map(tuple)
 stays = st.lists(st.text(max_size=20), max_size=5).map(tuple)
 
 
-@given(st.builds(Note, stays, ids, ids, ids, ids, stays))
-def test_a_note_comes_back_as_it_was(note: Note) -> None:
+@given(st.builds(Note, stays, ids, ids, ids, ids, stays), st.booleans())
+def test_a_note_comes_back_as_it_was(note: Note, is_last: bool) -> None:
+    waited_ms = tuple(range(len(note.unclear)))
+    note = note._replace(waited_ms=waited_ms, is_last=is_last)
     assert read_mail(encode_note(note)) == note
+
+
+@pytest.mark.parametrize(("doubt", "is_last"), [([], True), (["0" * 32], False)])
+def test_a_note_of_an_older_host(doubt: list[str], is_last: bool) -> None:
+    """It does not say how long it has waited, and writes a better one if it has doubts."""
+    lists: dict[str, list[str]] = {"taken": [], "calls": [], "gone": [], "doubt": doubt}
+    note = read_mail(encode_json({NOTE_KEY: ["a"], **lists, "unclear": ["b", "c"]}))
+    assert isinstance(note, Note)
+    assert (note.waited_ms, note.is_last) == ((0, 0), is_last)
 
 
 def test_a_note_names_the_last_stays_if_there_are_too_many() -> None:
     many = tuple(map(str, range(STAYS_MAX + 10)))
-    note = read_mail(encode_note(Note(many, unclear=many)))
+    note = read_mail(encode_note(Note(many, unclear=many, waited_ms=(1,) * len(many))))
     assert isinstance(note, Note)
     assert note.stays == note.unclear == many[10:]

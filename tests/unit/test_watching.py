@@ -3,81 +3,32 @@
 from __future__ import annotations
 
 import json
-import socket
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
-from tests.rig.gates import OpenGate, offer_nothing
+from tests.rig.ports import claim_ports
 from tests.unit.local_host import LocalHost
+from tests.unit.watched import UUID, Given, a_channel, daemon, detail, row
 from vchan import __version__, cli
-from vchan.host.channels import Channel
-from vchan.host.doctor import Finding, Level, examine_daemon, examine_vm
-from vchan.host.metrics import COUNTERS, STATES, DaemonCollector, as_text, families, serve
-from vchan.loop import Loop
+from vchan.host.ops.doctor import Finding, Level, examine_daemon, examine_vm
+from vchan.host.ops.metrics import COUNTERS, STATES, DaemonCollector, as_text, serve
+from vchan.host.vm.channel import Channel
+from vchan.host.vm.reports import FILE_SYSTEMS_SHOWN_MAX, Reports
 
-UUID = "0a0a0a0a-0000-4000-8000-000000000000"
 WAIT_S = 30.0
 
 
 @pytest.fixture
 def channel() -> Iterator[Channel]:
-    """One as the daemon makes it, of a socket that is not there."""
-    loop = Loop()
-    channel = Channel(
-        loop,
-        UUID,
-        "vm",
-        ("host", bytes(16)),
-        None,
-        OpenGate(),
-        frozenset(),
-        offer_nothing,
-        lambda _: None,
-    )
-    channel.connect("/nonexistent/socket")
-    yield channel
-    channel.release("over")
-    loop.close()
-
-
-def row(channel: str = "ready", problem: str | None = None) -> dict[str, Any]:
-    return {
-        "uuid": UUID,
-        "name": "vm",
-        "domain": "running",
-        "channel": channel,
-        "topics": [],
-        "problem": problem,
-    }
-
-
-def daemon(channel: Channel | None = None, **changes: Any) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "host": "compute-1",
-        "libvirt": "connected",
-        "broker": "connected",
-        "domains": 1,
-        "channels": 1,
-        "policy": "3 rules",
-        "policy_problem": None,
-        "audit": {"problem": None, "written": 5, "lost": 0, "left_out": 0},
-        "totals": channel.totals() if channel else {},
-        **changes,
-    }
-
-
-def detail(channel: Channel) -> dict[str, Any]:
-    return {"uuid": UUID, "name": "vm", "domain": "running", "problem": None, **channel.summary()}
+    with a_channel() as channel:
+        yield channel
 
 
 # --- doctor
@@ -99,6 +50,7 @@ def test_a_daemon_that_is_well() -> None:
         ({"version": "0.0.1"}, "vchan-host", Level.WARNING, "0.0.1 runs"),
         ({"libvirt": "cannot be reached"}, "libvirt", Level.PROBLEM, "cannot be reached"),
         ({"broker": "refused"}, "broker", Level.PROBLEM, "refused"),
+        ({"broker_blocked": "low on disk"}, "broker", Level.PROBLEM, "low on disk"),
         ({"policy_problem": "a.policy:1: no"}, "policy", Level.PROBLEM, "a.policy:1: no"),
         (
             {"audit": {"problem": "full", "written": 0, "lost": 7, "left_out": 0}},
@@ -129,6 +81,7 @@ def test_every_state_of_a_channel_is_known(channel: Channel) -> None:
     said = {state: examine_vm(row(state), detail(channel)) for state in STATES}
     assert [state for state in STATES if not said[state]] == [
         "ready",
+        "paused",
         "arriving",
         "leaving",
         "closed",
@@ -136,6 +89,18 @@ def test_every_state_of_a_channel_is_known(channel: Channel) -> None:
     ]
     assert all(finding.remedy for findings in said.values() for finding in findings)
     assert said["refused"][0].level is Level.PROBLEM
+
+
+def test_what_is_wrong_with_us_is_told_as_that(channel: Channel) -> None:
+    failed = {**detail(channel), "fault": "KeyError in upward.py:1"}
+    failed["channel"]["faults"] = 2
+    (found,) = examine_vm(row("quarantined", "in quarantine"), failed)
+    assert found.level is Level.PROBLEM
+    assert "vchan-host itself failed on it, 2 times, last: KeyError in upward.py:1" in found.text
+    unknown = {**row("none", "libvirt has this domain, and it could not be read: busy")}
+    (found,) = examine_vm({**unknown, "domain": "unknown"}, {})
+    assert found.level is Level.PROBLEM
+    assert "could not be read: busy" in found.text and found.remedy
 
 
 def test_a_vms_own_words_come_first(channel: Channel) -> None:
@@ -153,6 +118,27 @@ def test_what_agents_may_not_serve(channel: Channel) -> None:
     assert "more topics than the limit" in texts
 
 
+def test_what_the_broker_refuses_a_vm(channel: Channel) -> None:
+    refused = ["405 RESOURCE_LOCKED", "exchange e was declared otherwise"]
+    status = {**detail(channel), "broker_problems": refused}
+    findings = examine_vm(row("ready", "; ".join(refused)), status)
+    assert [finding.text for finding in findings] == [f"broker: {text}" for text in refused]
+    assert all(finding.remedy for finding in findings)
+    own = examine_vm(row("ready", "something else"), status)
+    assert own[0].text == "something else"
+
+
+def test_what_was_dropped_is_found(channel: Channel) -> None:
+    status = detail(channel)
+    assert examine_vm(row(), status) == []
+    lost = ("casts_refused", "casts_agent_gone", "casts_expired", "casts_too_large")
+    more = ("undecodable", "parked", "dropped_by_broker", "many_returns")
+    status["requests"] |= dict.fromkeys((*lost, *more), 4)
+    findings = examine_vm(row(), status)
+    assert len(findings) == len({finding.text for finding in findings}) == 8
+    assert all(finding.text.startswith("4 ") and finding.remedy for finding in findings)
+
+
 # --- metrics
 
 
@@ -162,16 +148,6 @@ def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-
-
-class Given(Collector):
-    """What is given."""
-
-    def __init__(self, *what: Any) -> None:
-        self._what = what
-
-    def collect(self) -> Iterable[Metric]:
-        return families(*self._what)
 
 
 def test_every_counter_is_told_and_explained(channel: Channel) -> None:
@@ -214,6 +190,27 @@ def test_a_daemon_of_another_version_may_count_other_things(channel: Channel) ->
     names = {name for name, _ in samples(as_text(Given(status, [row("dancing")], [vm])))}
     assert {"vchan_requests_total", "vchan_vm_requests_total"} <= names
     assert not any("held_up" in name or "news" in name for name in names)
+
+
+def test_what_a_guest_has_measured_is_told_with_as_many_series_whatever_it_says(
+    channel: Channel,
+) -> None:
+    reports = Reports()
+    paths = ["/", '/a"\\b', "/c\nd", *(f"/{number}" for number in range(100))]
+    rows = [{"path": path, "bytes": 7, "files": 8, "evil": 9} for path in paths]
+    memory = {"total_bytes": 5, "available_bytes": 4, "evil": 1}
+    report = {"memory": memory, "load": [0.5, 0, 0], "file_systems": rows, "evil": {"x": 1}}
+    reports.note("metrics", {"report": report}, 0.0)
+    vm = {**detail(channel), "measured": reports.measured()}
+    found = samples(as_text(Given(daemon(channel), [row()], [vm])))
+    about_vm = {"uuid": UUID, "name": "vm"}
+    assert found["vchan_guest_memory_bytes", frozenset(about_vm.items())] == 5
+    assert found["vchan_guest_load", frozenset(about_vm.items())] == 0.5
+    odd = frozenset({**about_vm, "path": '/a"\\b'}.items())
+    assert found["vchan_guest_file_system_bytes", odd] == 7
+    guests = [name for name, _ in found if name.startswith("vchan_guest_") and "total" not in name]
+    assert len(guests) == 3 + 2 * FILE_SYSTEMS_SHOWN_MAX
+    assert not any("evil" in name for name, _ in found)
 
 
 def test_a_broker_that_is_not_wanted_is_not_missed(channel: Channel) -> None:
@@ -303,14 +300,24 @@ def test_metrics_are_printed(host: LocalHost, run: Run) -> None:
     assert not any(name.startswith("vchan_vm_") for name in found)
 
 
+def test_a_vm_that_cannot_be_told_of_is_said_not_left_out(
+    host: LocalHost, run: Run, conf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.bug_of = "u"  # as `list` names it
+    found = samples(run("metrics")[1])
+    assert found["vchan_up", frozenset()] == 1.0
+    assert "no metrics of VM u: InternalError" in caplog.text
+    status, out, _ = run("doctor", "--config-file", str(conf))
+    assert status == cli.EXIT_FAILED
+    assert "problem  vm: InternalError" in out
+
+
 def test_metrics_without_a_daemon_say_so(run: Run) -> None:
     assert samples(run("metrics")[1]) == {("vchan_up", frozenset()): 0.0}
 
 
 def test_metrics_are_served(host: LocalHost, path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = claim_ports(1)
     collector = DaemonCollector(str(path), WAIT_S, with_vms=True)
     threading.Thread(target=serve, args=(collector, "127.0.0.1", port), daemon=True).start()
     deadline = threading.Event()

@@ -18,12 +18,12 @@ from tests.unit.cable import Cable
 from tests.unit.test_guest_daemon import Program, guest_daemon
 from tests.unit.test_http import Control
 from vchan.errors import ConfigError
-from vchan.exchange import Answered, HandedBack, Taken
-from vchan.guest.zeromq import Options, parse_options
-from vchan.messages import AGENT_GONE
+from vchan.gateways.zeromq import Options, parse_options
+from vchan.rpc.in_flight import Answered, HandedBack, Taken
+from vchan.rpc.messages import AGENT_GONE
 
 zmq = pytest.importorskip("zmq")
-WAIT_S = 20.0
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ class Rig:
         cable = self._stack.enter_context(Cable(directory))
         self.daemon = guest_daemon(directory, f"unix:{cable.guest}")
         words = ("--listen", f"ipc://{self.path}", "--agent-socket", str(directory / "agent.sock"))
-        self.zmq = Program(directory / "zmq.log", "-m", "vchan.guest.zeromq", *words)
+        self.zmq = Program(directory / "zmq.log", "-m", "vchan.gateways.zeromq", *words)
         for program in (self.daemon, self.zmq):
             program.start()
             self._stack.callback(program.kill)
@@ -201,7 +201,7 @@ def test_wrong_options(words: list[str], text: str) -> None:
 def test_pyzmq_is_asked_for_only_when_it_is_needed() -> None:
     code = """
 import sys
-import vchan.guest.zeromq as program
+import vchan.gateways.zeromq as program
 assert "zmq" not in sys.modules
 sys.modules["zmq"] = None
 try:

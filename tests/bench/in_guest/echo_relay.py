@@ -2,6 +2,8 @@
 
 python3 echo_relay.py PORT
 
+PORT: a path, or fd: and the number of a descriptor that it inherits.
+
 What an agent's call costs at least, whoever passes it on: three wake-ups instead of one.
 """
 
@@ -35,9 +37,16 @@ def relay(port: int, end: socket.socket) -> None:
                 selector.select(0.02)
 
 
+def opened(port: str) -> int:
+    """The port's descriptor."""
+    if port.startswith("fd:"):
+        return int(port[3:])
+    return os.open(port, os.O_RDWR | os.O_NONBLOCK)
+
+
 def main() -> None:
     """Echo until killed."""
-    port = os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK)
+    port = opened(sys.argv[1])
     mine, other = socket.socketpair()
     if os.fork():
         relay(port, mine)

@@ -1,6 +1,8 @@
 """The least an event-driven Python program can do: every byte that comes goes back.
 
 python3 echo_select.py PORT
+
+PORT: a path, or fd: and the number of a descriptor that it inherits.
 """
 
 import os
@@ -8,9 +10,16 @@ import selectors
 import sys
 
 
+def opened(port: str) -> int:
+    """The port's descriptor."""
+    if port.startswith("fd:"):
+        return int(port[3:])
+    return os.open(port, os.O_RDWR | os.O_NONBLOCK)
+
+
 def main() -> None:
     """Echo until killed."""
-    port = os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK)
+    port = opened(sys.argv[1])
     selector = selectors.DefaultSelector()
     selector.register(port, selectors.EVENT_READ)
     while True:
