@@ -1,12 +1,14 @@
 """An agent: serves topic "agent" in a guest.
 
 python3 agent.py [SOCKET]
+
+On a laptop, without a VM: `vchan dev run agent.py`. test_agent.py tests it.
 """
 
 import platform
 import sys
 
-from vchan.client import AGENT_SOCKET, Agent
+from vchan.client import Agent
 
 
 class Endpoint:
@@ -31,7 +33,7 @@ class Endpoint:
 
 def main() -> None:
     """Serve until killed."""
-    agent = Agent(sys.argv[1] if len(sys.argv) > 1 else AGENT_SOCKET, log=print)
+    agent = Agent(*sys.argv[1:2])
     agent.serve("agent", Endpoint())
     try:
         agent.run()

@@ -4,11 +4,15 @@
 #     vchan-http --listen tcp:127.0.0.1:8779 --token-file /etc/vchan/http.token &
 #     sh agent.sh http://127.0.0.1:8779 "$(cat /etc/vchan/http.token)"
 #
+# or on a laptop
+#
+#     vchan dev run --http 8779 sh agent.sh
+#
 # A request is acknowledged before it is run: who does not get that far has not run it, and another
 # gets it.
 
-base=$1
-token=$2
+base=${1:-$VCHAN_HTTP}
+token=${2:-$VCHAN_HTTP_TOKEN}
 
 ask() { # VERB JSON
     wget -q -O - --header "Authorization: Bearer $token" --post-data "$2" "$base/v1/$1"
@@ -32,7 +36,7 @@ while :; do
             answer="\"result\": \"$result\""
             ;;
         note)
-            member text >>/tmp/notes
+            member text >>"${NOTES:-/tmp/notes}"
             continue # a cast has no answer
             ;;
         *)

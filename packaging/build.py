@@ -1,6 +1,7 @@
-"""Builds what users install: Debian packages, a zipapp, the wheel, cloud-init's data.
+"""Builds what users install: Debian packages, rpms, a zipapp, the wheel, cloud-init's data.
 
     scripts/package [--output DIR] [--deb-version VERSION] [--maintainer WHO] [--url URL]
+                    [--rpm DIST=PYTHON]...
 
 Everything is made from the wheel, so that no file is in one and forgotten in another. With the same
 tree, the same SOURCE_DATE_EPOCH (default: the last commit's date) and the same Python, the same
@@ -9,6 +10,7 @@ bytes come out.
 
 import argparse
 import base64
+import functools
 import gzip
 import hashlib
 import importlib
@@ -25,20 +27,30 @@ import zipfile
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 NO_MAINTAINER = "unnamed maintainer <unnamed@vchan.invalid>"
 """Debian wants somebody to write to. That is who builds the packages and hands them out: if they do
 not say, nobody can mistake this for an address (RFC 2606)."""
-LIBRARY = "usr/lib/python3/dist-packages"
-HOST_PART = re.compile(r"vchan/(host/|conductor/|cli\.py)")
+HOST_PART = re.compile(r"vchan/(host/|conductor/|cli/)")
 """What the host's package holds of the library; the guest's holds the rest."""
-UNUSED = re.compile(r"vchan/protocol\.py")
-"""The wire's definition: what runs is generated from it."""
+GUEST_PROGRAMS = ("vchan.guest.", "vchan.gateways.")
+"""Where the modules of the guest's commands are."""
+RECOMMENDED = ("prometheus-client",)
+"""What the host's side can do without."""
+UNUSED = re.compile(r"vchan/(protocol|testing|pytest_plugin)\.py")
+"""The wire's definition: what runs is generated from it. And what agents are tested with:
+authors have it from pip."""
+COMPLETIONS = {
+    "bash": "usr/share/bash-completion/completions/vchan",
+    "zsh": "usr/share/zsh/vendor-completions/_vchan",
+    "fish": "usr/share/fish/vendor_completions.d/vchan.fish",
+}
+"""Where Debian's shells look for vchan's words."""
 LAUNCHER = """\
-#!/usr/bin/python3 -I
+#!{python} -I
 from {module} import main
 
 main()
@@ -61,6 +73,14 @@ def main() -> None:
         default="http://packages.example.org",
         help="where VMs fetch the .deb [%(default)s]",
     )
+    parser.add_argument(
+        "--rpm",
+        metavar="DIST=PYTHON",
+        type=rpm_target,
+        action="append",
+        default=[],
+        help="also rpms, for a distribution and its Python: el9=3.11; may be given several times",
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["SOURCE_DATE_EPOCH"] = str(source_date())
@@ -73,6 +93,14 @@ def maintainer() -> str:
     """Who is to be written to, as Debian's own tools are told it."""
     name, address = os.environ.get("DEBFULLNAME"), os.environ.get("DEBEMAIL")
     return f"{name} <{address}>" if name and address else NO_MAINTAINER
+
+
+def rpm_target(text: str) -> tuple[str, str]:
+    """(distribution, Python's version)."""
+    found = re.fullmatch(r"([a-z]+[0-9]+)=(3\.[0-9]+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no DIST=PYTHON, as el9=3.11")
+    return found[1], found[2]
 
 
 def source_date() -> int:
@@ -91,6 +119,8 @@ def build(work: Path, options: argparse.Namespace) -> None:
     version = wheel.name.split("-")[1]
     debian = Debian(work, options.deb_version or version, options.maintainer)
     made = [wheel, build_zipapp(work), debian.guest(), debian.host()]
+    for dist, python in options.rpm:
+        made += Rpm(work, version, options.maintainer, dist, python).build()
     made += cloud_init(work, made[1], made[2], options.url)
     for artefact in made:
         shutil.copy(artefact, options.output / artefact.name)
@@ -101,7 +131,7 @@ def build_wheel(work: Path) -> Path:
     """The wheel, from a copy: setuptools leaves its traces in the tree."""
     tree = work / "tree"
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("vchan", "pyproject.toml", "README.md"):
+    for name in ("vchan", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tree / name, ignore=skip)
@@ -169,59 +199,74 @@ def zip_date() -> tuple[int, int, int, int, int, int]:
     return (max(date.year, 1980), date.month, date.day, date.hour, date.minute, date.second)
 
 
-# ---------------------------------------------------------------- Debian packages
+# ---------------------------------------------------------------- packages
 
 
-class Debian:
-    """Makes the packages from staged trees, with dpkg-deb alone.
+class Layout(NamedTuple):
+    """Where a distribution has things.
 
-    Args:
-        version: Of both packages; one needs exactly the other.
-        maintainer: Who is to be written to about them.
+    Attributes:
+        library: Where its Python looks for modules.
+        python: That Python.
+        system: Above systemd's and udev's own directories.
     """
 
-    def __init__(self, work: Path, version: str, maintainer: str) -> None:
-        self._work = work
-        self._wheel = work / "wheel"
-        self._version = version
-        self._maintainer = maintainer
+    library: str
+    python: str
+    system: str
 
-    def guest(self) -> Path:
+
+class Packages:
+    """What both sides' packages hold, as trees; packed by those below.
+
+    Args:
+        work: For the trees; the wheel lies unpacked in it.
+    """
+
+    def __init__(self, work: Path, wheel: Path, layout: Layout) -> None:
+        self._work = work
+        self._wheel = wheel
+        self._layout = layout
+
+    def guest_tree(self) -> "Tree":
         """vchan-guest: the daemon in a VM, and the library, which the host's package uses too."""
         tree = Tree(self._work / "vchan-guest")
+        library, system = self._layout.library, self._layout.system
         for name, content in guest_files(self._wheel / "vchan").items():
-            tree.write(f"{LIBRARY}/{name}", content)
-        tree.write(f"{LIBRARY}/vchan/py.typed", b"")
+            tree.write(f"{library}/{name}", content)
+        tree.write(f"{library}/vchan/py.typed", b"")
         metadata = next(self._wheel.glob("*.dist-info"))
         for name in ("METADATA", "entry_points.txt"):
-            tree.copy(metadata / name, f"{LIBRARY}/{metadata.name}/{name}")
+            tree.copy(metadata / name, f"{library}/{metadata.name}/{name}")
         source = HERE / "guest"
         for unit in sorted(source.glob("*.service")):
-            tree.copy(unit, f"lib/systemd/system/{unit.name}")
-        self._commands(tree, lambda module: module.startswith("vchan.guest."))
-        tree.copy(source / "60-vchan-guest.rules", "lib/udev/rules.d/60-vchan-guest.rules")
+            tree.copy(unit, f"{system}/systemd/system/{unit.name}")
+        self._commands(tree, lambda module: module.startswith(GUEST_PROGRAMS))
+        tree.copy(source / "60-vchan-guest.rules", f"{system}/udev/rules.d/60-vchan-guest.rules")
         tree.copy(source / "sysusers.conf", "usr/lib/sysusers.d/vchan.conf")
         tree.copy(source / "tmpfiles.conf", "usr/lib/tmpfiles.d/vchan.conf")
         tree.write("etc/vchan/guest.conf", guest_configuration().encode())
         tree.directory("etc/vchan/agents.d")
+        tree.directory("etc/vchan/freeze-hooks.d")
         tree.copy_documents("vchan-guest", "relay-only.conf", source / "relay-only.conf")
+        tree.copy_documents("vchan-guest", "vchan-guest.openrc", source / "vchan-guest.openrc")
         for example in sorted((ROOT / "examples").rglob("*")):
             if example.is_file() and "__pycache__" not in example.parts:
                 name = example.relative_to(ROOT / "examples").as_posix()
                 tree.copy_documents("vchan-guest", name, example)
-        return self._finish(tree, "vchan-guest")
+        return tree
 
-    def host(self) -> Path:
+    def host_tree(self) -> "Tree":
         """vchan-host: the daemon of a compute host, and the operator's command."""
         tree = Tree(self._work / "vchan-host")
         for path in (self._wheel / "vchan").rglob("*.py"):
             name = path.relative_to(self._wheel).as_posix()
             if HOST_PART.match(name):
-                tree.copy(path, f"{LIBRARY}/{name}")
-        self._commands(tree, lambda module: not module.startswith("vchan.guest."))
+                tree.copy(path, f"{self._layout.library}/{name}")
+        self._commands(tree, lambda module: not module.startswith(GUEST_PROGRAMS))
         source = HERE / "host"
         for unit in sorted(source.glob("*.service")):
-            tree.copy(unit, f"lib/systemd/system/{unit.name}")
+            tree.copy(unit, f"{self._layout.system}/systemd/system/{unit.name}")
         tree.write("etc/vchan/vchan.conf", host_configuration().encode())
         tree.copy(source / "logrotate", "etc/logrotate.d/vchan-host")
         policy = "policy.d/90-default.policy"
@@ -231,8 +276,17 @@ class Debian:
         tree.copy_documents("vchan-host", "relay.conf", source / "relay.conf")
         for example in sorted((ROOT / "libvirt").iterdir()):
             tree.copy_documents("vchan-host", f"libvirt/{example.name}", example)
+        for name in ("grafana/vchan.json", "prometheus/vchan.rules.yaml"):
+            tree.copy_documents("vchan-host", name, ROOT / "etc" / name)
         tree.manual("vchan.conf.5", OPTIONS=host_options(), HONOURED=host_honoured())
-        return self._finish(tree, "vchan-host")
+        for page in manual_of_documents(self._work / "man"):
+            # mandoc has a paragraph begin at a heading by itself.
+            text = re.sub(r"(?m)^(\.S[HS] .*\n)\.sp\n", r"\1", page.read_text())
+            tree.write_zipped(f"usr/share/man/man{page.suffix[1:]}/{page.name}.gz", text)
+        for page in sorted((ROOT / "docs").rglob("*.md")):
+            name = page.relative_to(ROOT / "docs").as_posix()
+            tree.copy(page, f"usr/share/doc/vchan-host/docs/{name}")
+        return tree
 
     def _commands(self, tree: "Tree", wanted: Callable[[str], bool]) -> None:
         """The wheel's commands whose module is wanted, and a manual page for each."""
@@ -240,14 +294,39 @@ class Debian:
         scripts = found.partition("[console_scripts]")[2].partition("[")[0]
         for name, module in re.findall(r"^(\S+) = (\S+):main$", scripts, re.MULTILINE):
             if wanted(module):
-                tree.launcher(name, module)
+                tree.launcher(name, module, self._layout.python)
                 tree.manual_of(name, module)
+                if name == "vchan":
+                    for shell, path in COMPLETIONS.items():
+                        tree.write(path, completion(shell).encode())
+                else:
+                    bash = COMPLETIONS["bash"].replace("vchan", name)
+                    tree.copy(HERE / "completion" / "daemons", bash)
+
+
+class Debian(Packages):
+    """Makes the packages with dpkg-deb alone.
+
+    Args:
+        version: Of both packages; one needs exactly the other.
+        maintainer: Who is to be written to about them.
+    """
+
+    def __init__(self, work: Path, version: str, maintainer: str) -> None:
+        layout = Layout("usr/lib/python3/dist-packages", "/usr/bin/python3", "usr/lib")
+        super().__init__(work, work / "wheel", layout)
+        self._version = version
+        self._maintainer = maintainer
+
+    def guest(self) -> Path:
+        """vchan-guest."""
+        return self._finish(self.guest_tree(), "vchan-guest")
+
+    def host(self) -> Path:
+        """vchan-host."""
+        return self._finish(self.host_tree(), "vchan-host")
 
     def _finish(self, tree: "Tree", name: str) -> Path:
-        completion = "usr/share/bash-completion/completions"
-        for command in sorted(path.name for path in (tree.root / "usr/bin").iterdir()):
-            words = "vchan" if command == "vchan" else "daemons"
-            tree.copy(HERE / "completion" / words, f"{completion}/{command}")
         year = str(datetime.fromtimestamp(source_date(), UTC).year)
         copyright_text = filled((HERE / "copyright").read_text(), {"YEAR": year})
         tree.write(f"usr/share/doc/{name}/copyright", copyright_text.encode())
@@ -272,6 +351,115 @@ class Debian:
             f"{name} ({self._version}) unstable; urgency=medium\n\n"
             f"  * See the project's history.\n\n -- {self._maintainer}  {date}\n"
         )
+
+
+class Rpm(Packages):
+    """Makes the packages with rpmbuild alone.
+
+    Args:
+        version: Of both packages; one needs exactly the other.
+        maintainer: Who is to be written to about them.
+        dist: The distribution's tag, as el9.
+        python: The version of its Python that the packages need.
+    """
+
+    def __init__(self, work: Path, version: str, maintainer: str, dist: str, python: str) -> None:
+        library = f"usr/lib/python{python}/site-packages"
+        trees = work / f"rpm-{dist}"
+        trees.mkdir()
+        super().__init__(
+            trees, work / "wheel", Layout(library, f"/usr/bin/python{python}", "usr/lib")
+        )
+        self._version = version
+        self._maintainer = maintainer
+        self._dist = dist
+        self._python = python
+
+    def build(self) -> list[Path]:
+        """Both packages."""
+        guest, host = self.guest_tree(), self.host_tree()
+        host.directory("var/log/vchan")
+        for name, tree in (("vchan-guest", guest), ("vchan-host", host)):
+            tree.copy(ROOT / "LICENSE", f"usr/share/licenses/{name}/LICENSE")
+            listed = [*self._compiled(tree), *map(self._entry, tree.files()), *owned(tree)]
+            (self._work / f"{name}.files").write_text("\n".join(listed) + "\n")
+        spec = self._work / "vchan.spec"
+        spec.write_text(filled((HERE / "rpm" / "vchan.spec").read_text(), self._values()))
+        defines = {
+            "_topdir": self._work / "rpmbuild",
+            "_build_name_fmt": "%%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm",
+            "_buildhost": "localhost",
+            "source_date_epoch_from_changelog": 0,
+            "use_source_date_epoch_as_buildtime": 1,
+            "clamp_mtime_to_source_date_epoch": 1,
+            "_binary_payload": "w9.gzdio",
+        }
+        words = [word for name, value in defines.items() for word in ("-D", f"{name} {value}")]
+        run("rpmbuild", "-bb", "--quiet", *words, str(spec))
+        return sorted((self._work / "rpmbuild" / "RPMS").glob("*.rpm"))
+
+    def _values(self) -> dict[str, str]:
+        date = datetime.fromtimestamp(source_date(), UTC)
+        return {
+            "TREES": str(self._work),
+            "VERSION": self._version,
+            "DIST": self._dist,
+            "PYTHON": self._python,
+            "INTERPRETER": self._layout.python,
+            "LIBRARY": f"/{self._layout.library}",
+            "DEPENDENCIES": self._dependencies(),
+            "MAINTAINER": self._maintainer,
+            "DATE": date.strftime("%a %b %d %Y"),
+        }
+
+    def _dependencies(self) -> str:
+        """What the host's side needs besides, as Fedora's Python packages provide it."""
+        metadata = next(self._wheel.glob("*.dist-info/METADATA")).read_text()
+        needed = re.findall(
+            r"^Requires-Dist: ([a-z.-]+?)(?:-python)?>=([0-9.]+); extra == .host.$",
+            metadata,
+            re.MULTILINE,
+        )
+        names = [(name.replace(".", "-"), least) for name, least in needed]
+        return "\n".join(
+            f"Requires: python{self._python}dist({name}) >= {least}"
+            for name, least in names
+            if name not in RECOMMENDED
+        )
+
+    def _compiled(self, tree: "Tree") -> list[str]:
+        """Lines for what the package's script compiles: rpm removes it with the package."""
+        tag = f"cpython-{self._python.replace('.', '')}"
+        lines = []
+        for name in tree.files():
+            path = Path(name)
+            if path.suffix == ".py" and name.startswith(self._layout.library):
+                result = f"{path.parent}/__pycache__/{path.stem}.{tag}.pyc"
+                tree.write(result, b"")
+                lines.append(f"%ghost /{result}")
+        return lines
+
+    @staticmethod
+    def _entry(name: str) -> str:
+        """A file's line in the spec's list; "" for one that has another."""
+        if name.endswith(".pyc"):
+            return ""
+        if name == "etc/vchan/vchan.conf":  # a password may come to stand in it
+            return f"%config(noreplace) %attr(0640, root, vchan) /{name}"
+        if name.startswith("etc/"):
+            return f"%config(noreplace) /{name}"
+        kinds = {"usr/share/doc/": "%doc ", "usr/share/licenses/": "%license "}
+        kind = next((text for start, text in kinds.items() if name.startswith(start)), "")
+        return f"{kind}/{name}"
+
+
+def owned(tree: "Tree") -> list[str]:
+    """Lines for the directories that are the package's own."""
+    found = (
+        path.relative_to(tree.root).as_posix() for path in tree.root.rglob("*") if path.is_dir()
+    )
+    lines = [f"%dir /{name}" for name in sorted(found) if "vchan" in name]
+    return [line.replace("%dir /var", "%dir %attr(0750, vchan, vchan) /var") for line in lines]
 
 
 class Tree:
@@ -305,9 +493,10 @@ class Tree:
         """Add a file that is to be read through zcat."""
         self.write(name, gzip.compress(text.encode(), 9, mtime=0))
 
-    def launcher(self, command: str, module: str) -> None:
+    def launcher(self, command: str, module: str, python: str) -> None:
         """Add a command."""
-        self.write(f"usr/bin/{command}", LAUNCHER.format(module=module).encode(), 0o755)
+        text = LAUNCHER.format(module=module, python=python)
+        self.write(f"usr/bin/{command}", text.encode(), 0o755)
 
     def manual(self, page: str, *, as_page: str = "", **values: str) -> None:
         """Add a manual page."""
@@ -320,7 +509,10 @@ class Tree:
         """Add a command's manual page: its own, or what the program says of itself."""
         own = [f"{command}.{section}" for section in "18"]
         page = next((name for name in own if (HERE / "man" / name).exists()), "")
-        usage = literal(run(sys.executable, "-m", module, "--help"))
+        if command == "vchan":
+            self.manual(page, COMMANDS=command_manual(), STATUS=exit_statuses())
+            return
+        usage = literal(usage_of(module))
         if page:
             self.manual(page, USAGE=usage)
             return
@@ -381,16 +573,25 @@ def cloud_init(work: Path, zipapp: Path, package: Path, url: str) -> list[Path]:
 # ---------------------------------------------------------------- the manual
 
 
+def manual_of_documents(work: Path) -> list[Path]:
+    """Manual pages that are pages of docs/, as docs/conf.py names them."""
+    options = ("--builder", "man", "--fail-on-warning", "-q", "--doctree-dir", str(work / "tree"))
+    run(sys.executable, "-m", "sphinx", *options, str(ROOT / "docs"), str(work))
+    return sorted(work.glob("*.[1-8]"))
+
+
 def guest_configuration() -> str:
     """vchan-guest's file, with its defaults."""
-    from vchan.guest.allowed import DEFAULT_ALLOW
+    from vchan.agents.allowed import DEFAULT_ALLOW
+    from vchan.guest.daemon import DEFAULT_REPORT
 
-    return filled((HERE / "guest" / "guest.conf").read_text(), {"ALLOW": DEFAULT_ALLOW})
+    values = {"ALLOW": DEFAULT_ALLOW, "REPORT": DEFAULT_REPORT}
+    return filled((HERE / "guest" / "guest.conf").read_text(), values)
 
 
 def host_configuration() -> str:
     """vchan-host's file, with its defaults."""
-    from vchan.host.broker_config import HONOURED
+    from vchan.host.broker.config import HONOURED
     from vchan.host.config import OPTIONS
 
     comment = textwrap.TextWrapper(100, initial_indent="# ", subsequent_indent="# ")
@@ -404,9 +605,55 @@ def host_configuration() -> str:
 
 def host_honoured() -> str:
     """The options of oslo.messaging's that are read, for roff."""
-    from vchan.host.broker_config import HONOURED
+    from vchan.host.broker.config import HONOURED
 
     return "\n".join(f".Ic {name} ," for name in HONOURED).removesuffix(" ,") + " ."
+
+
+def completion(shell: str) -> str:
+    """What makes a shell complete vchan's words."""
+    from vchan.cli.completion import script
+    from vchan.cli.parser import build_parser
+
+    return script(shell, build_parser())
+
+
+def exit_statuses() -> str:
+    """vchan's, for roff."""
+    from vchan.cli.failures import STATUSES
+
+    return literal(STATUSES)
+
+
+def command_manual() -> str:
+    """Every command of vchan's with its arguments, from the parser, for roff."""
+    from vchan.cli.completion import commands
+    from vchan.cli.parser import build_parser, walk
+
+    parser = build_parser()
+    every = commands(parser)
+    common = {option.names for option in every[0].options}
+    out = [".Ss Options of every command", *manual_list(every[0].options)]
+    for command, (path, each) in zip(every[1:], list(walk(parser))[1:], strict=True):
+        words = (*path, *(operand.value for operand in command.operands))
+        out += [f".Ss {literal(' '.join(words))}", *sentences(each.description or "")]
+        own = [option for option in command.options if option.names not in common]
+        out += manual_list([*command.operands, *own])
+        if each.epilog:
+            out += [".Pp", *sentences(" ".join(each.epilog.split()))]
+    return "\n".join(out)
+
+
+def manual_list(arguments: Iterable[Any]) -> list[str]:
+    """Arguments with what they are for, for roff."""
+    items = []
+    for each in arguments:
+        names = " , ".join(f"Fl {literal(name[1:])}" for name in each.names)
+        value = f"Ar {literal(each.value)}" if each.value else ""
+        items += [f".It {' '.join(filter(None, (names, value)))}", *sentences(each.help)]
+        if each.words:
+            items += [literal(f"One of {', '.join(each.words)}.")]
+    return [".Bl -tag -width Ds", *items, ".El"] if items else []
 
 
 def host_options() -> str:
@@ -439,6 +686,12 @@ def written(option: Any) -> str:
 def sentences(text: str) -> Iterable[str]:
     """One sentence a line, as roff wants it."""
     return (literal(line) for line in re.sub(r"([.:]) (?=[A-Z])", r"\1\n", text).split("\n"))
+
+
+@functools.cache
+def usage_of(module: str) -> str:
+    """What a program says of itself."""
+    return run(sys.executable, "-m", module, "--help")
 
 
 def literal(text: str) -> str:
