@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -79,6 +80,7 @@ def _run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-B", *arguments],
         cwd=tree,
+        env=os.environ | {"CI": "true"},  # as where it counts: a failure must be said quickly there
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
