@@ -128,6 +128,12 @@ FAILURES_LOGGED_MAX: Final = 20
 decides how often it does. At it: the others are counted, and their number is logged."""
 FAILURES_PERIOD_S: Final = 10.0
 """Long enough that a log with FAILURES_LOGGED_MAX in each can be read as it grows."""
+TICK_S: Final = 0.1
+"""When something has come, its time is looked at after so long: to ask at each message when would
+cost more than the message."""
+WORK_S: Final = 0.002
+"""An agent's methods run in a row for so long, if none takes longer. At it: what has arrived
+meanwhile, a withdrawal perhaps, is taken before the next begins."""
 
 
 class Connection:
@@ -231,6 +237,17 @@ class Connection:
         if self._link is not None:
             self._link.flush()
 
+    def cork(self) -> None:
+        """What is sent from here on goes out with `uncork`. Who waits for something meanwhile
+        uncorks first."""
+        if self._link is not None:
+            self._link.cork()
+
+    def uncork(self) -> None:
+        """Write what is queued; see `cork`."""
+        if self._link is not None:
+            self._link.uncork()
+
     def _send(self, message: bytes, stream: int) -> None:
         if self._link is not None:
             self._link.send(message, stream)
@@ -313,9 +330,10 @@ class Connection:
         message = decode(data)
         match message:
             case Request() | Cancel() | Settled():
-                for delivery in self.responder.receive(message, self.loop.time()):
+                now_s = self.loop.time()
+                for delivery in self.responder.receive(message, now_s):
                     self._deliver(delivery)
-                self._alarm.set(self.responder.next_timeout())
+                self._alarm.set(now_s + TICK_S)  # it may have a new timeout
             case Reply() | Receipt() | Returned():
                 for outcome in self.requester.receive(message):
                     self._tell(outcome)
@@ -1044,6 +1062,7 @@ class Agent(_Caller, TopicServer):
                 raise LinkDown(error.path, "the agent is not running") from error
         pending = _Pending()
         pending.submit(self._connection, request)
+        self._connection.uncork()
         while not (pending.done.is_set() or self._stopped):
             self.loop.run_once()
         if not pending.done.is_set():
@@ -1054,11 +1073,17 @@ class Agent(_Caller, TopicServer):
     # ---------------------------------------------------------------- serving
 
     def _work(self) -> None:
-        """One request a turn: its answer goes out before the next begins."""
-        if self._is_working or not self._inbox:
+        """Each answer goes out before the next request begins."""
+        if self._is_working:
             return
         self._is_working = True
-        self._begin(self._inbox.popleft())
+        until_s = self.loop.time() + WORK_S
+        while self._inbox:
+            self._connection.cork()
+            self._begin(self._inbox.popleft())
+            self._connection.uncork()
+            if self._stopped or self.loop.time() >= until_s:
+                break
         self._is_working = False
         if self._inbox:
             self.loop.call_soon(self._work)

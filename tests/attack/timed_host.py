@@ -91,7 +91,7 @@ def _time_turns(kind: type, name: str, path: Callable[[Any], str]) -> None:
 
 def main() -> None:
     """The command."""
-    for name in ("_readable", "_take_turn", "_timed_out", "_writable", "_planned_flush"):
+    for name in ("_readable", "_take_turn", "_timed_out", "_writable", "uncork"):
         _time_turns(Link, name, lambda link: link.stream.path)
     for name in ("_timed_out", "_serve_mail_in_time"):
         _time_turns(Channel, name, lambda channel: channel._domain.path)

@@ -1068,6 +1068,36 @@ BUGS: Final = (
         was_real=True,
     ),
     Bug(
+        "what a method asks goes out with its answer",
+        Patch(
+            "vchan/client.py",
+            "        self._connection.uncork()\n        while not",
+            "        while not",
+        ),
+        Test("tests/unit/test_agent_requests.py::test_nothing_waits_for_a_methods_end"),
+    ),
+    Bug(
+        "an answer waits for the methods behind it",
+        Patch(
+            "vchan/client.py",
+            "            self._connection.uncork()\n            if self._stopped",
+            "            if self._stopped",
+        ),
+        Test("tests/unit/test_agent_requests.py::test_nothing_waits_for_a_methods_end"),
+    ),
+    Bug(
+        "an agent's methods run in a row however long",
+        Patch(
+            "vchan/client.py",
+            "if self._stopped or self.loop.time() >= until_s:",
+            "if self._stopped:",
+        ),
+        Test(
+            "tests/unit/test_agent_requests.py"
+            "::test_what_is_withdrawn_behind_a_long_method_does_not_run"
+        ),
+    ),
+    Bug(
         "a task that is cancelled leaves its call behind",
         Patch(
             "vchan/aio.py",
@@ -1084,7 +1114,7 @@ BUGS: Final = (
             "        self._loop.call_soon(partial(self._run, callback))\n",
             "        self._loop.call_soon(callback)\n",
         ),
-        Test(_CONTAINMENT_ANY + "[Link._planned_flush]"),
+        Test(_CONTAINMENT_ANY + "[Link.uncork]"),
     ),
     Bug(
         "a channel that failed keeps its socket",

@@ -144,6 +144,102 @@ def test_an_agents_methods_call_out(site: Site, run: Any, workers: int) -> None:
     assert news["publisher_id"] and set(news["metadata"]) == {"message_id", "timestamp"}
 
 
+class Observed(Worker):
+    """Notes how much of what was said has not gone out: when a method begins, when one waits."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__(agent)
+        self.at_begin: list[int] = []
+        self.at_wait: list[int] = []
+        self.released = [threading.Event(), threading.Event()]
+        self.ran: list[str] = []
+
+    def _backlog_bytes(self) -> int:
+        return self.agent._connection._session.backlog_bytes
+
+    def relay(self, n: int) -> int:
+        self.at_begin.append(self._backlog_bytes())
+        loop = self.agent.loop
+        turn = loop.run_once
+
+        def observed() -> None:
+            self.at_wait.append(self._backlog_bytes())
+            turn()
+
+        loop.run_once = observed  # type: ignore[assignment]
+        try:
+            return super().relay(n)
+        finally:
+            loop.run_once = turn  # type: ignore[method-assign]
+
+    def quick(self) -> None:
+        self.at_begin.append(self._backlog_bytes())
+
+    def hold(self, n: int) -> None:
+        self.ran.append(f"hold {n}")
+        assert self.released[n].wait(PATIENT_S)
+
+    def withdrawn(self) -> None:
+        self.ran.append("withdrawn")
+
+
+@pytest.fixture
+def observed(site: Site, run: Any) -> Observed:
+    made: list[Observed] = []
+
+    def make(agent: Agent) -> dict[str, object]:
+        made.append(Observed(agent))
+        return {"t": made[0]}
+
+    run(lambda _: {"up": Conductor()}, guest=False)
+    run(make)
+    site.wait_served("t")
+    return made[0]
+
+
+def running(client: Client) -> int:
+    """Requests that the guest's daemon has given to its agents, and that are not over."""
+    info = client.call("vchan.guest", "info", server=VM)
+    return int(info["running"]) - 1  # this one
+
+
+def test_nothing_waits_for_a_methods_end(site: Site, observed: Observed) -> None:
+    """What a method asks goes out before it waits, and its answer before the next one begins."""
+    with Client(str(site.host.path)) as client, ThreadPoolExecutor(9) as pool:
+        results = pool.map(lambda n: client.call("t", "relay", {"n": n}, server=VM), range(20))
+        assert list(results) == [2 * n for n in range(20)]
+        assert len(observed.at_wait) >= 20 and not any(observed.at_wait)
+        held = pool.submit(client.call, "t", "hold", {"n": 0}, server=VM)
+        wait(lambda: bool(observed.ran))
+        quick = [pool.submit(client.call, "t", "quick", server=VM) for _ in range(8)]
+        wait(lambda: running(client) == 9)
+        observed.released[0].set()
+        for each in (held, *quick):
+            each.result(PATIENT_S)
+    assert observed.at_begin == [0] * 28
+
+
+def test_what_is_withdrawn_behind_a_long_method_does_not_run(
+    site: Site, observed: Observed
+) -> None:
+    with Client(str(site.host.path)) as client, ThreadPoolExecutor(3) as pool:
+        held = [pool.submit(client.call, "t", "hold", {"n": 0}, server=VM, timeout_s=PATIENT_S)]
+        wait(lambda: len(observed.ran) == 1)
+        held.append(pool.submit(client.call, "t", "hold", {"n": 1}, server=VM, timeout_s=PATIENT_S))
+        wait(lambda: running(client) == 2)
+        withdrawn = pool.submit(client.call, "t", "withdrawn", server=VM, timeout_s=0.5)
+        wait(lambda: running(client) == 3)
+        observed.released[0].set()  # both of the others are read at once
+        with pytest.raises(CallTimeout):
+            withdrawn.result(PATIENT_S)
+        observed.released[1].set()
+        for each in held:
+            each.result(PATIENT_S)
+        with pytest.raises(RemoteError):
+            client.call("t", "unknown", server=VM)  # it is behind all of them
+    assert observed.ran == ["hold 0", "hold 1"]
+
+
 def test_an_agent_is_asked_by_its_programs_own_threads(site: Site, run: Any) -> None:
     conductor = Conductor()
     run(lambda _: {"up": conductor}, guest=False)

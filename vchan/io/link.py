@@ -129,6 +129,17 @@ class Link:
         if not self._flush_planned:
             self._plan_flush()
 
+    def cork(self) -> None:
+        """What is sent from here on waits for `uncork`, or for the end of the next turn of reading,
+        and goes out in one write."""
+        self._flush_planned = True
+
+    def uncork(self) -> None:
+        """Write what is queued, as far as the stream takes it, and what is sent later soon."""
+        self._flush_planned = False
+        if not self._down:
+            self.flush()
+
     def close(self) -> None:
         """Close the stream. The session goes on; `on_down` is not called."""
         if self._down:
@@ -159,9 +170,9 @@ class Link:
         if self._down or self._pause_timer is not None:
             return
         assert self.session.state is not State.CLOSED or not self._may_write
-        self._flush_planned = True  # what is sent meanwhile goes out at the end of this
+        self.cork()
         self._read()
-        self._planned_flush()
+        self.uncork()
 
     def _read(self) -> None:
         if self._meter is not None:
@@ -310,12 +321,7 @@ class Link:
 
     def _plan_flush(self) -> None:
         self._flush_planned = True
-        self._loop.call_soon(self._planned_flush)
-
-    def _planned_flush(self) -> None:
-        self._flush_planned = False
-        if not self._down:
-            self.flush()
+        self._loop.call_soon(self.uncork)
 
     def flush(self) -> None:
         """Write what the session has to send, as far as the stream takes it."""

@@ -112,8 +112,8 @@ class Manner:
 class _Server:
     __slots__ = ("held", "requester", "topics")
 
-    def __init__(self, send: Send) -> None:
-        self.requester = Requester(send)
+    def __init__(self, send: Send, *, is_timed: bool) -> None:
+        self.requester = Requester(send, is_timed=is_timed)
         self.topics: tuple[Topic, ...] = ()
         self.held: set[bytes] = set()
 
@@ -346,7 +346,7 @@ class Dispatcher:
     def attach(self, key: int, send: Send, now_s: float) -> None:
         """A server is there, or somebody who may be one; `send` queues messages to it."""
         assert key not in self._servers
-        server = self._servers[key] = _Server(send)
+        server = self._servers[key] = _Server(send, is_timed=not self._asker_remembers)
         server.requester.opened(now_s)
 
     def __contains__(self, key: int) -> bool:

@@ -191,12 +191,19 @@ class Requester:
         grace_s: Our deadlines come so much later than those that the peer is told: it knows better
             what became of a request.
         repeat_flags: What a request is marked with when it is sent again.
+        is_timed: Give up what is past its time. False: who submits it sees to that, and cancels it.
     """
 
     def __init__(
-        self, send: Send, *, grace_s: float = 0.0, repeat_flags: int = REDELIVERED
+        self,
+        send: Send,
+        *,
+        grace_s: float = 0.0,
+        repeat_flags: int = REDELIVERED,
+        is_timed: bool = True,
     ) -> None:
         self._send = send
+        self._is_timed = is_timed
         self._repeat_flags = repeat_flags
         self._grace_s = grace_s
         self._open: dict[bytes, _Outstanding] = {}
@@ -263,7 +270,7 @@ class Requester:
         if self.connected and not self._holds:
             self._transmit(item, request)
         self._open[request.id] = item
-        if deadline_s is not None:
+        if deadline_s is not None and self._is_timed:
             self._deadlines.add(deadline_s + self._grace_s, request.id)
 
     def _transmit_late(self, item: _Outstanding, now_s: float, *, is_known: bool = False) -> None:

@@ -30,11 +30,11 @@ class Liveness:
     __slots__ = (
         "_config",
         "_pings_unanswered",
-        "_progress_s",
         "_silent_told_s",
         "asked_s",
         "check_at_s",
         "heard_s",
+        "progress_s",
         "was_silent",
     )
 
@@ -42,7 +42,7 @@ class Liveness:
         self._config = config
         self.check_at_s: float | None = None  # when to call `check`
         self.heard_s = 0.0
-        self._progress_s: float | None = None  # of what we sent; None: since the next check
+        self.progress_s: float | None = None  # acknowledged last; None: since the next check
         self.asked_s: float | None = None  # when, if no answer has come
         self._pings_unanswered = 0
         self._silent_told_s = 0.0
@@ -55,7 +55,7 @@ class Liveness:
 
     def opened(self, now_s: float) -> None:
         """The peer is there."""
-        self.heard_s = self._silent_told_s = self._progress_s = now_s
+        self.heard_s = self._silent_told_s = self.progress_s = now_s
         self.check_at_s = now_s + PROBE_S
         self.asked_s = None
         self.was_silent = False
@@ -71,13 +71,9 @@ class Liveness:
             now_s: May be long ago: bytes are asked of a session without the time. So the clock of
                 what is unacknowledged starts with the check itself.
         """
-        self._progress_s = None
+        self.progress_s = None
         if self.check_at_s is not None and self.check_at_s > now_s + PROBE_S:
             self.check_at_s = now_s + PROBE_S
-
-    def progressed(self, now_s: float) -> None:
-        """The peer has acknowledged something new."""
-        self._progress_s = now_s
 
     def answered(self) -> bool:
         """The peer that was asked has spoken. Whether it had been told to be silent."""
@@ -104,8 +100,8 @@ class Liveness:
         Args:
             waiting: Something is unacknowledged, or waits to be sent.
         """
-        if self._progress_s is None:
-            self._progress_s = now_s
+        if self.progress_s is None:
+            self.progress_s = now_s
         idle_s = PROBE_S if waiting else self._config.ping_idle_s
         ping = greet = False
         due_s = self._due_s(idle_s, waiting=waiting)
@@ -129,5 +125,5 @@ class Liveness:
             factor = 2.0 ** min(self._pings_unanswered, 5)
             return self.asked_s + min(idle_s * factor, 6 * PING_IDLE_S)
         self._pings_unanswered = 0
-        assert self._progress_s is not None
-        return (self._progress_s if waiting else self.heard_s) + idle_s
+        assert self.progress_s is not None
+        return (self.progress_s if waiting else self.heard_s) + idle_s

@@ -377,21 +377,17 @@ class Session:
         liveness.heard_s = self._now_s
         if liveness.asked_s is not None:
             self._was_answered()
-        if frame.ack != sender.base and not self._acknowledge(frame.ack):
-            self._violate(f"it acknowledged frame {frame.ack}; {sender.tail} were sent")
-            return False
+        if frame.ack > sender.base:  # else it is an old frame, come twice, or says nothing new
+            liveness.progress_s = self._now_s
+            if not sender.acknowledge(frame.ack):
+                self._violate(f"it acknowledged frame {frame.ack}; {sender.tail} were sent")
+                return False
         if frame.credit > sender.credit:
             sender.credit = frame.credit
         if frame.seq > self._receiver.next and self._receiver.is_hole(frame):
             self._receiver.note_hole(frame.seq, self._events)
             self._dues |= _REWIND
         return True
-
-    def _acknowledge(self, ack: int) -> bool:
-        """The peer says what it has. False if that cannot be."""
-        if ack > self._sender.base:  # else it is an old frame, come twice
-            self._liveness.progressed(self._now_s)
-        return self._sender.acknowledge(ack)
 
     def _was_answered(self) -> None:
         self._handshake.hello = None  # it has our key after all
