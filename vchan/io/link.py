@@ -327,19 +327,16 @@ class Link:
         """Write what the session has to send, as far as the stream takes it."""
         is_free = not self._waits_to_write and self._hangup_fd < 0 and not self._write_problem
         if self._may_write and is_free:
-            self._write()
-        if not self._is_over():
+            data = self._out or self.session.data_to_send(frames_max=self._frames_max)
+            if data:
+                self._write(data)
+        if not self._down:
             self._alarm.set(self.session.next_timeout())
 
-    def _write(self) -> None:
-        data = self._out
-        is_last = False
-        while True:
-            if not data:
-                data = b"" if is_last else self.session.data_to_send(frames_max=self._frames_max)
-                if not data:
-                    break
-                is_last = len(data) <= self._short_bytes
+    def _write(self, data: bytes) -> None:
+        """This first, then what else there is."""
+        is_last = not self._out and len(data) <= self._short_bytes
+        while data:
             try:
                 taken = self.stream.write(data)
             except BlockingIOError:
@@ -353,9 +350,15 @@ class Link:
             assert 0 < taken <= len(data), "a stream that takes nothing says so"
             self._stalled_s = None
             data = data[taken:]
-            if self._meter is not None and not data and not is_last:
+            if data:
+                continue
+            if is_last:
+                break
+            if self._meter is not None:
                 self._plan_flush()
                 break
+            data = self.session.data_to_send(frames_max=self._frames_max)
+            is_last = len(data) <= self._short_bytes
         self._out = b""
 
     def _end_after_reading(self) -> None:

@@ -297,8 +297,10 @@ class Loop:
             self._pop_timer()
         if not timers:
             return wait_s
-        left_s = max(0.0, timers[0][0] - monotonic())
-        return left_s if wait_s is None else min(left_s, wait_s)
+        left_s = timers[0][0] - monotonic()
+        if left_s <= 0:
+            return 0
+        return left_s if wait_s is None or left_s < wait_s else wait_s
 
     def _drain_wakeups(self) -> None:
         try:

@@ -87,6 +87,11 @@ class Receiver:
             return max(self.credit_told, self.credit_greeted, self.cost)
         return self.cost + self._window
 
+    def owes_credit(self, backlog: int) -> bool:
+        """The window has moved by a quarter: a peer that waits for credit hears of it."""
+        owed = self.cost + self._window - self.credit_told
+        return owed >= self._window // 4 and self.grant(backlog) - self.credit_told == owed
+
     def greet(self, credit: int) -> None:
         """The credit that the greeting that is made now gives the peer."""
         told = max(self.credit_told, self.credit_greeted)

@@ -245,14 +245,15 @@ class Session:
         if self.state is not _OPEN:
             return b"".join(parts)
         sender = self._sender
+        acknowledged = False
         if sender.backlog or sender.cursor < sender.tail:
             room = limit - sum(map(len, parts)) if parts else limit
             acknowledged = self._add_data_frames(parts, room, frames_max)
-        else:
-            acknowledged = False
         if not acknowledged and self._ack_due():
             parts.append(self._seal(layout.KIND_ACK))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        if len(parts) > 1:
+            return b"".join(parts)
+        return parts[0] if parts else b""
 
     def _add_data_frames(self, parts: list[bytes], room: int, frames_max: int) -> bool:
         """Add the DATA frames that may go out now. False if there is none."""
@@ -322,9 +323,7 @@ class Session:
     def _ack_due(self) -> bool:
         if self._ack_now or (self._ack_at_s is not None and self._now_s >= self._ack_at_s):
             return True
-        # A peer that waits for credit hears of it when the window has moved by a quarter.
-        moved = self._receiver.grant(self._sender.backlog) - self._receiver.credit_told
-        return moved >= self.config.window_bytes // 4
+        return self._receiver.owes_credit(self._sender.backlog)
 
     # ---------------------------------------------------------------- receiving
 
@@ -337,25 +336,23 @@ class Session:
         """Take bytes from the stream, in any chunks; return what they amount to."""
         self._now_s = now_s
         decoder = self._decoder
-        for frame in decoder.receive_data(data):
-            self._receive_frame(frame)
-        while decoder.stopped:  # what came last may have changed the keys
-            for frame in decoder.receive_data(b""):
-                self._receive_frame(frame)
+        frames = decoder.receive_data(data)
+        while frames:
+            self.counters.frames_received += len(frames)
+            for frame in frames:
+                if frame.candidate and self._handshake.candidate is not None:
+                    self._establish(*self._handshake.candidate)
+                handler = _ON_FRAME.get((self.state, frame.kind))
+                if handler is not None:
+                    handler(self, frame)
+            # What came last may have changed the keys.
+            frames = decoder.receive_data(b"") if decoder.stopped else []
         self.counters.bytes_skipped = decoder.bytes_skipped
         self.counters.bad_payloads = decoder.bad_payloads
         events = self._events
         if events:
             self._events = []
         return events
-
-    def _receive_frame(self, frame: Frame) -> None:
-        self.counters.frames_received += 1
-        if frame.candidate and self._handshake.candidate is not None:
-            self._establish(*self._handshake.candidate)
-        handler = _ON_FRAME.get((self.state, frame.kind))
-        if handler is not None:
-            handler(self, frame)
 
     def _on_data(self, frame: Frame) -> None:
         if not self._on_any(frame):
