@@ -16,13 +16,17 @@ from typing import Final, NamedTuple
 
 from tests.bench import counting, native
 from tests.bench.native import AGENT, DAEMON
+from tests.rig.guest_image import RELEASE
 
-KEPT: Final = Path(__file__).with_name("kept.json")
+KEPT: Final = Path(__file__).with_name(f"kept-{RELEASE.codename}.json")
+"""Of a guest with this release's Python: another one takes other numbers of instructions."""
 TOLERANCE: Final = 1.10
 ROUNDS: Final = 3
 ROUNDS_MAX: Final = 12
 CALLS: Final = 400
 UNIT_TIMES: Final = 200
+COUNTED: Final = "thousand instructions: "
+TIMED: Final = "CPU, in units: "
 CPU: Final = tuple(
     (subject, f"cpu_us_{count}") for subject in (DAEMON, AGENT) for count in native.IN_FLIGHT
 )
@@ -74,19 +78,24 @@ def table(rows: list[Compared]) -> str:
     return "\n".join(lines)
 
 
-def measure(directory: Path, body: bytes, kept: Mapping[str, float]) -> Numbers:
-    """Everything that is kept, by name.
+def count(directory: Path) -> Numbers:
+    """The counts that are kept, by name.
 
     Args:
         directory: For sockets; a short path.
+    """
+    rows = counting.measure(directory)
+    return {f"{COUNTED}{what}": sum(spent.values()) for what, spent in rows}
+
+
+def time_cpu(directory: Path, body: bytes, kept: Mapping[str, float]) -> Numbers:
+    """The times that are kept, by name.
+
+    Args:
         body: See `native.measure`.
         kept: Rounds are added while a number is over its own in here.
     """
-    numbers = {
-        f"thousand instructions: {what}": sum(spent.values())
-        for what, spent in counting.measure(directory)
-    }
-    return numbers | least_cpu(lambda: _cpu_round(directory, body), kept)
+    return least_cpu(lambda: _cpu_round(directory, body), kept)
 
 
 def least_cpu(cpu_round: Callable[[], Numbers], kept: Mapping[str, float]) -> Numbers:
@@ -104,10 +113,7 @@ def _cpu_round(directory: Path, body: bytes) -> Numbers:
     before_us = _unit_us()
     measured = native.measure(directory, body, rounds=1, calls=CALLS)
     unit_us = min(before_us, _unit_us())
-    return {
-        f"CPU, in units: {subject}.{what}": measured[subject][what] / unit_us
-        for subject, what in CPU
-    }
+    return {f"{TIMED}{subject}.{what}": measured[subject][what] / unit_us for subject, what in CPU}
 
 
 def _unit_us() -> float:
@@ -125,9 +131,12 @@ def _pieces() -> Iterator[float]:
         yield (time.thread_time_ns() - started_ns) / 1000 / 20
 
 
-def load() -> Numbers:
+def load(*, counts_only: bool = False) -> Numbers:
     """What is kept; nothing yet: empty."""
-    return dict(json.loads(KEPT.read_text())) if KEPT.exists() else {}
+    kept = dict(json.loads(KEPT.read_text())) if KEPT.exists() else {}
+    return {
+        what: number for what, number in kept.items() if not counts_only or what.startswith(COUNTED)
+    }
 
 
 def keep(numbers: Mapping[str, float]) -> None:

@@ -49,3 +49,14 @@ def test_what_is_kept_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert check.load() == {}
     check.keep({"a": 1.2345})
     assert check.load() == {"a": 1.2}
+    check.keep({f"{check.COUNTED}a": 1, f"{check.TIMED}b": 2})
+    assert check.load(counts_only=True) == {f"{check.COUNTED}a": 1}
+
+
+def test_each_number_that_is_kept_can_fail() -> None:
+    kept = check.load()
+    assert [what for what in kept if what.startswith(check.COUNTED)]
+    assert [what for what in kept if what.startswith(check.TIMED)]
+    for what in kept:
+        rows = check.compare(kept | {what: 1.11 * kept[what]}, kept)
+        assert [row.what for row in rows if row.is_slower] == [what]
