@@ -247,7 +247,7 @@ BUGS: Final = (
         "a cast that the guest refused is acknowledged without a word",
         Patch(
             _DOWNWARD,
-            "        if not is_call and reason not in (NO_AGENT, BUSY):",
+            "        if not is_call and reason not in COMES_AGAIN:",
             "        if False:",
         ),
         Test(_DROPPED_TESTS + "test_a_cast_that_comes_back_for_good"),

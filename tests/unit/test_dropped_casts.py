@@ -11,11 +11,10 @@ from vchan.errors import LimitExceeded
 from vchan.host.oslo_wire.downward_envelope import decode
 from vchan.host.vm.downward import RETURNS_WARN, TOLD_CHARS_MAX
 from vchan.host.vm.served_topics import EXCHANGES_SEEN_MAX
+from vchan.rpc.in_flight import COMES_AGAIN
 from vchan.rpc.messages import (
     AGENT_GONE,
-    BUSY,
     EXPIRED,
-    NO_AGENT,
     REFUSED,
     Receipt,
     Returned,
@@ -67,7 +66,7 @@ def test_a_cast_that_comes_back_for_good(
     assert ("fanout" in line) is fanout
 
 
-@pytest.mark.parametrize("reason", [BUSY, NO_AGENT])
+@pytest.mark.parametrize("reason", sorted(COMES_AGAIN))
 def test_a_cast_that_waits_is_not_dropped(rig: Rig, told: list[str], reason: int) -> None:
     rig.deliver("t1", cast())
     rig.guest(Returned(identity(1), reason, "not now"))

@@ -526,7 +526,7 @@ def test_a_second_copy_of_what_an_earlier_run_of_the_guest_had_is_over(rig: Rig)
     assert [message.id for message in rig.said()] == [identity(1)]
 
 
-@pytest.mark.parametrize("reason", [NO_AGENT, BUSY])
+@pytest.mark.parametrize("reason", [NO_AGENT, BUSY, RELEASED])
 def test_a_cast_nobody_can_take_now_keeps_its_place_in_the_queue(rig: Rig, reason: int) -> None:
     for number in (1, 2, 3):
         rig.deliver(f"t{number}", cast(number))

@@ -74,7 +74,7 @@ HEARTBEAT_S: Final = 0.5
 REPLY_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bodies of answers a responder keeps to give them again. At it: the oldest is dropped."""
 COMES_AGAIN: Final = frozenset({NO_AGENT, BUSY, RELEASED})
-"""What is handed back so has not run, and may at another time, or elsewhere."""
+"""A cast that is handed back so has not run, and comes again, at another time or elsewhere."""
 
 
 _new_tuple = tuple.__new__
@@ -102,7 +102,7 @@ class Heartbeat(NamedTuple):
 
 
 class HandedBack(NamedTuple):
-    """The request has not run (AGENT_GONE: may have)."""
+    """The request has ended without an answer; `outcomes` says by the reason if it may have run."""
 
     id: bytes
     reason: int

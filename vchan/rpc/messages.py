@@ -133,7 +133,7 @@ class Reply(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """The request has not run (AGENT_GONE: may have)."""
+    """The request has ended without an answer; `outcomes` says by the reason if it may have run."""
 
     id: bytes
     reason: int

@@ -41,7 +41,8 @@ class Ending(NamedTuple):
     meaning: str
     ran: Ran
     error: type[RequestError]
-    """What a caller sees: raised by `vchan.client`, named in a failure that goes to a service."""
+    """What a caller sees: raised by `vchan.client`, named in a failure that goes to a service
+    (not CallTimeout: its own time is over as well)."""
     http_status: int
     """Of the gateways' answers."""
 
@@ -68,7 +69,14 @@ ENDINGS: Final = (
         504,
     ),
     Ending(NO_DOMAIN, "NO_DOMAIN", "no such VM here", Ran.NO, NoSuchDomain, 404),
-    Ending(RELEASED, "RELEASED", "the VM has left this host", Ran.PERHAPS, AgentGone, 502),
+    Ending(
+        RELEASED,
+        "RELEASED",
+        "the VM has left this host, or an agent its daemon; a cast has not run, and comes again",
+        Ran.PERHAPS,
+        AgentGone,
+        502,
+    ),
 )
 
 _BY_REASON: Final = {ending.reason: ending for ending in ENDINGS}

@@ -41,6 +41,7 @@ from vchan.host.vm.served_topics import ServedTopics
 from vchan.host.vm.upward import Offer, Upward, UpwardBrokerPort
 from vchan.rpc.bodies import encode_failure
 from vchan.rpc.in_flight import (
+    COMES_AGAIN,
     HEARTBEAT_S,
     Answered,
     HandedBack,
@@ -54,13 +55,11 @@ from vchan.rpc.in_flight import (
 )
 from vchan.rpc.messages import (
     AGENT_GONE,
-    BUSY,
     CALL,
     EXPIRED,
     FANOUT,
     GUEST_TOPIC,
     LOCAL,
-    NO_AGENT,
     OUT_OF_TURN,
     REDELIVERED,
     REFUSED,
@@ -450,7 +449,7 @@ class Downward:
         self, request_id: bytes, entry: _Entry, reason: int, text: str, now_s: float
     ) -> None:
         is_call = entry.origin is not None and entry.origin.is_call
-        if not is_call and reason not in (NO_AGENT, BUSY):
+        if not is_call and reason not in COMES_AGAIN:
             counter = _DROPPED.get(reason, "casts_refused")
             why = f"{counter.removeprefix('casts_').replace('_', ' ')}: {text}"
             self._count_dropped(request_id, entry, counter, why)
@@ -463,7 +462,7 @@ class Downward:
                 self._refuse(request_id, entry, kind, text)
             else:
                 self._reply(request_id, entry, True, encode_failure(kind, text))
-        elif reason in (NO_AGENT, BUSY):
+        elif reason in COMES_AGAIN:
             self._hand_to_broker(request_id, now_s)
         else:
             self._finish(request_id)
