@@ -45,8 +45,13 @@ class Tables:
         self._same(who, "times of ids that are gone", len(timed - running.keys() - answers), 0)
 
     def check_requester(self, who: str, requester: Requester) -> None:
-        """Only what is open has a deadline, and all that has one is in the heap."""
-        timed = {each for each, item in requester._open.items() if item.deadline_s is not None}
+        """Only what is open has a deadline, and all that has one is in the heap; nothing, where
+        another keeps the time."""
+        timed = {
+            each
+            for each, item in requester._open.items()
+            if item.deadline_s is not None and requester._is_timed
+        }
         self._same(who, "ids with a deadline", requester._deadlines._at_s.keys(), timed)
         heaped = {each for _, each in requester._deadlines._heap}
         self._same(who, "deadlines that never come", len(timed - heaped), 0)
