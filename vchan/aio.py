@@ -42,15 +42,19 @@ from vchan.client import (
     notification_body,
     path_of,
     ran_into,
+    raw_body,
+    raw_result_of,
     require_taken,
     result_of,
     returned,
 )
 from vchan.errors import CallTimeout, LinkDown, VchanError
 from vchan.io.loop import Callback, Timer
-from vchan.rpc.arguments import check_callable, check_count
+from vchan.rpc.arguments import check_callable, check_count, raw
 from vchan.rpc.in_flight import Delivery, Heartbeat, Outcome
-from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, Request
+from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request
+
+__all__ = ["Agent", "Client", "raw"]
 
 TASKS: Final = 64
 """An agent's methods that run at a time, unless it says otherwise. At it: the others wait."""
@@ -199,6 +203,25 @@ class _Caller:
         body = invocation_body(method, args, namespace, version, context)
         request = make_request(CALL, exchange, topic, server, body, timeout_s)
         return result_of(await self._outcome_of(request, timeout_s), timeout_s)
+
+    async def call_raw(
+        self,
+        topic: str,
+        method: str,
+        data: bytes | bytearray | memoryview = b"",
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """Call a method that is declared `raw`: see `vchan.client.Client.call_raw`."""
+        body = raw_body(invocation_body(method, args, namespace, version, context), data)
+        request = make_request(CALL | RAW, exchange, topic, server, body, timeout_s)
+        return raw_result_of(await self._outcome_of(request, timeout_s), timeout_s)
 
     async def cast(
         self,

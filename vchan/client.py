@@ -32,15 +32,17 @@ from vchan.errors import (
     LinkError,
     NoSuchMethod,
     NotAPort,
+    Rejected,
     RemoteError,
     RequestError,
     VchanError,
 )
 from vchan.io.link import Link
 from vchan.io.loop import Alarm, Loop, Scheduler, Timer
-from vchan.io.streams import Stream, connect_unix
+from vchan.io.streams import Stream, connect_local
 from vchan.rpc.arguments import (
     PRIORITIES,
+    check_bytes,
     check_callable,
     check_count,
     check_endpoint,
@@ -51,6 +53,8 @@ from vchan.rpc.arguments import (
     check_seconds,
     check_topic,
     check_version,
+    raw,
+    raw_methods,
     wrong,
 )
 from vchan.rpc.bodies import (
@@ -58,9 +62,11 @@ from vchan.rpc.bodies import (
     Invocation,
     decode_failure,
     decode_invocation,
+    decode_raw,
     encode_failure,
     encode_invocation,
     encode_json,
+    encode_raw,
 )
 from vchan.rpc.in_flight import (
     Answered,
@@ -78,6 +84,8 @@ from vchan.rpc.messages import (
     DEFAULT_EXCHANGE,
     FANOUT,
     NOTIFICATION,
+    RAW,
+    REFUSED,
     RELEASED,
     TOPICS_MAX,
     BadMessage,
@@ -97,7 +105,10 @@ from vchan.rpc.messages import (
     milliseconds,
 )
 from vchan.rpc.outcomes import error_of
-from vchan.session import CONTROL, Config, Event, Opened, Received, Refused, Role, Session
+from vchan.session import CONTROL, Config, Event, Opened, Peer, Received, Refused, Role, Session
+from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_BODIES
+
+__all__ = ["Agent", "Client", "Connection", "raw"]
 
 AGENT_SOCKET: Final = "/run/vchan/agent.sock"
 SOCKET_VARIABLE: Final = "VCHAN_SOCKET"
@@ -145,7 +156,8 @@ class Connection:
         deliver: Told each request and cancellation that arrives.
         changed: Told when the daemon is there (True) or not (False), with the reason. It is told
             False before each new session: a daemon that lost us gives our requests to others.
-        open_stream: What connects to the socket, if not `connect_unix`.
+        open_stream: What connects to the socket, if not `connect_local`.
+        takes_raw: Requests may be RAW: `deliver` knows what to do with those.
     """
 
     def __init__(
@@ -156,13 +168,22 @@ class Connection:
         deliver: Callable[[Delivery], object],
         changed: Callable[[bool, str], object],
         open_stream: Callable[[str], Stream] | None = None,
+        *,
+        takes_raw: bool = False,
     ) -> None:
         self.loop = loop
         self.path = path
-        self._open_stream = open_stream or connect_unix
+        self._open_stream = open_stream or connect_local
         self._deliver = deliver
         self._changed = changed
-        self._session = Session(Config(Role.GUEST, os.urandom(16), name), os.urandom)
+        config = Config(
+            Role.GUEST,
+            os.urandom(16),
+            name,
+            frame_bytes_max=LOCAL_FRAME_BYTES_MAX,
+            features=PLAIN_PAYLOADS | (RAW_BODIES if takes_raw else 0),
+        )
+        self._session = Session(config, os.urandom)
         self._link: Link | None = None
         self._attempts = 0
         self._closed = False
@@ -285,6 +306,7 @@ class Connection:
 
         Raises:
             LimitExceeded: Too many wait, or it is too large. Nothing was queued.
+            Rejected: It is RAW, and the daemon takes none. Nothing was queued.
         """
         if len(self._waiting) >= OPEN_CALLS_MAX:
             limit = OPEN_CALLS_MAX
@@ -305,7 +327,7 @@ class Connection:
             case Opened(peer, resumed):
                 self._attempts = 0
                 if not resumed:
-                    self._begin(peer.instance)
+                    self._begin(peer)
                 self.is_up = True
                 self._changed(True, "")
             case Refused(reason):
@@ -313,17 +335,18 @@ class Connection:
             case _:
                 pass
 
-    def _begin(self, daemon: bytes) -> None:
+    def _begin(self, daemon: Peer) -> None:
         if self.is_up:
             self._down("the session began anew")
-        if daemon == self._daemon:
+        if daemon.instance == self._daemon:
             self._charges = ()  # it has given to others what was ours while we were away
-        self._daemon = daemon
+        self._daemon = daemon.instance
         for chunk in id_chunks(self.responder.remembered() + self._charges):
             self._send(encode(Holding(chunk)), CONTROL)
         if self.topics:
             self._say_topics()
-        self.requester.opened(self.loop.time())
+        upgrade = "" if daemon.takes_raw else f"{self.path}: this daemon takes no raw bodies"
+        self.requester.opened(self.loop.time(), no_raw=upgrade and f"{upgrade}: upgrade vchan")
         self._alarm.set(self.requester.next_timeout())
 
     def _receive(self, data: bytes) -> None:
@@ -387,7 +410,7 @@ class _Pending:
         """In the loop's thread."""
         try:
             connection.submit(request, self.tell)
-        except LimitExceeded as error:
+        except (LimitExceeded, Rejected) as error:
             self.problem = error
             self.done.set()
 
@@ -481,6 +504,12 @@ def invocation_body(
     )
 
 
+def raw_body(invocation: bytes, data: bytes | bytearray | memoryview) -> bytes:
+    """The body of a raw call, of a program's arguments."""
+    check_bytes("data", data)
+    return encode_raw(invocation, data)
+
+
 def notification_body(
     event_type: str,
     payload: Any,
@@ -525,6 +554,14 @@ def result_of(outcome: Outcome, timeout_s: float) -> Any:
             raise RemoteError(class_name, text, failure.decode("utf-8", "replace"))
         case _:
             raise error_of(outcome, timeout_s)
+
+
+def raw_result_of(outcome: Outcome, timeout_s: float) -> bytes:
+    """What a raw call returns; or raises what it raises."""
+    if isinstance(outcome, Answered) and not outcome.failed:
+        return outcome.body
+    result_of(outcome, timeout_s)
+    raise AssertionError("what is no result raises")
 
 
 def require_taken(outcome: Outcome, timeout_s: float) -> None:
@@ -579,6 +616,38 @@ class _Caller:
         body = invocation_body(method, args, namespace, version, context)
         request = make_request(CALL, exchange, topic, server, body, timeout_s)
         return result_of(self._outcome_of(request, timeout_s), timeout_s)
+
+    def call_raw(
+        self,
+        topic: str,
+        method: str,
+        data: bytes | bytearray | memoryview = b"",
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """Call a method that is declared `raw`: it takes bytes and returns bytes, and neither goes
+        through JSON. They reach programs and agents of vchan.client and vchan.aio, and not what is
+        behind a broker.
+
+        Args:
+            data: The method's first argument.
+            args: Its others, by name.
+            Others: as `call`.
+
+        Raises:
+            Rejected: It has not run, and never will: the method takes JSON, or somebody on the way
+                is too old for raw bodies. The text says who, and what to do.
+            Others: as `call`.
+        """
+        body = raw_body(invocation_body(method, args, namespace, version, context), data)
+        request = make_request(CALL | RAW, exchange, topic, server, body, timeout_s)
+        return raw_result_of(self._outcome_of(request, timeout_s), timeout_s)
 
     def cast(
         self,
@@ -752,6 +821,12 @@ class _Endpoint(NamedTuple):
     methods: object
     namespace: str | None
     version: str
+    raw: frozenset[str]
+    """The names of those that take bytes."""
+
+
+class _WrongKind(BadBody):
+    """A method that takes bytes was called with JSON, or the other way round. It has not run."""
 
 
 class _Ran(NamedTuple):
@@ -760,6 +835,8 @@ class _Ran(NamedTuple):
     failed: bool
     body: bytes
     story: str = ""
+    refusal: str = ""
+    """In place of an answer: why it has not run."""
 
 
 class _Failures:
@@ -803,7 +880,7 @@ class TopicServer:
         self._log = log
         self._is_async = is_async
         self._connection = Connection(
-            loop, path, "agent", self._deliver, self._changed, open_stream
+            loop, path, "agent", self._deliver, self._changed, open_stream, takes_raw=True
         )
         self._endpoints: dict[Topic, list[_Endpoint]] = {}
         self._inbox: deque[Request] = deque()
@@ -823,7 +900,8 @@ class TopicServer:
         key = Topic(exchange, topic)
         if key not in self._endpoints and len(self._endpoints) >= TOPICS_MAX:
             raise LimitExceeded("topics", TOPICS_MAX + 1, TOPICS_MAX, "TOPICS_MAX")
-        self._endpoints.setdefault(key, []).append(_Endpoint(endpoint, namespace, version))
+        made = _Endpoint(endpoint, namespace, version, raw_methods(endpoint))
+        self._endpoints.setdefault(key, []).append(made)
 
     def _subscribe(self) -> None:
         self._connection.subscribe(tuple(self._endpoints))
@@ -908,7 +986,9 @@ class TopicServer:
         self._end_beat(request.id)
         responder, now_s = self._connection.responder, self._scheduler.time()
         story = ran.story
-        if request.is_call:
+        if request.is_call and ran.refusal:
+            responder.refuse(request.id, REFUSED, ran.refusal)
+        elif request.is_call:
             try:
                 responder.answer(request.id, ran.body, failed=ran.failed, now_s=now_s)
             except LimitExceeded as error:
@@ -925,16 +1005,29 @@ class TopicServer:
         Raises:
             BadBody, NoSuchMethod: The request is wrong.
         """
+        if request.flags & RAW:
+            return self._raw_method_for(request)
         invocation = decode_invocation(request.body)
         return self._find(_topic_of(request, invocation), invocation), invocation
 
-    def _find(self, topic: Topic, wanted: Invocation) -> Callable[..., Any]:
+    def _raw_method_for(self, request: Request) -> tuple[Callable[..., Any], Invocation]:
+        asked, data = decode_raw(request.body)
+        invocation = decode_invocation(asked)
+        method = self._find(_topic_of(request, invocation), invocation, is_raw=True)
+        return lambda **args: method(data, **args), invocation
+
+    def _find(
+        self, topic: Topic, wanted: Invocation, *, is_raw: bool = False
+    ) -> Callable[..., Any]:
         for endpoint in self._endpoints.get(topic, ()):
             if endpoint.namespace == wanted.namespace and _compatible(
                 endpoint.version, wanted.version or "1.0"
             ):
                 method = getattr(endpoint.methods, wanted.method, None)
                 if callable(method) and not wanted.method.startswith("_"):
+                    if (wanted.method in endpoint.raw) is not is_raw:
+                        use = "JSON: use call, not call_raw" if is_raw else "bytes: use call_raw"
+                        raise _WrongKind(f"{wanted.method} of topic {topic.name} takes {use}")
                     return method  # type: ignore[no-any-return]
         namespace = f" in namespace {wanted.namespace}" if wanted.namespace else ""
         version = f", version {wanted.version or '1.0'}"
@@ -997,7 +1090,9 @@ class Agent(_Caller, TopicServer):
     ) -> None:
         """Serve a topic with an object's public methods. From any thread.
 
-        Several endpoints may serve one topic: the first that has the method answers.
+        Several endpoints may serve one topic: the first that has the method answers. Methods with
+        the decorator `raw`, which this module has, too, take bytes and return bytes: see
+        `call_raw`.
 
         Args:
             version: Calls for the same major and at most this minor version are accepted.
@@ -1138,12 +1233,16 @@ def returned(request: Request, result: Any) -> _Ran:
     """What becomes of a method that has returned this. A cast's result is nobody's.
 
     Raises:
-        TypeError, ValueError: JSON cannot say it.
+        TypeError, ValueError: JSON cannot say it, or a raw method returned no bytes.
     """
     if hasattr(result, "__await__"):
         if hasattr(result, "close"):
             result.close()  # or Python warns that nobody awaited it
         raise TypeError("the method returned something to await: serve it with vchan.aio.Agent")
+    if request.flags & RAW:
+        if not isinstance(result, bytes | bytearray | memoryview):
+            raise TypeError(f"a raw method returned {type(result).__name__}: expected bytes")
+        return _Ran(False, bytes(result))
     return _Ran(False, encode_json(result) if request.is_call else b"")
 
 
@@ -1153,6 +1252,7 @@ def ran_into(request: Request, error: BaseException) -> _Ran:
     import traceback  # here: it costs start-up time
 
     kind = type(error)
+    refusal = str(error) if kind is _WrongKind else ""
     lines = traceback.format_exception(error)
     try:
         encode_json(list(error.args))
@@ -1164,7 +1264,7 @@ def ran_into(request: Request, error: BaseException) -> _Ran:
     )
     what = f"a {'call' if request.is_call else 'cast'} to topic {request.topic} failed"
     text = f"{kind.__name__}: {error}" if isinstance(error, RequestError) else "".join(lines)
-    return _Ran(True, body, f"{what}: {text[-FAILURE_TEXT_MAX:].rstrip()}")
+    return _Ran(True, body, f"{what}: {text[-FAILURE_TEXT_MAX:].rstrip()}", refusal)
 
 
 def _last_of(lines: list[str]) -> list[str]:

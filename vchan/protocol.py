@@ -31,6 +31,7 @@ from construct import (
     Int16ub,
     Int32ub,
     Int64ub,
+    Optional,
     PascalString,
     Struct,
     Subconstruct,
@@ -60,6 +61,7 @@ FrameHeader = Struct(
 
 header_crc  = crc32(header, header_seed)
 payload_crc = crc32(payload, header_crc XOR payload_seed): it binds the payload to its header.
+Where both greetings say PLAIN_PAYLOADS, that of a sealed frame is 0 and not looked at.
 """
 
 Crc = Int32ub
@@ -89,10 +91,12 @@ GreetingHead = Struct(
     "message_bytes_max" / Int32ub,
     "reassembly_bytes_max" / Int32ub,
 )
+Features = FlagsEnum(Int32ub, RAW_BODIES=1, PLAIN_PAYLOADS=2)
 Greeting = Struct(
     "head" / GreetingHead,
     "name" / PascalString(Byte, "utf8"),  # who I am: a host's or a guest's name
     "attached" / PascalString(Byte, "utf8"),  # whom I had my last session with
+    "features" / Optional(Features),  # what I can do; not there: nothing of it
 )
 
 MessageKind = Enum(
@@ -115,9 +119,9 @@ ResetReason = Enum(
     RELEASED=9,
 )
 RequestFlags = FlagsEnum(
-    Byte, CALL=1, FANOUT=2, NOTIFICATION=4, REDELIVERED=8, OUT_OF_TURN=16, LOCAL=32
+    Byte, CALL=1, FANOUT=2, NOTIFICATION=4, REDELIVERED=8, OUT_OF_TURN=16, LOCAL=32, RAW=64
 )
-ReplyFlags = FlagsEnum(Byte, FINAL=1, FAILURE=2)
+ReplyFlags = FlagsEnum(Byte, FINAL=1, FAILURE=2, RAW=4)
 ReturnReason = Enum(
     Byte, NO_AGENT=1, AGENT_GONE=2, BUSY=3, REFUSED=4, EXPIRED=5, NO_DOMAIN=6, RELEASED=7
 )
@@ -137,12 +141,18 @@ Request = Struct(
     "exchange" / Bytes(this.head.exchange_length),
     "topic" / Bytes(this.head.topic_length),
     "server" / Bytes(this.head.server_length),
-    "body" / GreedyBytes,  # JSON: method, args, namespace, version, context
+    "body" / GreedyBytes,  # JSON: method, args, namespace, version, context; RAW: a RawBody
+)
+RawHead = Struct("invocation_length" / Int32ub)
+RawBody = Struct(
+    "head" / RawHead,
+    "invocation" / Bytes(this.head.invocation_length),  # JSON, as the body of others
+    "data" / GreedyBytes,
 )
 ReceiptHead = Struct("kind" / Const(2, Byte), "id" / Bytes(16))
 Receipt = Struct("head" / ReceiptHead)
 ReplyHead = Struct("kind" / Const(3, Byte), "flags" / ReplyFlags, "id" / Bytes(16))
-Reply = Struct("head" / ReplyHead, "body" / GreedyBytes)  # JSON: the result or the failure
+Reply = Struct("head" / ReplyHead, "body" / GreedyBytes)  # JSON: the result or failure; RAW: bytes
 ReturnedHead = Struct("kind" / Const(4, Byte), "reason" / ReturnReason, "id" / Bytes(16))
 Returned = Struct("head" / ReturnedHead, "text" / GreedyBytes)  # UTF-8
 CancelHead = Struct("kind" / Const(5, Byte), "id" / Bytes(16))
@@ -226,8 +236,10 @@ _FIXED = {
     "FRAME_HEADER": FrameHeader,
     "CRC": Struct("crc" / Crc),
     "GREETING": GreetingHead,
+    "FEATURES": Struct("features" / Features),
     "REQUEST": RequestHead,
     "RECEIPT": ReceiptHead,
+    "RAW": RawHead,
     "REPLY": ReplyHead,
     "RETURNED": ReturnedHead,
     "CANCEL": CancelHead,
@@ -244,6 +256,7 @@ _ENUMS = {
     "KIND": FrameKind,
     "FLAG": FrameFlags,
     "ROLE": Role,
+    "FEATURE": Features,
     "MESSAGE": MessageKind,
     "REQUEST_FLAG": RequestFlags,
     "REPLY_FLAG": ReplyFlags,

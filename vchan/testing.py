@@ -55,16 +55,19 @@ from vchan.rpc.arguments import (
     check_seconds,
     check_topic,
     public_methods,
+    raw_methods,
 )
-from vchan.rpc.bodies import decode_invocation, encode_failure, encode_json
-from vchan.rpc.in_flight import Deliver, Heartbeat, Outcome, Requester, Responder
+from vchan.rpc.bodies import decode_invocation, decode_raw, encode_failure, encode_json
+from vchan.rpc.in_flight import NO_RAW, Deliver, Heartbeat, Outcome, Requester, Responder
 from vchan.rpc.messages import (
     DEFAULT_EXCHANGE,
     FANOUT,
     NO_AGENT,
     NOTIFICATION,
     OUT_OF_TURN,
+    RAW,
     REDELIVERED,
+    REFUSED,
     Cancel,
     Receipt,
     Reply,
@@ -76,6 +79,7 @@ from vchan.rpc.messages import (
     decode,
 )
 from vchan.session import Config, Event, Opened, Received, Role, Session
+from vchan.wire.frames import RAW_BODIES
 
 PIPE_BYTES_MAX: Final = 128 * 1024
 """What a channel or socket here holds that nobody has read, as a real one. At it: who writes
@@ -99,6 +103,8 @@ class Sent(NamedTuple):
     """Of a notification: its priority."""
     args: Mapping[str, Any]
     context: Mapping[str, Any]
+    data: bytes = b""
+    """Of a raw call."""
 
 
 # ---------------------------------------------------------------- a loop without an outside
@@ -327,7 +333,8 @@ class _Daemon:
     def __init__(self, guest: FakeGuest, age_s: float = 0.0) -> None:
         self._guest = guest
         self._loop = guest.loop
-        session = Session(Config(Role.GUEST, os.urandom(16), "guest"), os.urandom)
+        config = Config(Role.GUEST, os.urandom(16), "guest", features=RAW_BODIES)
+        session = Session(config, os.urandom)
         self.port = Port(self._loop, guest._open_channel, session, self._handle, lambda _: None)
         self.router = Router(
             self.port.send, {"ping": dict}, self._loop.time() - age_s, self.port.flush
@@ -345,8 +352,9 @@ class _Daemon:
         match event:
             case Received(_, message):
                 self.router.host_receive(message, now_s)
-            case Opened(_, resumed):
-                self.router.host_opened(resumed=resumed, now_s=now_s)
+            case Opened(peer, resumed):
+                takes_raw = peer.takes_raw
+                self.router.host_opened(resumed=resumed, now_s=now_s, takes_raw=takes_raw)
             case _:
                 pass
         self._wake()
@@ -354,7 +362,8 @@ class _Daemon:
     def accept(self, stream: _End) -> None:
         """An agent connects."""
         key = next(self._keys)
-        session = Session(Config(Role.HOST, self._instance, "guest"), os.urandom)
+        config = Config(Role.HOST, self._instance, "guest", features=RAW_BODIES)
+        session = Session(config, os.urandom)
         self._links[key] = Link(
             self._loop,
             session,
@@ -369,12 +378,13 @@ class _Daemon:
             case Received(_, message):
                 problem = self.router.agent_receive(key, message, now_s)
                 assert not problem, problem
-            case Opened(_, resumed) if not (resumed and key in self._opened):
+            case Opened(peer, resumed) if not (resumed and key in self._opened):
                 if key in self._opened:
                     self.router.detach(key, now_s)
                 assert self.router.has_room, f"more than {AGENTS_MAX} agents (AGENTS_MAX)"
                 self._opened.add(key)
-                self.router.attach(key, self._links[key].send, now_s)
+                send = self._links[key].send
+                self.router.attach(key, send, now_s, takes_raw=peer.takes_raw)
             case _:
                 pass
         self._wake()
@@ -407,7 +417,8 @@ class _Host:
     def __init__(self, guest: FakeGuest, name: str) -> None:
         self._guest = guest
         self._loop = guest.loop
-        self.session = Session(Config(Role.HOST, os.urandom(16), name), os.urandom)
+        config = Config(Role.HOST, os.urandom(16), name, features=RAW_BODIES)
+        self.session = Session(config, os.urandom)
         self.requester = Requester(self.send)
         self.topics: frozenset[Topic] = frozenset()
         self.link: Link | None = None
@@ -445,8 +456,9 @@ class _Host:
         match event:
             case Received(_, message):
                 self._receive(message)
-            case Opened(_, resumed) if not resumed:
-                self.requester.opened(self._loop.time())
+            case Opened(peer, resumed) if not resumed:
+                no_raw = "" if peer.takes_raw else NO_RAW
+                self.requester.opened(self._loop.time(), no_raw=no_raw)
             case _:
                 pass
         self.wake()
@@ -737,7 +749,9 @@ class FakeGuest(_Caller):
                 self._asked(delivery.request)
 
     def _asked(self, request: Request) -> None:
-        asked = decode_invocation(request.body)
+        is_raw = request.flags & RAW != 0
+        body, data = decode_raw(request.body) if is_raw else (request.body, b"")
+        asked = decode_invocation(body)
         kind = "call" if request.is_call else "cast"
         topic = request.topic
         if request.flags & NOTIFICATION:
@@ -753,6 +767,7 @@ class FakeGuest(_Caller):
                 asked.method,
                 asked.args,
                 asked.context,
+                data,
             )
         )
         responder, now_s = self.responder, self.loop.time()
@@ -764,19 +779,27 @@ class FakeGuest(_Caller):
         endpoint = self._control[key]
         if endpoint is None:
             return
+        if (asked.method in raw_methods(endpoint)) is not is_raw:
+            text = f"{asked.method}: takes {'JSON' if is_raw else 'bytes: use call_raw'}"
+            responder.refuse(request.id, REFUSED, text)
+            return
         if not request.is_call:
             responder.take(request.id, now_s)
-        failed, body = _run(endpoint, asked.method, asked.args)
+        failed, body = _run(endpoint, asked.method, asked.args, data if is_raw else None)
         if request.is_call:
             responder.answer(request.id, body, failed=failed, now_s=now_s)
 
 
-def _run(endpoint: object, name: str, args: Mapping[str, Any]) -> tuple[bool, bytes]:
-    """(failed, body) of a service's method."""
+def _run(
+    endpoint: object, name: str, args: Mapping[str, Any], data: bytes | None
+) -> tuple[bool, bytes]:
+    """(failed, body) of a service's method, which takes `data` if it is raw."""
     method = getattr(endpoint, name, None) if name in dict(public_methods(endpoint)) else None
     if method is None:
         return True, encode_failure("NoSuchMethod", f"the control side has no method {name}")
     try:
+        if data is not None:
+            return False, bytes(method(data, **args))
         return False, encode_json(method(**args))
     except Exception as error:  # noqa: BLE001 - relayed to the agent
         kind = type(error)

@@ -22,10 +22,12 @@ from vchan.host.vm.downward import LOCAL_REQUESTS_MAX, Downward
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.served_topics import TOPICS_SEEN_MAX
 from vchan.host.vm.upward import ARRIVAL_ID, NOTE_ID
-from vchan.rpc.bodies import REDELIVERED_KEY, encode_failure, encode_json
+from vchan.rpc.bodies import REDELIVERED_KEY, encode_failure, encode_json, encode_raw
 from vchan.rpc.in_flight import SETTLED_KEEP_S, Outcome, Taken
 from vchan.rpc.messages import (
     CALL,
+    RAW,
+    REDELIVERED,
     Cancel,
     Holding,
     Message,
@@ -253,6 +255,10 @@ def _message(script: Script) -> Message:
         case 0 | 1:
             timeout_ms = script.pick((0, 1, 5000, 2**32 - 1))
             topic, server = script.pick(_TOPICS), script.pick(("", VM, OTHER_VM))
+            if script.number() % 4 == 0:
+                asked = Request(request_id, flags, timeout_ms, flags, EXCHANGE, topic, server, body)
+                raw = encode_raw(body, body) if flags & 2 else body
+                return asked._replace(flags=RAW | CALL | flags & REDELIVERED, body=raw)
             return Request(request_id, flags, timeout_ms, flags, EXCHANGE, topic, server, body)
         case 2:
             return Reply(request_id, flags, body)

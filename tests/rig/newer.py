@@ -19,7 +19,7 @@ class NewerGreeting(Greeting):
 
     def encode(self) -> bytes:
         """What goes over the wire."""
-        return super().encode() + UNKNOWN_FIELDS
+        return super().encode() + (b"" if self.features else bytes(4)) + UNKNOWN_FIELDS
 
 
 class NewerHandshake(Handshake):

@@ -35,7 +35,8 @@ PATIENCE_S = 30.0
 _HEADER = struct.Struct(">4sBBBBIIQQQ")
 _GREETING = struct.Struct(">BBB16s16s16s16sQQQQIII")
 
-Seeds = tuple[int, int]
+Seeds = tuple[int, ...]
+"""Of the header, of the payload; a third: the session is plain, [4] features."""
 NO_SEEDS: Seeds = (0, 0)
 
 
@@ -56,7 +57,7 @@ class Frame(NamedTuple):
             MAGIC, 1, self.kind, self.flags, self.stream, len(self.payload), *self[4:]
         )
         header_crc = crc32(head, seeds[0])
-        payload_crc = crc32(self.payload, header_crc ^ seeds[1])
+        payload_crc = 0 if seeds[2:] else crc32(self.payload, header_crc ^ seeds[1])
         return head + header_crc.to_bytes(4) + self.payload + payload_crc.to_bytes(4)
 
 
@@ -78,7 +79,8 @@ def find_frame(data: bytes, keys: list[Seeds]) -> tuple[Frame | None, Seeds, int
             if len(data) < end:
                 return None, NO_SEEDS, at
             payload = data[at + 44 : at + 44 + length]
-            if crc32(payload, header_crc ^ seeds[1]) == int.from_bytes(data[end - 4 : end]):
+            payload_crc = int.from_bytes(data[end - 4 : end])
+            if seeds[2:] or crc32(payload, header_crc ^ seeds[1]) == payload_crc:
                 return Frame(kind, payload, flags, stream, *numbers), seeds, end
         at += 1
     return None, NO_SEEDS, max(0, len(data) - len(MAGIC) + 1)
@@ -103,10 +105,12 @@ class Greeting(NamedTuple):
     reassembly_bytes_max: int = 8 << 20
     name: bytes = b"second"
     attached: bytes = b""
+    features: int = 0
 
     def encoded(self) -> bytes:
-        names = b"".join(bytes([len(name)]) + name for name in self[14:])
-        return _GREETING.pack(*self[:14]) + names
+        names = b"".join(bytes([len(name)]) + name for name in self[14:16])
+        features = self.features.to_bytes(4) if self.features else b""
+        return _GREETING.pack(*self[:14]) + names + features
 
     @classmethod
     def decoded(cls, data: bytes) -> Greeting:
@@ -114,7 +118,8 @@ class Greeting(NamedTuple):
         for _ in range(2):
             names.append(data[at + 1 : at + 1 + data[at]])
             at += 1 + data[at]
-        return cls(*_GREETING.unpack_from(data), *names)
+        features = int.from_bytes(data[at : at + 4]) if len(data) >= at + 4 else 0
+        return cls(*_GREETING.unpack_from(data), *names)._replace(features=features)
 
 
 class End:

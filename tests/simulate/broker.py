@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from tests.simulate.raw import RawCalls
 from tests.simulate.world import Fifo, World
 from vchan.host.broker.completions import Completions
 from vchan.host.broker.config import BrokerConfig
@@ -368,6 +369,8 @@ class Broker:
 
     def __init__(self, world: World, prefetch: int) -> None:
         self.world = world
+        self.raw = RawCalls(world)
+        """What never comes here: hosts and VMs share it as they share this."""
         self.prefetch = prefetch
         self.channels = 0
         self.queues: dict[str, Queue] = {}

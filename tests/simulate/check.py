@@ -23,7 +23,6 @@ from vchan.guest.router import DOUBT_MARGIN_S
 from vchan.rpc.dispatcher import HOLDING_MAX
 from vchan.rpc.in_flight import RECORDS_MAX, REQUESTS_MAX
 from vchan.session import IN_FLIGHT_BYTES_MAX, REASSEMBLY_BYTES_MAX, Session
-from vchan.wire.frames import FRAME_BYTES_MAX
 
 CALL: Final = "call"
 CAST: Final = "cast"
@@ -360,7 +359,8 @@ class Bounds:
         in_flight = session._sender.in_flight
         self._at_most("session bytes in flight", in_flight, IN_FLIGHT_BYTES_MAX)
         self._at_most("session reassembly", session._receiver.reassembly, REASSEMBLY_BYTES_MAX)
-        self._at_most("decoder bytes held", session._decoder._held, 2 * FRAME_BYTES_MAX)
+        held, frame = session._decoder._held, session.config.frame_bytes_max
+        self._at_most("decoder bytes held", held, 2 * frame)
 
 
 def parse_reply(body: bytes) -> tuple[str, Any, Any, bool]:

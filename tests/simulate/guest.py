@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from tests.simulate.check import Ledger
 from tests.simulate.hosts import Host
+from tests.simulate.raw import RawCalls
 from tests.simulate.virtio import Channel, Qemu
 from tests.simulate.world import Machine, Process, World
-from vchan.client import Agent
+from vchan.client import Agent, raw
 from vchan.guest.daemon import Daemon, Options
 from vchan.host.hypervisor.domains import DomainEvent
 from vchan.rpc.bodies import REDELIVERED_KEY, decode_invocation
@@ -137,6 +138,11 @@ class GuestAgent:
         self._executed(key)
         return {"key": key, "filling": filling}
 
+    @raw
+    def turn(self, data: bytes, key: int) -> bytes:
+        """What is called with bytes."""
+        return self.vm.raw.ran(key, data)
+
     def fail(self, key: int, filling: str = "") -> None:
         """Likewise, and raises."""
         self._executed(key)
@@ -151,9 +157,16 @@ class Vm:
     """
 
     def __init__(
-        self, world: World, uuid: str, ledger: Ledger, slots: tuple[tuple[str, ...], ...], slow: int
+        self,
+        world: World,
+        uuid: str,
+        ledger: Ledger,
+        raw_calls: RawCalls,
+        slots: tuple[tuple[str, ...], ...],
+        slow: int,
     ) -> None:
         self.world = world
+        self.raw = raw_calls
         self.uuid = uuid
         self.ledger = ledger
         self.slots = slots

@@ -7,9 +7,10 @@ configuration and the local socket, which need oslo and libvirt. Everything belo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
-from tests.rig.gates import OpenGate, offer_nothing
+from tests.rig.gates import OpenGate
 from tests.simulate import broker as sim_broker
 from tests.simulate import network
 from tests.simulate.broker import Broker, HostBroker
@@ -138,7 +139,7 @@ class HostDaemon:
                         self._home,
                         port,
                         self._gate,
-                        offer_nothing,
+                        partial(self._server.raw.offer, self.process),
                         Throttle(self._server.limits),
                         lambda reason, _: self._world.fail(f"a guest in quarantine: {reason}"),
                         End(self._connect),
@@ -166,7 +167,8 @@ class HostDaemon:
         def checked(ids: Iterable[bytes]) -> None:
             ids = tuple(ids)
             for request_id in ids:
-                if (request_id, channel.vm) not in self._proved:
+                is_known = request_id not in self._server.raw.ids  # to the broker
+                if is_known and (request_id, channel.vm) not in self._proved:
                     self._world.fail(f"{request_id.hex()[:8]} settled without the broker's proof")
             settle(ids)
 

@@ -29,7 +29,7 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         assert world.starting is not None
         return world.starting
 
-    def connect_unix(path: str) -> Any:
+    def connect_local(path: str) -> Any:
         return network.connect(world, path)
 
     def hangup_watch(stream: Any) -> Any:
@@ -48,7 +48,7 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (vchan.client, "os", fake_os),
         (vchan.client, "Loop", own_loop),
-        (vchan.client, "connect_unix", connect_unix),
+        (vchan.client, "connect_local", connect_local),
         (vchan.guest.daemon, "os", fake_os),
         (vchan.guest.daemon, "Loop", own_loop),
         (vchan.guest.daemon, "port_opener", port_opener),
@@ -57,7 +57,7 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         (vchan.io.link, "hangup_watch", hangup_watch),
         (vchan.io.local_socket, "os", fake_os),
         (vchan.io.local_socket, "listen_unix", lambda path, _mode: network.listen(world, path)),
-        (vchan.io.local_socket, "SocketStream", lambda connected, _path: connected),
+        (vchan.io.local_socket, "SocketStream", lambda connected, *_: connected),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:

@@ -32,6 +32,8 @@ CONVERGE_S: Final = 400.0
 """Cures of a wedge back off up to five minutes."""
 PROBE_S: Final = 100.0
 BOUNDS_EVERY: Final = 64
+RAW_EVERY: Final = 4
+"""In one of so many seeds bytes are called with, too."""
 
 
 class Result(NamedTuple):
@@ -101,7 +103,7 @@ class Run:
         uuid = f"vm{at}"
         if sum("beta" in topics for topics in slots) > 1:
             self.ledger.shared.add((uuid, "beta"))
-        return Vm(self.world, uuid, self.ledger, slots, slow=rng.randrange(4))
+        return Vm(self.world, uuid, self.ledger, self.broker.raw, slots, slow=rng.randrange(4))
 
     def _after_step(self) -> None:
         self.faults.maybe()
@@ -289,6 +291,7 @@ class Run:
             self.ledger.is_quiet()
             and self.callers.is_idle
             and self.asking.is_quiet()
+            and self.broker.raw.is_quiet()
             and not self._bursts
             and all(agent.is_idle for vm in self.vms for agent in vm.agents.values())
         )
@@ -300,6 +303,10 @@ class Run:
         for _ in range(self._bursts):
             burst = rng.choice((self._burst, self._burst, self._burst_of_asks))
             world.after(rng.random() * span_s, burst)
+        if world.seed % RAW_EVERY == RAW_EVERY - 1:
+            for _ in range(rng.randrange(2, 12)):
+                self._bursts += 1
+                world.after(rng.random() * span_s, self._burst_of_raw_calls)
 
     def _burst(self) -> None:
         rng = self.world.rng
@@ -332,6 +339,17 @@ class Run:
             kind, count = rng.choice(kinds), rng.choice((1, 3, 12))
             self.asking.ask(rng.choice(agents), kind, count, at_once=rng.random() < 0.5)
             self.faults.meet_requests()
+
+    def _burst_of_raw_calls(self) -> None:
+        rng, raw = self.world.rng, self.broker.raw
+        self._bursts -= 1
+        vm = rng.choice(self.vms)
+        agents = list(vm.agents.values())
+        for _ in range(rng.choice((1, 1, 4))):
+            if rng.random() < 0.6:
+                raw.call_agent(vm, rng.choice(("alpha", "beta")))
+            elif agents and self.broker.guests_may_ask:
+                raw.call_store(rng.choice(agents))
 
     def _probe(self) -> None:
         """After healing, everything works at once."""

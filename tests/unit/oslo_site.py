@@ -182,6 +182,7 @@ class Site:
         self.directory = directory
         self._cable = Cable(directory)
         self.host = HostSide(directory / "host.sock", self._cable.host)
+        self.guest_module = "vchan.guest.daemon"
         self._guest: subprocess.Popen[bytes] | None = None
         self._transports: list[Any] = []
         self._servers: list[Any] = []
@@ -203,7 +204,7 @@ class Site:
         """Start the guest's daemon, if it does not run."""
         if self._guest is None:
             port, socket = f"unix:{self._cable.guest}", str(self.directory / "agent.sock")
-            command = [sys.executable, "-m", "vchan.guest.daemon", "--port", port]
+            command = [sys.executable, "-m", self.guest_module, "--port", port]
             with (self.directory / "guest.log").open("ab") as log:
                 self._guest = subprocess.Popen(
                     [*command, "--socket", socket],

@@ -9,6 +9,7 @@ import pytest
 from vchan.client import Connection
 from vchan.io.loop import Loop
 from vchan.rpc.messages import Holding, charge, decode, encode, is_charge
+from vchan.session import Peer
 
 CHARGE = charge(("agent", 0))
 FIRST, SECOND = b"first", b"second"
@@ -28,28 +29,28 @@ class Said(Connection):
 @pytest.fixture
 def agent() -> Said:
     agent = Said()
-    agent._begin(FIRST)
+    agent._begin(Peer(FIRST, "daemon", "", 1))
     agent._receive(encode(Holding((CHARGE,))))
     assert agent.said == []
     return agent
 
 
 def test_the_next_daemon_hears_of_it(agent: Said) -> None:
-    agent._begin(SECOND)
+    agent._begin(Peer(SECOND, "daemon", "", 1))
     assert agent.said == [Holding((CHARGE,))]
-    agent._begin(b"third")  # the second died before it said anything
+    agent._begin(Peer(b"third", "daemon", "", 1))  # the second died before it said anything
     assert agent.said == [Holding((CHARGE,))] * 2
 
 
 def test_the_same_daemon_has_given_it_to_others(agent: Said) -> None:
-    agent._begin(FIRST)
-    agent._begin(SECOND)
+    agent._begin(Peer(FIRST, "daemon", "", 1))
+    agent._begin(Peer(SECOND, "daemon", "", 1))
     assert agent.said == []
 
 
 def test_the_last_word_counts(agent: Said) -> None:
     agent._receive(encode(Holding(())))
-    agent._begin(SECOND)
+    agent._begin(Peer(SECOND, "daemon", "", 1))
     assert agent.said == []
 
 

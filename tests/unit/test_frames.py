@@ -182,6 +182,7 @@ greetings = st.builds(
     reassembly_bytes_max=u32,
     name=st.text(max_size=60),
     attached=st.text(max_size=60),
+    features=st.just(0) | u32,
 )
 
 
@@ -189,11 +190,17 @@ greetings = st.builds(
 def test_greetings_agree_with_their_definition(greeting: Greeting) -> None:
     fields = greeting._asdict()
     names = {"name": fields.pop("name"), "attached": fields.pop("attached")}
-    written = protocol.Greeting.build({"head": fields, **names})
+    features = fields.pop("features")
+    written = protocol.Greeting.build({"head": fields, **names, "features": features or None})
     assert greeting.encode() == written
     assert decode_greeting(written) == greeting
     parsed = protocol.Greeting.parse(greeting.encode())
     assert (parsed.name, parsed.attached) == (greeting.name, greeting.attached)
+    assert (
+        parsed.features is None
+        if not features
+        else bool(parsed.features.RAW_BODIES) == (features & layout.FEATURE_RAW_BODIES != 0)
+    )
     for name, value in fields.items():
         got = parsed.head[name]
         assert (int(got) if name == "role" else got) == value  # a named role reads as its name
@@ -201,13 +208,20 @@ def test_greetings_agree_with_their_definition(greeting: Greeting) -> None:
 
 @given(greetings, st.binary(max_size=20))
 def test_a_later_version_may_add_to_a_greeting(greeting: Greeting, more: bytes) -> None:
-    assert decode_greeting(greeting.encode() + more) == greeting
+    features = b"" if greeting.features else bytes(4)
+    assert decode_greeting(greeting.encode() + features + more) == greeting
 
 
 @given(greetings, st.data())
 def test_a_truncated_greeting_is_rejected(greeting: Greeting, draw: st.DataObject) -> None:
-    whole = greeting.encode()
+    whole = greeting._replace(features=0).encode()
     assert decode_greeting(whole[: draw.draw(st.integers(0, len(whole) - 1))]) is None
+
+
+@given(greetings, st.binary(max_size=3))
+def test_a_greeting_without_all_of_its_features_has_none(greeting: Greeting, part: bytes) -> None:
+    plain = greeting._replace(features=0)
+    assert decode_greeting(plain.encode() + part) == plain
 
 
 @given(st.binary(max_size=400))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,7 @@ class Program:
         self.host = host
         self.key = key
         self.heard: list[Any] = []
+        self.session = SimpleNamespace(peer=None)
         link: Any = self
         host.peer_opened(key, link, WHO)
 

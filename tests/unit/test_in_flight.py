@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
 from vchan.rpc import in_flight
 from vchan.rpc.in_flight import (
     RETENTION_S,
@@ -41,6 +41,7 @@ from vchan.rpc.messages import (
     EXPIRED,
     FINAL,
     NO_AGENT,
+    RAW,
     REDELIVERED,
     REFUSED,
     BadMessage,
@@ -67,7 +68,8 @@ class Line:
         self.responder = Responder(self.send_answer, **limits)  # type: ignore[arg-type]
         self.outcomes: list[Outcome] = []
         self.deliveries: list[Delivery] = []
-        self.requester.opened(self.now_s)
+        self.no_raw = ""
+        self.requester.opened(self.now_s, no_raw="")
 
     def send_request(self, message: bytes, stream: int) -> None:
         self.check_size(message)
@@ -101,7 +103,7 @@ class Line:
         """All that was under way is lost."""
         self.to_responder.clear()
         self.to_requester.clear()
-        self.requester.opened(self.now_s)
+        self.requester.opened(self.now_s, no_raw=self.no_raw)
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
@@ -688,13 +690,16 @@ class Exchange(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.line.requester.opened(self.line.now_s)
+        self.line.requester.opened(self.line.now_s, no_raw="")
 
-    @rule(is_call=st.booleans(), timeout_s=st.sampled_from([0, 0, 3, 100]), big=st.booleans())
-    def submit(self, is_call: bool, timeout_s: float, big: bool) -> None:
+    @rule(
+        kind=st.sampled_from([0, CALL, CALL | RAW]),
+        timeout_s=st.sampled_from([0, 0, 3, 100]),
+        body=st.sampled_from([b"{}", b"\x00\xff\x80\r\n", bytes(300)]) | st.binary(max_size=8),
+    )
+    def submit(self, kind: int, timeout_s: float, body: bytes) -> None:
         self.made += 1
-        make = call if is_call else cast
-        request = make(self.made, timeout_s=timeout_s, body=b"b" * (300 if big else 3))
+        request = call(self.made, timeout_s=timeout_s, body=body)._replace(flags=kind)
         self.requests[request.id] = request
         self.give(request)
 
@@ -702,6 +707,9 @@ class Exchange(RuleBasedStateMachine):
         try:
             self.line.requester.submit(request, self.line.now_s)
         except LimitExceeded:
+            self.ended.add(request.id)
+        except Rejected:
+            assert request.flags & RAW and self.line.no_raw
             self.ended.add(request.id)
 
     @rule(count=st.integers(1, 5))
@@ -715,6 +723,10 @@ class Exchange(RuleBasedStateMachine):
             match delivery:
                 case Deliver(request):
                     assert request.id not in self.running
+                    sent = self.requests[request.id]
+                    assert request.body == sent.body, "altered"
+                    assert (request.flags ^ sent.flags) & (CALL | RAW) == 0
+                    assert not (request.flags & RAW and self.line.no_raw)
                     self.running[request.id] = request
                     self.delivered[request.id] += 1
                 case Cancelled(request_id):
@@ -736,7 +748,7 @@ class Exchange(RuleBasedStateMachine):
                     self.taken[request_id] += 1
                     self.ended.add(request_id)
                 case Answered(request_id, _, body):
-                    assert body == self.answers[request_id] == b"answer to " + request_id
+                    assert body == self.answers[request_id]
                     self.ended.add(request_id)
                 case HandedBack(request_id, reason, _) if reason in (BUSY, NO_AGENT):
                     self.give(self.requests[request_id])
@@ -764,7 +776,7 @@ class Exchange(RuleBasedStateMachine):
         elif how == "gone":
             responder.give_back(request_id, AGENT_GONE, "")
         elif request.is_call:
-            self.answers[request_id] = b"answer to " + request_id
+            self.answers[request_id] = b"\xff" + request.body[:8] + request_id
             try:
                 responder.answer(request_id, self.answers[request_id], failed=False, now_s=now_s)
             except LimitExceeded:
@@ -772,9 +784,9 @@ class Exchange(RuleBasedStateMachine):
         else:
             responder.take(request_id, now_s)
 
-    @rule(size_max=st.sampled_from([200, 10**6, 10**6]))
-    def new_session(self, size_max: int) -> None:
-        self.line.size_max = size_max
+    @rule(size_max=st.sampled_from([200, 10**6, 10**6]), no_raw=st.sampled_from(["", "", "old"]))
+    def new_session(self, size_max: int, no_raw: str) -> None:
+        self.line.size_max, self.line.no_raw = size_max, no_raw
         self.line.new_session()
 
     @rule(which=st.integers(0, 9))
@@ -815,7 +827,7 @@ class Exchange(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Agents finish, the line holds: everything is over, and nothing is lost."""
-        self.line.size_max = 10**6
+        self.line.size_max, self.line.no_raw = 10**6, ""
         self.line.new_session()
         for _ in range(20 + 4 * self.made):
             self.some_forth(1000)

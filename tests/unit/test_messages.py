@@ -14,6 +14,7 @@ from vchan.rpc.messages import (
     IDS_MAX,
     NAME_BYTES_MAX,
     NO_AGENT,
+    RAW,
     TEXT_BYTES_MAX,
     TOPICS_MAX,
     BadMessage,
@@ -46,7 +47,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Request,
         id=ids,
-        flags=u8,
+        flags=u8.filter(lambda flags: flags & (RAW | CALL) != RAW),
         timeout_ms=u32,
         monitor_ms=u32,
         exchange=names,

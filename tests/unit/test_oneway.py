@@ -20,7 +20,7 @@ from vchan.io.pipes import open_pipe_reader, open_pipe_writer
 from vchan.rpc.messages import CALL, Request, Settled, Subscribe, encode
 from vchan.session import Config, Event, Lost, Opened, Received, Role, State, Violation
 from vchan.session.oneway import Reader, Writer
-from vchan.wire.frames import FRAME_BYTES_MAX
+from vchan.wire.frames import FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_BODIES
 
 WAIT_S = 30.0
 
@@ -67,6 +67,18 @@ def test_messages_arrive_whole_and_in_order(sent: list[bytes], cuts: list[int]) 
     assert messages(got) == sent
     assert [event for event in got if isinstance(event, Lost | Violation)] == []
     assert kinds(got)[0] is Opened
+
+
+def test_no_raw_body_goes_down_a_pipe() -> None:
+    """It could hold what passes for a frame: the key is known to all."""
+    config = Config(Role.HOST, b"w" * 16, "host", features=RAW_BODIES | PLAIN_PAYLOADS)
+    source, sink = Writer(config, os.urandom), Reader(config, os.urandom)
+    source.open(0.0)
+    sink.open(0.0)
+    source.send(b"message", 1)
+    events = [*sink.receive_data(drain(source), 0.0), *source.handle_timeout(1.0)]
+    peers = [event.peer for event in events if isinstance(event, Opened)]
+    assert [peer.features for peer in peers] == [0, 0]
 
 
 def test_the_writer_opens_at_once() -> None:

@@ -81,7 +81,8 @@ def load(name: str) -> Any:
 
 @pytest.mark.parametrize("vector", load("frames.json")["frames"], ids=lambda each: each["name"])
 def test_frames(vector: dict[str, Any]) -> None:
-    data, seeds = bytes.fromhex(vector["frame"]), (vector["header_seed"], vector["payload_seed"])
+    data = bytes.fromhex(vector["frame"])
+    seeds = (vector["header_seed"], vector["payload_seed"], *[1] * vector.get("is_plain", False))
     frame, _, _ = second.find_frame(b"\xb6\x76" + data, [seeds])
     assert frame is not None
     for name in ("kind", "flags", "stream", "total", "seq", "ack", "credit"):

@@ -13,10 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vchan.rpc.bodies import encode_raw
 from vchan.rpc.messages import (
     CALL,
+    FAILURE,
     FINAL,
     NO_AGENT,
+    RAW,
+    RAW_REPLY,
     Cancel,
     Holding,
     Message,
@@ -34,7 +38,10 @@ from vchan.streams import messages as streams
 from vchan.wire import layout
 from vchan.wire.frames import (
     FLUSH,
+    LOCAL_FRAME_BYTES_MAX,
     NO_KEY,
+    PLAIN_PAYLOADS,
+    RAW_BODIES,
     ZERO_ID,
     Decoder,
     Frame,
@@ -60,6 +67,7 @@ def sealed(name: str, key: Key, fields: dict[str, int], payload: bytes) -> Vecto
         "name": name,
         "header_seed": key.header_seed,
         "payload_seed": key.payload_seed,
+        **({"is_plain": True} if key.is_plain else {}),
         **fields,
         "payload": payload.hex(),
         "frame": data.hex(),
@@ -81,8 +89,8 @@ def frames() -> Vectors:
         "keys": {
             "host_nonce": HOST_NONCE.hex(),
             "guest_nonce": GUEST_NONCE.hex(),
-            "to_guest": list(to_guest),
-            "to_host": list(to_host),
+            "to_guest": list(to_guest[:2]),
+            "to_host": list(to_host[:2]),
         },
         "frames": [
             sealed(
@@ -141,6 +149,12 @@ def frames() -> Vectors:
                 b"x",
             ),
             sealed(
+                "a whole message, its payload plain",
+                to_guest._replace(is_plain=True),
+                number_fields(layout.KIND_DATA, flags=first | last, stream=3, total=5, seq=42),
+                b"hello",
+            ),
+            sealed(
                 "a refusal",
                 NO_KEY,
                 number_fields(layout.KIND_REFUSE),
@@ -155,6 +169,7 @@ def greeting_fields(greeting: Greeting) -> Vectors:
     return {
         name: value.hex() if isinstance(value, bytes) else value
         for name, value in greeting._asdict().items()
+        if name != "features" or value
     }
 
 
@@ -179,6 +194,14 @@ def greetings() -> Vectors:
             for name, kind, made in (
                 ("a host's HELLO", layout.KIND_HELLO, hello),
                 ("a guest's WELCOME", layout.KIND_WELCOME, welcome),
+                (
+                    "a HELLO on a local socket, with features",
+                    layout.KIND_HELLO,
+                    hello._replace(
+                        frame_bytes_max=LOCAL_FRAME_BYTES_MAX,
+                        features=RAW_BODIES | PLAIN_PAYLOADS,
+                    ),
+                ),
             )
         ]
     }
@@ -190,10 +213,22 @@ def messages() -> Vectors:
         "a call": Request(
             ID, CALL, 60_000, 10_000, "nova", "agent", "vm-1", b'{"method":"ping","args":{}}'
         ),
+        "a raw call": Request(
+            ID,
+            CALL | RAW,
+            60_000,
+            0,
+            "nova",
+            "agent",
+            "vm-1",
+            encode_raw(b'{"method":"put","args":{}}', b"\x00\xff any bytes"),
+        ),
         "a cast without a name": Request(ID, 0, 0, 0, "", "", "", b""),
         "a receipt": Receipt(ID),
         "a heartbeat": Reply(ID, 0, b""),
         "a result": Reply(ID, FINAL, b'{"pong":1}'),
+        "a raw result": Reply(ID, FINAL | RAW_REPLY, b"\x00\xff"),
+        "a failure of a raw call": Reply(ID, FINAL | FAILURE, b'{"class":"KeyError"}'),
         "a request handed back": Returned(ID, NO_AGENT, "no agent serves topic \u00e9"),
         "a cancellation": Cancel(ID),
         "two settled ids": Settled((ID, HOST_NONCE)),

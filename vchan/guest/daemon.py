@@ -30,7 +30,7 @@ from vchan.guest.router import Router
 from vchan.guest.stderr_log import log
 from vchan.io.access import Access, Credentials, make_access
 from vchan.io.link import Link
-from vchan.io.local_socket import LocalServer
+from vchan.io.local_socket import LocalServer, takes_raw
 from vchan.io.loop import Alarm, Loop, Timer
 from vchan.io.service_manager import ServiceManager
 from vchan.io.streams import Stream
@@ -47,6 +47,7 @@ from vchan.session import (
     Silent,
     Violation,
 )
+from vchan.wire.frames import RAW_BODIES
 
 if TYPE_CHECKING:  # imported where there is use for them: it costs start-up time
     from vchan.agents.super_agent import Agents
@@ -218,7 +219,8 @@ class Daemon:
         instance = os.urandom(16)
         name = os.uname().nodename
         make_session = session_maker(options.port)
-        self._session = make_session(Config(Role.GUEST, instance, name), os.urandom)
+        config = Config(Role.GUEST, instance, name, features=RAW_BODIES)
+        self._session = make_session(config, os.urandom)
         self._options = options
         self._allowed = Allowed(options.allow)
         self._units: Agents | None = None
@@ -308,7 +310,9 @@ class Daemon:
                 if not resumed:
                     self._end_freeze("the session with the host is over")
                 self._manager.status(f"host {peer.name}")
-                self._router.host_opened(resumed=resumed, now_s=self.loop.time())
+                self._router.host_opened(
+                    resumed=resumed, now_s=self.loop.time(), takes_raw=peer.takes_raw
+                )
                 self._set_timer()
             case Lost(first, until):
                 self._log(_WARNING, f"frames {first} to {until - 1} were lost: asked for again")
@@ -353,7 +357,7 @@ class Daemon:
         if not self._router.has_room:
             self.loop.call_soon(lambda: self._server.drop(key, "too many agents (AGENTS_MAX)"))
         self._log(_INFO, f"agent {key}: pid {who.pid}, uid {who.uid}")
-        self._router.attach(key, link.send, self.loop.time())
+        self._router.attach(key, link.send, self.loop.time(), takes_raw=takes_raw(link))
 
     def peer_message(self, key: int, data: bytes) -> None:
         """A message of an agent's."""

@@ -34,7 +34,9 @@ from vchan.rpc.messages import (
     NO_AGENT,
     OUT_OF_TURN,
     QUEUE_KINDS,
+    RAW,
     REDELIVERED,
+    REFUSED,
     TOPICS_MAX,
     BadMessage,
     Cancel,
@@ -67,6 +69,8 @@ OWN_TOPIC: Final = GUEST_TOPIC.name
 """The topic this daemon serves itself, in any exchange."""
 OWN_KEY: Final = 0
 """This daemon among those who send requests up: agents are counted from 1."""
+HOST_TAKES_NO_RAW: Final = "the host takes no raw bodies: upgrade vchan-host, or call with JSON"
+_OWN_TAKES_NO_RAW: Final = f"the methods of {OWN_TOPIC} take JSON: use call, not call_raw"
 
 _NOT_FRESH: Final = REDELIVERED | OUT_OF_TURN
 _AGENTS: Final = Manner(
@@ -131,12 +135,16 @@ class Router:
 
     # ---------------------------------------------------------------- the host
 
-    def host_opened(self, *, resumed: bool, now_s: float) -> None:
-        """The host's session is open."""
+    def host_opened(self, *, resumed: bool, now_s: float, takes_raw: bool = False) -> None:
+        """The host's session is open.
+
+        Args:
+            takes_raw: It takes RAW requests.
+        """
         if not resumed:
             self._told = None
             self._tell_host()
-            self._upward.opened(now_s)
+            self._upward.opened(now_s, "" if takes_raw else HOST_TAKES_NO_RAW)
             self._host_serves(())
 
     def host_receive(self, data: bytes, now_s: float) -> None:
@@ -245,6 +253,9 @@ class Router:
         if not request.is_call:
             self._host.take(request.id, now_s)  # first: what we run may be our end
             self._flush()
+        elif request.flags & RAW:
+            self._host.refuse(request.id, REFUSED, _OWN_TAKES_NO_RAW)
+            return
         elif self._is_doubtful(request.id):
             self._tell(self._dispatcher.unserved(request.id, request.target), now_s)
             return
@@ -300,10 +311,14 @@ class Router:
 
     # ---------------------------------------------------------------- agents
 
-    def attach(self, key: int, send: Send, now_s: float) -> None:
-        """An agent's connection is established; `send` queues messages to it."""
+    def attach(self, key: int, send: Send, now_s: float, *, takes_raw: bool = False) -> None:
+        """An agent's connection is established; `send` queues messages to it.
+
+        Args:
+            takes_raw: It takes RAW requests.
+        """
         self._agents[key] = _Agent(send)
-        self._dispatcher.attach(key, send, now_s)
+        self._dispatcher.attach(key, send, now_s, takes_raw=takes_raw)
         self._upward.attach(key, send)
 
     @property

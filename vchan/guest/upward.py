@@ -13,8 +13,9 @@ Rules of this file
 
 from typing import Any, Final
 
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
 from vchan.rpc.in_flight import (
+    NO_RAW,
     Answered,
     HandedBack,
     Heartbeat,
@@ -30,6 +31,8 @@ from vchan.rpc.messages import (
     EXPIRED,
     FAILURE,
     FINAL,
+    RAW,
+    RAW_REPLY,
     REDELIVERED,
     REFUSED,
     Cancel,
@@ -56,11 +59,12 @@ ORPHAN_S: Final = 30.0
 
 
 class _Asked:
-    __slots__ = ("bytes", "is_call", "key", "orphan_until_s", "outcome")
+    __slots__ = ("bytes", "is_call", "key", "orphan_until_s", "outcome", "result_flags")
 
     def __init__(self, key: int, request: Request) -> None:
         self.key: int | None = key  # None: its agent is away
         self.is_call = request.is_call
+        self.result_flags = FINAL | RAW_REPLY if request.flags & RAW else FINAL
         self.outcome: Outcome | None = None
         self.bytes = len(request.body)
         self.orphan_until_s = 0.0
@@ -135,7 +139,7 @@ class GuestUpward:
             return
         try:
             self._host.submit(request, now_s)
-        except LimitExceeded as error:
+        except (LimitExceeded, Rejected) as error:
             self._refuse(key, request, REFUSED, str(error))
             return
         self.counters["sent_up"] += 1
@@ -159,9 +163,9 @@ class GuestUpward:
 
     # ---------------------------------------------------------------- the host
 
-    def opened(self, now_s: float) -> None:
-        """A new session with the host began."""
-        self._host.opened(now_s)
+    def opened(self, now_s: float, no_raw: str = NO_RAW) -> None:
+        """A new session with the host began. See `Requester.opened`."""
+        self._host.opened(now_s, no_raw=no_raw)
 
     def host_receive(self, message: Receipt | Reply | Returned) -> None:
         """Take an answer of the host's."""
@@ -200,7 +204,7 @@ class GuestUpward:
             case Taken(request_id):
                 send(encode_receipt(request_id), CONTROL)
             case Answered(request_id, failed, body):
-                flags = FINAL | FAILURE if failed else FINAL
+                flags = FINAL | FAILURE if failed else item.result_flags
                 try:
                     send(encode_reply(request_id, flags, body), reply_stream(request_id))
                 except LimitExceeded as error:  # the agent's own limit is lower than the host's

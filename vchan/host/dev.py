@@ -37,9 +37,15 @@ from vchan.client import SOCKET_VARIABLE
 from vchan.errors import BadBody, ConfigError, PortBusy, VchanError
 from vchan.host import config
 from vchan.host.daemon import Daemon
-from vchan.rpc.bodies import decode_failure, decode_invocation, encode_invocation, encode_json
+from vchan.rpc.bodies import (
+    decode_failure,
+    decode_invocation,
+    decode_raw,
+    encode_invocation,
+    encode_json,
+)
 from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Taken
-from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, Request
+from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request
 from vchan.rpc.outcomes import ending_of
 
 NAME: Final = "dev"
@@ -526,7 +532,7 @@ class DevDaemon(Daemon):
             return cancel
         if request.topic in self._wanted.accept:
             done = (
-                Answered(request.id, False, encode_json(None))
+                Answered(request.id, False, b"" if request.flags & RAW else encode_json(None))
                 if request.is_call
                 else Taken(request.id)
             )
@@ -537,7 +543,9 @@ class DevDaemon(Daemon):
 
     def _show(self, way: str, request: Request, outcome: Outcome, took_s: float) -> None:
         what = f"{way} {describe_request(request)}"
-        self._say(f"{what}: {describe_outcome(outcome)} ({took_s * 1000:.1f} ms)")
+        is_raw = request.flags & RAW != 0
+        told = describe_outcome(outcome, is_raw=is_raw)
+        self._say(f"{what}: {told} ({took_s * 1000:.1f} ms)")
 
 
 def describe_request(request: Request) -> str:
@@ -548,16 +556,21 @@ def describe_request(request: Request) -> str:
     elif request.flags & FANOUT:
         kind = "fanout"
     try:
-        asked = decode_invocation(request.body)
+        body, data = decode_raw(request.body) if request.flags & RAW else (request.body, None)
+        asked = decode_invocation(body)
     except BadBody as error:
         return f"{kind} {request.topic}: {error}"
     args = " ".join(f"{name}={_json(value)}" for name, value in asked.args.items())
+    if data is not None:
+        args = f"({len(data)} bytes) {args}"
     return _cut(f"{kind} {request.topic} {asked.method} {args}".rstrip())
 
 
-def describe_outcome(outcome: Outcome) -> str:
+def describe_outcome(outcome: Outcome, *, is_raw: bool = False) -> str:
     """What became of one, in a line."""
     match outcome:
+        case Answered(_, False, body) if is_raw:
+            return f"{len(body)} bytes"
         case Answered(_, False, body):
             return _cut(body.decode("utf-8", "replace"))
         case Answered(_, True, body):

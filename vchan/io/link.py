@@ -11,8 +11,8 @@ from typing import Final
 
 from vchan.io.loop import Alarm, Scheduler, Timer
 from vchan.io.streams import Stream, hangup_watch
-from vchan.session import WRITE_BYTES_MAX, WRITE_FRAMES_MAX, AnySession, Event, State
-from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES
+from vchan.session import WRITE_FRAMES_MAX, AnySession, Event, State
+from vchan.wire.frames import OVERHEAD_BYTES
 
 TURN_BYTES: Final = 64 * 1024
 """Read in a row before others get their turn: one read of a socket, sixteen of a port."""
@@ -35,6 +35,12 @@ STALL_RETRY_S: Final = 1.0
 """Until then, writing is tried again this often, whatever readiness says."""
 HOLD_S: Final = 0.02
 """How often who holds up reading is asked again."""
+FREED_BYTES_KEPT: Final = 1 << 20
+"""A program that has freed so large a block keeps what it frees at its heap's end, up to twice as
+much, instead of giving it back to the kernel and asking for it again with each large message: that
+costs more than all else that is done with one. (glibc's rule; others have no such trouble.)"""
+bytes(FREED_BYTES_KEPT)
+
 HANGUP_POLL_S: Final = 1.0
 """While the other end is away it is looked for this often, should its coming wake nobody."""
 
@@ -75,7 +81,7 @@ class Link:
         self._meter = meter
         self._frames_max = WRITE_FRAMES_MAX if meter is None else TURN_FRAMES
         self._short_bytes = min(  # what is no longer had room for another frame
-            WRITE_BYTES_MAX - FRAME_BYTES_MAX, self._frames_max * OVERHEAD_BYTES
+            session.config.frame_bytes_max, self._frames_max * OVERHEAD_BYTES
         )
         self._unread = b""  # taken from the stream of a metered peer, and handled up to ...
         self._unread_at = 0

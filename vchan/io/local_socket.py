@@ -8,13 +8,19 @@ from typing import Final, Protocol
 from vchan.io.access import Access, Credentials, credentials_of
 from vchan.io.link import Link
 from vchan.io.loop import Loop
-from vchan.io.streams import SocketStream, listen_unix
+from vchan.io.streams import LOCAL_READ_BYTES, SocketStream, listen_unix
 from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
+from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_BODIES
 
 ACCEPT_RETRY_S: Final = 1.0
 """When the process has no descriptor left, peers are accepted again after this."""
 PEERS_MAX: Final = 128
 """Connections to one local socket at a time. At it: the next one is closed at once, and logged."""
+
+
+def takes_raw(link: Link) -> bool:
+    """Whether a peer whose session is open takes requests whose bodies are bytes."""
+    return link.session.peer is not None and link.session.peer.takes_raw
 
 
 class Peers(Protocol):
@@ -58,7 +64,14 @@ class LocalServer:
     ) -> None:
         self.path = path
         self._loop = loop
-        self._config = Config(Role.HOST, instance, name)
+        self._config = Config(
+            Role.HOST,
+            instance,
+            name,
+            frame_bytes_max=LOCAL_FRAME_BYTES_MAX,
+            # The kernel keeps what it takes, whole and in order.
+            features=PLAIN_PAYLOADS | RAW_BODIES,
+        )
         self._peers = peers
         self._log = log
         self._access = access
@@ -91,7 +104,7 @@ class LocalServer:
         self._links[key] = Link(
             self._loop,
             Session(self._config, os.urandom),
-            SocketStream(connected, self.path),
+            SocketStream(connected, self.path, LOCAL_READ_BYTES),
             lambda event: self._handle(key, event, who),
             lambda _: self._forget(key),
         )

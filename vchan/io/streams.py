@@ -21,7 +21,10 @@ from typing import Protocol
 from vchan.errors import LinkError, NotAPort, PortAbsent, PortBusy, PortDenied
 
 READ_BYTES = 64 * 1024
-"""One read. More makes CPython map and unmap memory each time."""
+"""One read."""
+LOCAL_READ_BYTES = 128 * 1024
+"""One read of a local socket, where a frame can be 96 KiB: read in two parts, it would be copied
+once more."""
 PORT_READ_BYTES = 4096
 """What one virtio-console read gives at most."""
 RUNTIME_DIRECTORY = "/run/vchan"
@@ -56,12 +59,12 @@ class SocketStream:
 
     ends_at_hangup = True
 
-    def __init__(self, connected: socket.socket, path: str) -> None:
+    def __init__(self, connected: socket.socket, path: str, read_bytes: int = READ_BYTES) -> None:
         connected.setblocking(False)
         self.path = path
         self._socket = connected
         # Bound once: a method of ours around each would cost as much as a dozen lines.
-        self.read = partial(connected.recv, READ_BYTES)
+        self.read = partial(connected.recv, read_bytes)
         self.write = connected.send
 
     def fileno(self) -> int:
@@ -73,7 +76,12 @@ class SocketStream:
         self._socket.close()
 
 
-def connect_unix(path: str) -> SocketStream:
+def connect_local(path: str) -> SocketStream:
+    """Connect to a daemon's local socket: see `connect_unix`."""
+    return connect_unix(path, LOCAL_READ_BYTES)
+
+
+def connect_unix(path: str, read_bytes: int = READ_BYTES) -> SocketStream:
     """Connect to a unix socket without ever blocking.
 
     A QEMU channel takes one client; a second connects and is never answered, a fourth is
@@ -96,7 +104,7 @@ def connect_unix(path: str) -> SocketStream:
     except OSError as error:
         client.close()
         raise explain(path, error, "socket") from error
-    return SocketStream(client, path)
+    return SocketStream(client, path, read_bytes)
 
 
 def listen_unix(path: str, mode: int) -> socket.socket:

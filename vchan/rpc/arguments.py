@@ -8,7 +8,7 @@ Rules of this file
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from vchan.errors import ConfigError, LimitExceeded
 from vchan.rpc.messages import NAME_BYTES_MAX
@@ -22,6 +22,7 @@ PRIORITIES: Final = ("audit", "debug", "info", "warn", "error", "critical", "sam
 DAEMONS_TOPICS: Final = ("vchan.guest", "vchan.host")
 """What the daemons answer themselves: an agent that served it would never be asked."""
 
+_RAW_MARK: Final = "vchan_raw"
 _GENERATOR: Final = 0x20 | 0x200  # of code objects' flags, as `inspect` has them: it starts slowly
 _COROUTINE: Final = 0x80 | 0x100
 _NO_ENDPOINTS: Final = (str, bytes, int, float, list, tuple, dict, set, frozenset, type(None))
@@ -114,6 +115,34 @@ def check_path(path: object) -> None:
     """A socket's path."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise wrong("path", path, "the path of a daemon's socket")
+
+
+def check_bytes(what: str, data: object) -> None:
+    """Bytes, in any form that Python has for them."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise wrong(what, data, "bytes")
+
+
+RawMethod = TypeVar("RawMethod", bound=Callable[..., Any])
+
+
+def raw(method: RawMethod) -> RawMethod:
+    """Declares that a method takes bytes and returns bytes: `call_raw` calls it, and nobody else.
+
+    @raw
+    def store(self, data, name):
+        return b""
+    """
+    function = getattr(method, "__func__", method)  # of a staticmethod, say
+    setattr(function, _RAW_MARK, True)
+    return method
+
+
+def raw_methods(endpoint: object) -> frozenset[str]:
+    """The names of an endpoint's methods that are declared `raw`."""
+    return frozenset(
+        name for name, method in public_methods(endpoint) if getattr(method, _RAW_MARK, False)
+    )
 
 
 def check_endpoint(endpoint: object, *, is_async: bool = False) -> None:

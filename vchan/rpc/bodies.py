@@ -1,4 +1,4 @@
-"""The JSON inside requests and replies, for those who run methods and those who call them.
+"""What is inside requests and replies, for those who run methods and those who call them: JSON.
 
 The daemons do not look inside. The shapes are oslo.messaging's own, less its envelope:
 
@@ -8,15 +8,21 @@ The daemons do not look inside. The shapes are oslo.messaging's own, less its en
     failure   {"class": "ValueError", "module": "builtins", "message": "...", "tb": [...],
                "args": [...], "kwargs": {...}}
 
+The body of a RAW request is such JSON with any bytes behind it, and that of its result is bytes:
+
+    request   4 bytes: the length of the JSON; the JSON; bytes
+
 Pure: no I/O, no clock.
 """
 
 import json
 import json.encoder
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from struct import Struct
+from typing import Any, Final, NamedTuple
 
 from vchan.errors import BadBody
+from vchan.wire import layout
 
 REDELIVERED_KEY = "vchan_redelivered"
 """In the context of a request that may run for a second time: true."""
@@ -34,6 +40,7 @@ class Invocation(NamedTuple):
     context: Mapping[str, Any]
 
 
+_RAW_HEAD: Final = Struct(layout.RAW)
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _raw_decode = json.JSONDecoder().raw_decode
 _new_tuple = tuple.__new__
@@ -125,6 +132,23 @@ def decode_invocation(body: bytes) -> Invocation:
         raise BadBody('the request\'s "args" and "context" must be objects')
     fields = (value["method"], args, value.get("namespace"), value.get("version"), context)
     return _new_tuple(Invocation, fields)
+
+
+def encode_raw(invocation: bytes, data: bytes | bytearray | memoryview) -> bytes:
+    """The body of a RAW request."""
+    return b"".join((_RAW_HEAD.pack(len(invocation)), invocation, data))
+
+
+def decode_raw(body: bytes) -> tuple[bytes, bytes]:
+    """What a RAW request's body holds: (the JSON, the bytes behind it).
+
+    Raises:
+        BadBody: It is none.
+    """
+    start = _RAW_HEAD.size
+    if len(body) < start or len(body) < (stop := start + _RAW_HEAD.unpack_from(body)[0]):
+        raise BadBody("the raw request's body is shorter than it says")
+    return body[start:stop], body[stop:]
 
 
 def mark_redelivered(body: bytes) -> bytes:

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
 from vchan.rpc.in_flight import (
     COMES_AGAIN,
     Answered,
@@ -176,6 +176,10 @@ class Dispatcher:
         vet: Callable[[Request], Request | None] | None = None,
     ) -> None:
         self._manner = manner
+        self._no_raw = (
+            f"the {manner.server} that serves this topic takes no raw bodies: upgrade its vchan "
+            "(vchan.client and vchan.aio take them), or call it with JSON"
+        )
         self._asker_remembers = manner.asker_remembers
         # What servers that were there before our start may come back for.
         self._maybe_held = REDELIVERED | FANOUT if manner.waits_for_all else REDELIVERED
@@ -301,7 +305,7 @@ class Dispatcher:
         for key in keys:
             try:
                 self._servers[key].requester.submit(request, now_s)
-            except LimitExceeded as error:  # the server takes less than we do
+            except (LimitExceeded, Rejected) as error:  # the server takes less than we do
                 refused = HandedBack(request.id, REFUSED, str(error))
                 self._outcome(key, served, refused, now_s)
 
@@ -343,11 +347,15 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- servers
 
-    def attach(self, key: int, send: Send, now_s: float) -> None:
-        """A server is there, or somebody who may be one; `send` queues messages to it."""
+    def attach(self, key: int, send: Send, now_s: float, *, takes_raw: bool = False) -> None:
+        """A server is there, or somebody who may be one; `send` queues messages to it.
+
+        Args:
+            takes_raw: It takes RAW requests.
+        """
         assert key not in self._servers
         server = self._servers[key] = _Server(send, is_timed=not self._asker_remembers)
-        server.requester.opened(now_s)
+        server.requester.opened(now_s, no_raw="" if takes_raw else self._no_raw)
 
     def __contains__(self, key: int) -> bool:
         return key in self._servers

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple
 
-from vchan.errors import LimitExceeded
+from vchan.errors import LimitExceeded, Rejected
 from vchan.rpc.bodies import encode_failure
 from vchan.rpc.messages import (
     AGENT_GONE,
@@ -30,6 +30,8 @@ from vchan.rpc.messages import (
     FINAL,
     LOCAL,
     NO_AGENT,
+    RAW,
+    RAW_REPLY,
     REDELIVERED,
     REFUSED,
     RELEASED,
@@ -73,6 +75,8 @@ HEARTBEAT_S: Final = 0.5
 """Heartbeats of one call are passed on this often at most: callers ask for one in some seconds."""
 REPLY_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bodies of answers a responder keeps to give them again. At it: the oldest is dropped."""
+NO_RAW: Final = "the peer takes no raw bodies: upgrade its vchan, or call with JSON"
+"""What is said of a RAW request if nobody knows it better."""
 COMES_AGAIN: Final = frozenset({NO_AGENT, BUSY, RELEASED})
 """A cast that is handed back so has not run, and comes again, at another time or elsewhere."""
 
@@ -88,7 +92,8 @@ class Taken(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A call's answer. `body` is JSON: the result, or if `failed` the failure."""
+    """A call's answer. `body` is JSON: the result, or if `failed` the failure. The result of a RAW
+    call is bytes."""
 
     id: bytes
     failed: bool
@@ -131,11 +136,18 @@ class Overdue(NamedTuple):
 Outcome = Taken | Answered | Heartbeat | HandedBack | Overdue
 
 
+_FAILURE_OR_RAW: Final = FAILURE | RAW_REPLY
+_WRONG_KIND: Final = encode_failure(
+    "BadReply", "the answer is bytes where JSON was asked for, or the other way round"
+)
+
+
 class _Outstanding:
-    __slots__ = ("deadline_s", "problem", "request", "sent", "stream")
+    __slots__ = ("deadline_s", "problem", "request", "result_flags", "sent", "stream")
 
     def __init__(self, request: Request, deadline_s: float | None) -> None:
         self.request = request
+        self.result_flags = RAW_REPLY if request.flags & RAW else 0
         self.stream = request_stream(request.topic)
         self.deadline_s = deadline_s
         self.sent = False
@@ -210,6 +222,7 @@ class Requester:
         self._deadlines = _Deadlines()
         self._untaken: list[bytes] = []  # too large for the peer we have now
         self._untaken_s = 0.0
+        self._no_raw = ""  # why the peer takes no RAW request
         self.connected = False
         self._holds = False  # the peer cannot be reached for now
         self.unmatched = 0  # answers to nothing we asked
@@ -224,7 +237,7 @@ class Requester:
         """What is not over, in the order it was submitted."""
         return [item.request for item in self._open.values()]
 
-    def opened(self, now_s: float, *, is_known: bool = False) -> None:
+    def opened(self, now_s: float, *, is_known: bool = False, no_raw: str = NO_RAW) -> None:
         """A new session began: repeat, in order, what is not over.
 
         A resumed session needs no word: it loses nothing. What this peer cannot take is handed
@@ -233,7 +246,9 @@ class Requester:
         Args:
             is_known: The peer is the run that everything was sent to so far: it knows what it has
                 had, and what it does not know never came. Nothing is marked for that.
+            no_raw: Why it takes no RAW request, and what to do; "": it takes them.
         """
+        self._no_raw = no_raw
         self.connected = True
         self._holds = False
         for item in self._open.values():
@@ -263,6 +278,7 @@ class Requester:
 
         Raises:
             LimitExceeded: The peer does not take so large a one. It is not held.
+            Rejected: It is RAW, and the peer takes none. It is not held.
         """
         assert request.id not in self._open
         deadline_s = now_s + request.timeout_ms / 1000 if request.timeout_ms else None
@@ -280,12 +296,14 @@ class Requester:
             item.request = request
         try:
             self._transmit(item, with_time_left(request, item.deadline_s, now_s))
-        except LimitExceeded as error:
+        except (LimitExceeded, Rejected) as error:
             item.problem = str(error)
             self._untaken.append(request.id)
             self._untaken_s = now_s
 
     def _transmit(self, item: _Outstanding, request: Request) -> None:
+        if request.flags & RAW and self._no_raw:
+            raise Rejected(self._no_raw)
         self._send(encode_request(request), item.stream)
         item.sent = True
         item.problem = ""
@@ -307,6 +325,8 @@ class Requester:
                     if not flags & FINAL:
                         return [Heartbeat(request_id)]
                     self._close(request_id)
+                    if flags & _FAILURE_OR_RAW != item.result_flags and not flags & FAILURE:
+                        flags, body = FAILURE, _WRONG_KIND
                     return [_new_tuple(Answered, (request_id, flags & FAILURE != 0, body))]
             case Receipt(request_id):
                 item = self._open.get(request_id)
@@ -389,10 +409,11 @@ _GIVEN_UP: Final = 3
 
 
 class _Record:
-    __slots__ = ("at_s", "beat_s", "call", "is_told", "reply", "state")
+    __slots__ = ("at_s", "beat_s", "call", "is_told", "reply", "result_flags", "state")
 
     def __init__(self, flags: int, now_s: float) -> None:
         self.state = _RUNNING
+        self.result_flags = FINAL | RAW_REPLY if flags & RAW else FINAL
         self.call = flags & CALL != 0
         # A call whose caller is told what is returned, and does not ask again. (A program on the
         # host may, with the same id: no copy comes from anybody else.)
@@ -542,7 +563,7 @@ class Responder:
         now_s: float,
         or_failure: bool = False,
     ) -> bool:
-        """A call is answered. False if no such call is open.
+        """A call is answered; a RAW one, unless it failed, by bytes. False if no such call is open.
 
         Args:
             or_failure: If the answer is too large, answer with a failure that says so.
@@ -553,7 +574,7 @@ class Responder:
         record = self._running.get(request_id)
         if record is None or not record.call:
             return False
-        flags = FINAL | FAILURE if failed else FINAL
+        flags = FINAL | FAILURE if failed else record.result_flags
         reply = encode_reply(request_id, flags, body)
         try:
             self._send(reply, reply_stream(request_id))

@@ -4,7 +4,7 @@ Rules of this file
 1. No I/O, no clock. Layouts come from `vchan.wire.layout`.
 2. Bytes from a peer never raise: `decode` gives a `BadMessage` that says what is wrong, or that the
    kind is `Unknown`: those must be passed over, so that later versions may have new ones.
-3. Bodies are JSON and stay opaque here: both daemons route by the head alone.
+3. Bodies stay opaque here, JSON or (RAW) bytes: both daemons route by the head alone.
 
     requester  -- Request -->  responder      please run this
     requester  <-- Receipt --  responder      I have taken responsibility (casts)
@@ -68,8 +68,13 @@ OUT_OF_TURN: Final = layout.REQUEST_FLAG_OUT_OF_TURN
 has left says when it was made."""
 LOCAL: Final = layout.REQUEST_FLAG_LOCAL
 """It comes from a program on the host: not out of the broker's queue."""
+RAW: Final = layout.REQUEST_FLAG_RAW
+"""A call whose body has bytes behind its JSON, and whose result is bytes."""
 FINAL: Final = layout.REPLY_FLAG_FINAL
 FAILURE: Final = layout.REPLY_FLAG_FAILURE
+RAW_REPLY: Final = layout.REPLY_FLAG_RAW
+"""The result of a RAW call."""
+_RAW_CALL: Final = RAW | CALL
 
 NO_AGENT: Final = layout.REASON_NO_AGENT
 AGENT_GONE: Final = layout.REASON_AGENT_GONE
@@ -301,6 +306,8 @@ def _decode_request(data: bytes) -> Request | BadMessage:
     if len(data) < _REQUEST.size:
         return BadMessage("Request: too short")
     _, flags, request_id, timeout_ms, monitor_ms, a, b, c = _REQUEST.unpack_from(data)
+    if flags & _RAW_CALL == RAW:
+        return BadMessage("Request: RAW, and no call")
     a += _REQUEST_BYTES
     b += a
     c += b

@@ -14,7 +14,7 @@ import enum
 from typing import Final, NamedTuple, Protocol
 
 from vchan.wire import layout
-from vchan.wire.frames import OVERHEAD_BYTES
+from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES, RAW_BODIES
 
 VERSION: Final = 1
 """The session protocol's newest version this code speaks, and (so far) its oldest."""
@@ -41,7 +41,7 @@ BACKLOG_BYTES_MAX: Final = 1024 * 1024
 """Bytes that a guest has not read. At it: the host grants no more credit; a guest that does not
 read may not write."""
 WRITE_BYTES_MAX: Final = 32 * 1024
-"""What one virtio-console write takes."""
+"""What one virtio-console write takes: two frames. Where frames are larger, it is two of these."""
 WRITE_FRAMES_MAX: Final = WRITE_BYTES_MAX // OVERHEAD_BYTES
 """More do not fit."""
 PING_IDLE_S: Final = 5.0
@@ -76,6 +76,13 @@ class Peer(NamedTuple):
     attached: str
     """The name of the peer it had its last session with; empty if none."""
     version: int
+    features: int = 0
+    """What it can do: RAW_BODIES, PLAIN_PAYLOADS."""
+
+    @property
+    def takes_raw(self) -> bool:
+        """It takes requests whose bodies are bytes."""
+        return self.features & RAW_BODIES != 0
 
 
 class Opened(NamedTuple):
@@ -139,6 +146,9 @@ class Config(NamedTuple):
     in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX
     ping_idle_s: float = PING_IDLE_S
     silence_s: float = SILENCE_S
+    frame_bytes_max: int = FRAME_BYTES_MAX
+    features: int = 0
+    """RAW_BODIES, PLAIN_PAYLOADS."""
 
 
 class Counters:
@@ -209,9 +219,7 @@ class AnySession(Protocol):
             LimitExceeded: It is too large, or does not go this way. Nothing was queued.
         """
 
-    def data_to_send(
-        self, limit: int = WRITE_BYTES_MAX, frames_max: int = WRITE_FRAMES_MAX
-    ) -> bytes:
+    def data_to_send(self, limit: int | None = None, frames_max: int = WRITE_FRAMES_MAX) -> bytes:
         """The next bytes for the stream: whole frames, at most `limit` bytes."""
 
     def receive_data(self, data: bytes, now_s: float) -> list[Event]:

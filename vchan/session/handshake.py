@@ -18,8 +18,8 @@ from vchan.session.contract import MESSAGE_BYTES_MIN, Config, Peer, Role, printa
 from vchan.session.receiver import Receiver
 from vchan.session.sender import Sender
 from vchan.wire.frames import (
-    FRAME_BYTES_MAX,
     FRAME_BYTES_MIN,
+    PLAIN_PAYLOADS,
     ZERO_ID,
     Greeting,
     Key,
@@ -82,7 +82,7 @@ class Handshake:
         # Of the session: survives streams.
         self.session_id = ZERO_ID
         self._peer_instance = ZERO_ID
-        self._peer_limits = (0, 0, 0)
+        self._peer_limits = (0, 0, 0, 0)
         self._attached = ""
         # Of the greetings on this stream.
         self.hello: Greeting | None = None  # ours; None: no answer is awaited
@@ -127,11 +127,12 @@ class Handshake:
             sender.base,
             sender.tail,
             receiver.credit_greeted,
-            FRAME_BYTES_MAX,
+            config.frame_bytes_max,
             config.message_bytes_max,
             config.reassembly_bytes_max,
             config.name,
             self._attached,
+            config.features,
         )
 
     # ---------------------------------------------------------------- the peer's greetings
@@ -237,15 +238,19 @@ class Handshake:
     def described(self, peer: Greeting) -> Peer:
         """The peer, as events tell of it."""
         version = min(self._config.version_max, peer.version_max)
-        return Peer(peer.instance, printable(peer.name), printable(peer.attached), version)
+        name, attached = printable(peer.name), printable(peer.attached)
+        return Peer(peer.instance, name, attached, version, peer.features)
 
     def _keys(self, mine: Greeting, peer: Greeting) -> tuple[Key, Key]:
         """(key to send with, key to receive with)"""
-        if self._config.role is Role.HOST:
-            return session_keys(mine.nonce, peer.nonce)
-        to_guest, to_host = session_keys(peer.nonce, mine.nonce)
-        return to_host, to_guest
+        is_host = self._config.role is Role.HOST
+        nonces = (mine.nonce, peer.nonce) if is_host else (peer.nonce, mine.nonce)
+        to_guest, to_host = session_keys(*nonces)
+        if mine.features & peer.features & PLAIN_PAYLOADS:
+            to_guest, to_host = to_guest._replace(is_plain=True), to_host._replace(is_plain=True)
+        return (to_guest, to_host) if is_host else (to_host, to_guest)
 
 
-def _limits(peer: Greeting) -> tuple[int, int, int]:
-    return peer.frame_bytes_max, peer.message_bytes_max, peer.reassembly_bytes_max
+def _limits(peer: Greeting) -> tuple[int, int, int, int]:
+    sizes = (peer.frame_bytes_max, peer.message_bytes_max, peer.reassembly_bytes_max)
+    return (*sizes, peer.features)

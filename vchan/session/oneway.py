@@ -112,9 +112,7 @@ class Writer:
         self._queued_bytes += len(message)
         self.counters.messages_sent += 1
 
-    def data_to_send(
-        self, limit: int = WRITE_BYTES_MAX, frames_max: int = WRITE_FRAMES_MAX
-    ) -> bytes:
+    def data_to_send(self, limit: int | None = None, frames_max: int = WRITE_FRAMES_MAX) -> bytes:
         """The next bytes for the pipe; those before have been written."""
         parts = []
         if self._is_new_pipe:
@@ -123,7 +121,7 @@ class Writer:
             self._is_new_pipe = False
             return b"".join(parts)
         self._handed, self._handed_frames = b"", 0
-        size = 0
+        limit, size = limit or WRITE_BYTES_MAX, 0
         while self._queue and size <= limit - FRAME_BYTES_MAX and len(parts) < frames_max:
             parts.append(self._next_frame())
             size += len(parts[-1])
@@ -235,7 +233,7 @@ class Reader:
 
     def data_to_send(
         self,
-        limit: int = WRITE_BYTES_MAX,  # noqa: ARG002 - AnySession's
+        limit: int | None = None,  # noqa: ARG002 - AnySession's
         frames_max: int = WRITE_FRAMES_MAX,  # noqa: ARG002 - AnySession's
     ) -> bytes:
         """Nothing goes this way."""

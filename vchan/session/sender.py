@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from vchan.errors import LimitExceeded
 from vchan.session.contract import CONTROL, STREAMS, Config, Counters
 from vchan.wire import layout
-from vchan.wire.frames import OVERHEAD_BYTES, PAYLOAD_BYTES_MAX, Greeting
+from vchan.wire.frames import OVERHEAD_BYTES, Greeting
 
 REWIND_S: Final = 0.25
 """What is in flight is sent again at most this often, whatever the peer says it missed. A REWIND
@@ -112,13 +112,14 @@ class Sender:
         self.backlog = 0
         self._peer_message_max = self._config.message_bytes_max
         self._peer_reassembly_max = self._config.reassembly_bytes_max
-        self._peer_payload_max = PAYLOAD_BYTES_MAX
+        self._peer_payload_max = self._config.frame_bytes_max - OVERHEAD_BYTES
 
     def heed(self, peer: Greeting) -> None:
         """Keep to the peer's limits from now on."""
         self._peer_message_max = min(self._config.message_bytes_max, peer.message_bytes_max)
         self._peer_reassembly_max = peer.reassembly_bytes_max
-        self._peer_payload_max = min(PAYLOAD_BYTES_MAX, peer.frame_bytes_max - OVERHEAD_BYTES)
+        frame_bytes_max = min(self._config.frame_bytes_max, peer.frame_bytes_max)
+        self._peer_payload_max = frame_bytes_max - OVERHEAD_BYTES
 
     # ---------------------------------------------------------------- messages in
 

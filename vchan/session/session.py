@@ -29,7 +29,6 @@ from typing import Final
 from vchan.session.contract import (
     CONTROL,
     MESSAGE_BYTES_MIN,
-    WRITE_BYTES_MAX,
     WRITE_FRAMES_MAX,
     Config,
     Counters,
@@ -140,12 +139,14 @@ class Session:
 
     def __init__(self, config: Config, entropy: Callable[[int], bytes]) -> None:
         assert MESSAGE_BYTES_MIN <= config.message_bytes_max <= config.reassembly_bytes_max
-        assert min(config.window_bytes, config.in_flight_bytes_max) >= FRAME_BYTES_MAX
+        assert min(config.window_bytes, config.in_flight_bytes_max) >= config.frame_bytes_max
+        assert config.frame_bytes_max >= FRAME_BYTES_MAX, "a FLUSH is as long, and must pass"
         self.config = config
         self.counters = Counters()
         self.state = State.CLOSED
         self.peer: Peer | None = None
-        self._decoder = Decoder()
+        self._write_bytes_max = 2 * config.frame_bytes_max
+        self._decoder = Decoder(config.frame_bytes_max)
         self._sender = Sender(config, self.counters)
         self._receiver = Receiver(config, self.counters)
         self._handshake = Handshake(config, entropy, self._sender, self._receiver)
@@ -230,15 +231,14 @@ class Session:
         """
         self._sender.send(message, stream)
 
-    def data_to_send(
-        self, limit: int = WRITE_BYTES_MAX, frames_max: int = WRITE_FRAMES_MAX
-    ) -> bytes:
+    def data_to_send(self, limit: int | None = None, frames_max: int = WRITE_FRAMES_MAX) -> bytes:
         """The next bytes for the stream: whole frames, at most `limit` bytes.
 
         Call it when the stream takes bytes, until it returns none.
 
         Args:
-            limit: At least two frames' worth, so that a flush, a HELLO and a frame all pass.
+            limit: At least two frames' worth, so that a flush, a HELLO and a frame all pass; None:
+                so many.
             frames_max: So many frames at most.
         """
         parts = self._control_frames() if self._dues else []
@@ -247,7 +247,7 @@ class Session:
         sender = self._sender
         acknowledged = False
         if sender.backlog or sender.cursor < sender.tail:
-            room = limit - sum(map(len, parts)) if parts else limit
+            room = (limit or self._write_bytes_max) - sum(map(len, parts))
             acknowledged = self._add_data_frames(parts, room, frames_max)
         if not acknowledged and self._ack_due():
             parts.append(self._seal(layout.KIND_ACK))

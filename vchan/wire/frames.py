@@ -8,7 +8,8 @@ Rules of this file
 A frame is a header with its own CRC (so a damaged length never makes the decoder wait for
 bytes that do not come), a payload, and the payload's CRC. Both CRCs are seeded with the key of
 the session, so bytes that were chosen before the session began cannot become a frame in it.
-Greetings alone are unseeded.
+Greetings alone are unseeded. On a stream that loses nothing both ends can agree to do without the
+payload's CRC: it is half of what a large frame costs.
 """
 
 from struct import Struct
@@ -20,6 +21,7 @@ from vchan.wire import layout
 _HEADER: Final = Struct(layout.FRAME_HEADER)
 _CRC: Final = Struct(layout.CRC)
 _GREETING: Final = Struct(layout.GREETING)
+_FEATURES: Final = Struct(layout.FEATURES)
 
 HEADER_BYTES: Final = _HEADER.size + _CRC.size
 """A frame's fixed part, with its own CRC."""
@@ -32,6 +34,14 @@ FRAME_BYTES_MIN: Final = 2 * 1024
 """A peer must take at least this: a greeting and a fragment worth its header."""
 PAYLOAD_BYTES_MAX: Final = FRAME_BYTES_MAX - OVERHEAD_BYTES
 """What one frame carries of a message."""
+LOCAL_FRAME_BYTES_MAX: Final = 96 * 1024
+"""On local sockets, whose other end reads at once: 64 KiB, with what stands around them, are one
+frame, and two may be in flight. At it: messages are cut into frames."""
+
+RAW_BODIES: Final = layout.FEATURE_RAW_BODIES
+"""Of a greeting: its sender takes requests whose bodies are bytes."""
+PLAIN_PAYLOADS: Final = layout.FEATURE_PLAIN_PAYLOADS
+"""Of a greeting: its sender does without payloads' CRC, for the stream loses nothing."""
 
 GREETING_BYTES_MAX: Final = 1024
 """The payload of a greeting. What passes for one inside a torn payload can swallow no more than
@@ -62,6 +72,8 @@ class Key(NamedTuple):
 
     header_seed: int
     payload_seed: int
+    is_plain: bool = False
+    """The payload's CRC is 0, and not looked at."""
 
 
 NO_KEY: Final = Key(0, 0)
@@ -110,12 +122,12 @@ def encode_frame(
     credit: int,
     payload: bytes,
 ) -> bytes:
-    """One frame, sealed with `key`. The payload is at most PAYLOAD_BYTES_MAX bytes."""
+    """One frame, sealed with `key`. The payload is as large as the peer takes it."""
     header = _pack_header(
         _MAGIC, _LAYOUT, kind, flags, stream, len(payload), total, seq, ack, credit
     )
     header_crc = crc32(header, key[0])
-    payload_crc = crc32(payload, header_crc ^ key[1])
+    payload_crc = 0 if key[2] else crc32(payload, header_crc ^ key[1])
     return b"".join((header, _pack_crc(header_crc), payload, _pack_crc(payload_crc)))
 
 
@@ -124,12 +136,16 @@ class Decoder:
 
     Holds at most one frame's worth of bytes. Skips to the next frame that checks out and counts
     what it skipped.
+
+    Args:
+        frame_bytes_max: What is longer is no frame.
     """
 
     __slots__ = (
         "_chunks",
         "_held",
         "_need",
+        "_payload_bytes_max",
         "bad_payloads",
         "bytes_skipped",
         "candidate",
@@ -137,7 +153,8 @@ class Decoder:
         "stopped",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._payload_bytes_max = frame_bytes_max - OVERHEAD_BYTES
         self.key: Key | None = None
         self.candidate: Key | None = None
         self.stopped = False  # behind a frame that may change the keys: there may be more
@@ -201,7 +218,7 @@ class Decoder:
             if (
                 key is None
                 or version != _LAYOUT
-                or length > (GREETING_BYTES_MAX if key is NO_KEY else PAYLOAD_BYTES_MAX)
+                or length > (GREETING_BYTES_MAX if key is NO_KEY else self._payload_bytes_max)
             ):
                 position = self._skip(data, position)
                 continue
@@ -211,7 +228,7 @@ class Decoder:
                 self._need = stop + _CRC_BYTES - position
                 break
             payload = data[start:stop]
-            if crc32(payload, header_crc ^ key[1]) != _unpack_crc(data, stop)[0]:
+            if not key[2] and crc32(payload, header_crc ^ key[1]) != _unpack_crc(data, stop)[0]:
                 self.bad_payloads += 1
                 position = self._skip(data, position)
                 continue
@@ -268,11 +285,13 @@ class Greeting(NamedTuple):
     reassembly_bytes_max: int
     name: str
     attached: str
+    features: int = 0
 
     def encode(self) -> bytes:
         """The payload of a HELLO or WELCOME. Names are cut to 255 bytes of UTF-8."""
-        head = _GREETING.pack(*self[:-2])
-        return head + _encode_name(self.name) + _encode_name(self.attached)
+        head = _GREETING.pack(*self[:-3])
+        features = _FEATURES.pack(self.features) if self.features else b""
+        return head + _encode_name(self.name) + _encode_name(self.attached) + features
 
 
 def decode_greeting(payload: bytes) -> Greeting | None:
@@ -285,7 +304,10 @@ def decode_greeting(payload: bytes) -> Greeting | None:
     attached, position = _decode_name(payload, position)
     if name is None or attached is None:
         return None
-    return Greeting._make((*fields, name, attached))
+    features = 0
+    if len(payload) >= position + _FEATURES.size:
+        (features,) = _FEATURES.unpack_from(payload, position)
+    return Greeting._make((*fields, name, attached, features))
 
 
 def _encode_name(name: str) -> bytes:

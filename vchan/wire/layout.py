@@ -15,10 +15,14 @@ CRC: Final = ">L"
 # version_min, version_max, role, instance, nonce, echo, session, recv_next, send_base,
 # send_next, credit, frame_bytes_max, message_bytes_max, reassembly_bytes_max
 GREETING: Final = ">BBB16s16s16s16sQQQQLLL"
+# features
+FEATURES: Final = ">L"
 # kind, flags, id, timeout_ms, monitor_ms, exchange_length, topic_length, server_length
 REQUEST: Final = ">BB16sLLBBB"
 # kind, id
 RECEIPT: Final = ">B16s"
+# invocation_length
+RAW: Final = ">L"
 # kind, flags, id
 REPLY: Final = ">BB16s"
 # kind, reason, id
@@ -57,6 +61,9 @@ FLAG_LAST: Final = 2
 ROLE_HOST: Final = 1
 ROLE_GUEST: Final = 2
 
+FEATURE_RAW_BODIES: Final = 1
+FEATURE_PLAIN_PAYLOADS: Final = 2
+
 MESSAGE_REQUEST: Final = 1
 MESSAGE_RECEIPT: Final = 2
 MESSAGE_REPLY: Final = 3
@@ -72,9 +79,11 @@ REQUEST_FLAG_NOTIFICATION: Final = 4
 REQUEST_FLAG_REDELIVERED: Final = 8
 REQUEST_FLAG_OUT_OF_TURN: Final = 16
 REQUEST_FLAG_LOCAL: Final = 32
+REQUEST_FLAG_RAW: Final = 64
 
 REPLY_FLAG_FINAL: Final = 1
 REPLY_FLAG_FAILURE: Final = 2
+REPLY_FLAG_RAW: Final = 4
 
 REASON_NO_AGENT: Final = 1
 REASON_AGENT_GONE: Final = 2

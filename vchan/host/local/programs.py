@@ -32,7 +32,7 @@ from vchan.errors import (
 )
 from vchan.io.access import Access, Credentials
 from vchan.io.link import Link
-from vchan.io.local_socket import PEERS_MAX
+from vchan.io.local_socket import PEERS_MAX, takes_raw
 from vchan.io.loop import Alarm, Loop
 from vchan.rpc.bodies import decode_invocation, encode_failure, encode_json
 from vchan.rpc.dispatcher import Dispatcher, Manner
@@ -54,7 +54,9 @@ from vchan.rpc.messages import (
     NO_AGENT,
     NO_DOMAIN,
     NOTIFICATION,
+    RAW,
     REDELIVERED,
+    REFUSED,
     TOPICS_MAX,
     BadMessage,
     Cancel,
@@ -283,7 +285,7 @@ class LocalService:
     def _serve(self, key: int, peer: _Peer, message: Subscribe | Holding) -> None:
         now_s = self._loop.time()
         if key not in self._servers:
-            self._servers.attach(key, peer.link.send, now_s)
+            self._servers.attach(key, peer.link.send, now_s, takes_raw=takes_raw(peer.link))
         if isinstance(message, Holding):
             problem = self._servers.hold(key, message.ids)
             if problem:
@@ -440,6 +442,10 @@ class LocalService:
 
         if not request.is_call:
             peer.responder.take(request.id, self._loop.time())
+        elif request.flags & RAW:
+            text = f"the methods of {HOST_TOPIC} take JSON: use call, not call_raw"
+            peer.responder.refuse(request.id, REFUSED, text)
+            return
         try:
             invocation = decode_invocation(request.body)
             self._check(peer.who, invocation.method)

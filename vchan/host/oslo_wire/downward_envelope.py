@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
+from vchan.errors import BadBody
 from vchan.host.oslo_wire.envelope import (
     ID_PATTERN,
     EnvelopeError,
@@ -31,8 +32,8 @@ from vchan.host.oslo_wire.envelope import (
     open_envelope,
     shortened,
 )
-from vchan.rpc.bodies import encode_failure
-from vchan.rpc.messages import ID_BYTES, NAME_BYTES_MAX
+from vchan.rpc.bodies import decode_raw, encode_failure, encode_raw
+from vchan.rpc.messages import ID_BYTES, NAME_BYTES_MAX, RAW, Request
 from vchan.session import MESSAGE_BYTES_MAX
 
 RESULT_BYTES_MAX: Final = MESSAGE_BYTES_MAX
@@ -191,7 +192,7 @@ def request_body(request: BrokerRequest, context_allow: frozenset[str] = CONTEXT
     )
 
 
-def cut_context(body: bytes, passing: Callable[[Mapping[str, Any]], frozenset[str]]) -> bytes:
+def cut_context(request: Request, passing: Callable[[Mapping[str, Any]], frozenset[str]]) -> bytes:
     """The body of a local program's request, less what of its context must not enter a guest. What
     is no request's body is the agent's to refuse.
 
@@ -199,17 +200,19 @@ def cut_context(body: bytes, passing: Callable[[Mapping[str, Any]], frozenset[st
         passing: Given a context, the keys that may enter; "*" lets all through.
     """
     try:
-        request = bounded_json(body, "the request")
-    except EnvelopeError:
-        return body
-    context = request.get("context") if isinstance(request, dict) else None
+        head, data = decode_raw(request.body) if request.flags & RAW else (request.body, b"")
+        asked = bounded_json(head, "the request")
+    except (BadBody, EnvelopeError):
+        return request.body
+    context = asked.get("context") if isinstance(asked, dict) else None
     if not isinstance(context, dict):
-        return body
+        return request.body
     context_allow = passing(context)
     if "*" in context_allow or context_allow.issuperset(context):
-        return body
+        return request.body
     kept = {key: value for key, value in context.items() if key in context_allow}
-    return encode_json({**request, "context": kept})
+    cut = encode_json({**asked, "context": kept})
+    return encode_raw(cut, data) if request.flags & RAW else cut
 
 
 def encode_reply(

@@ -27,7 +27,8 @@ from vchan.host.oslo_wire.envelope import (
 from vchan.host.oslo_wire.mail import own_queue
 from vchan.host.policy.rules import Ask, Kind
 from vchan.rpc import httpcall, reports
-from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, Request
+from vchan.rpc.bodies import decode_raw, encode_raw
+from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request
 
 PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
 """What oslo.messaging's Notifier knows."""
@@ -96,7 +97,7 @@ def read(request: Request, values_max: int | None = None) -> Asked:
     """
     is_report = request.target == reports.TOPIC
     most = reports.REPORT_BYTES_MAX if is_report else REQUEST_BYTES_MAX
-    body = bounded_json(request.body, "the request", most, values_max)
+    body = bounded_json(_json_of(request), "the request", most, values_max)
     if not isinstance(body, dict):
         raise EnvelopeError("the request is not a JSON object")
     method = name_of(body, "method")
@@ -110,6 +111,8 @@ def read(request: Request, values_max: int | None = None) -> Asked:
     if not request.exchange or not request.topic:
         raise EnvelopeError("there is no exchange, or no topic")
     if request.target == httpcall.TOPIC:
+        if request.flags & RAW:
+            raise EnvelopeError(f"topic {httpcall.TOPIC.name} takes JSON, and no raw body")
         return Asked(_read_http(request, method, args), args, None, {})
     kind = _kind(request)
     if kind is Kind.NOTIFY and method not in PRIORITIES:
@@ -124,6 +127,18 @@ def read(request: Request, values_max: int | None = None) -> Asked:
         fanout=request.flags & FANOUT != 0,
     )
     return Asked(ask, args, name_of(body, "version"), context)
+
+
+def _json_of(request: Request) -> bytes:
+    if not request.flags & RAW:
+        return request.body
+    if len(request.body) > REQUEST_BYTES_MAX:
+        size = len(request.body)
+        raise EnvelopeError(f"the request has {size} bytes, {REQUEST_BYTES_MAX} are allowed")
+    try:
+        return decode_raw(request.body)[0]
+    except BadBody as error:
+        raise EnvelopeError(str(error)) from error
 
 
 def head(request: Request) -> Ask:
@@ -189,10 +204,10 @@ def publication(vm: str, request: Request, asked: Asked, context: Mapping[str, A
     )
 
 
-def rebuilt_body(asked: Asked, context: Mapping[str, Any]) -> bytes:
+def rebuilt_body(request: Request, asked: Asked, context: Mapping[str, Any]) -> bytes:
     """The body for a program of this host: the guest's, with this context in place of its own."""
     ask = asked.ask
-    return encode_json(
+    body = encode_json(
         {
             "method": ask.method,
             "args": asked.args,
@@ -201,6 +216,7 @@ def rebuilt_body(asked: Asked, context: Mapping[str, Any]) -> bytes:
             "context": context,
         }
     )
+    return encode_raw(body, decode_raw(request.body)[1]) if request.flags & RAW else body
 
 
 def _invocation(asked: Asked) -> dict[str, Any]:

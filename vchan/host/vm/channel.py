@@ -44,6 +44,7 @@ from vchan.session import (
     State,
     Violation,
 )
+from vchan.wire.frames import RAW_BODIES
 
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 """Between attempts while libvirt says that the domain is there."""
@@ -160,6 +161,7 @@ class Channel:
                 message_bytes_max=self.throttle.limits.message_bytes,
                 reassembly_bytes_max=self.throttle.limits.reassembly_bytes,
                 silence_s=SILENCE_S,
+                features=RAW_BODIES,
             ),
             os.urandom,
         )
@@ -362,7 +364,11 @@ class Channel:
                     self._told_topics = ()
                 self.say_topics()
                 self.downward.opened(
-                    resumed=resumed, now_s=now_s, before=peer.attached, guest=peer.instance
+                    resumed=resumed,
+                    now_s=now_s,
+                    before=peer.attached,
+                    guest=peer.instance,
+                    takes_raw=peer.takes_raw,
                 )
                 if not resumed and peer.attached:  # it was restored, or has migrated
                     self.went_on()

@@ -102,6 +102,9 @@ neither the queue nor a policy has a delivery limit of its own."""
 
 TOLD_CHARS_MAX: Final = 400
 """Of a line for the log: a guest's words are in it."""
+GUEST_TAKES_NO_RAW: Final = (
+    "this VM's vchan-guest takes no raw bodies: upgrade it, or call with JSON"
+)
 DENIED_REPLY: Final = "the host's policy does not let this VM answer"
 MUTE: Final = "this VM is not listened to, by the host's policy or as its channel has no way back"
 
@@ -285,12 +288,21 @@ class Downward:
             return frozenset()
         return self.topics - (self._consumed & self._confirmed)
 
-    def opened(self, *, resumed: bool, now_s: float, before: str = "", guest: bytes = b"") -> None:
+    def opened(
+        self,
+        *,
+        resumed: bool,
+        now_s: float,
+        before: str = "",
+        guest: bytes = b"",
+        takes_raw: bool = False,
+    ) -> None:
         """The guest's session is open, or the guest speaks again after `suspend`.
 
         Args:
             before: The host that the guest had its last session with.
             guest: Names the run of the guest's daemon, unless `resumed`.
+            takes_raw: It takes RAW requests.
         """
         was_suspended, self._suspended = self._suspended, False
         self.upward.opened(resumed=resumed, now_s=now_s, before=before)
@@ -299,7 +311,8 @@ class Downward:
             is_known, self._guest = bool(guest) and guest == self._guest, guest
             self._unheard = b""
             self._served.begin()
-            self._requester.opened(now_s, is_known=is_known)
+            no_raw = "" if takes_raw else GUEST_TAKES_NO_RAW
+            self._requester.opened(now_s, is_known=is_known, no_raw=no_raw)
         else:
             self._requester.resume(now_s)
             if was_suspended:
@@ -777,7 +790,7 @@ class Downward:
 
         Raises:
             LimitExceeded: Too many are open, or it is too large. Nothing was sent.
-            Rejected: It is a call, and the VM may not answer.
+            Rejected: It is a call, and the VM may not answer; or RAW, and its daemon takes none.
         """
         if self._mute and request.is_call:
             raise Rejected(MUTE)
@@ -793,7 +806,7 @@ class Downward:
         is_repeat = request.flags & REDELIVERED  # of what a daemon before this one had
         request = request._replace(
             flags=request.flags | (OUT_OF_TURN if is_repeat else LOCAL),
-            body=cut_context(request.body, partial(self._passing, request.target)),
+            body=cut_context(request, partial(self._passing, request.target)),
         )
         size = len(request.body)
         if not self._has_room(size):
@@ -803,7 +816,7 @@ class Downward:
         self._local_open += 1
         try:
             self._requester.submit(request, now_s)
-        except LimitExceeded:
+        except (LimitExceeded, Rejected):
             self._requester.forget(request.id)
             self._drop(request.id)
             raise

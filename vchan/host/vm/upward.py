@@ -73,6 +73,7 @@ from vchan.rpc.messages import (
     BUSY,
     EXPIRED,
     NO_AGENT,
+    RAW,
     REDELIVERED,
     REFUSED,
     Cancel,
@@ -117,6 +118,9 @@ ROOM_S: Final = 0.05
 ARRIVE_AGAIN_S: Final = 0.1
 """When the VM's queue was not there yet, the arrival is written again after this."""
 
+NO_RAW_TO_BROKER: Final = (
+    "raw bodies go to programs on the host, and not over the broker: call with JSON"
+)
 ARRIVAL_ID: Final = b"arrival"
 NOTE_ID: Final = b"note"
 """Stand for an arrival and a note where the broker is told of requests by their ids."""
@@ -516,6 +520,12 @@ class Upward:
             self._forget(request.id)
             self._give_back(request.id, NO_AGENT, text, maybe_ran=item.doubtful)
             return
+        if request.flags & RAW:
+            self.counters["guest_refused"] += 1
+            self._gate.refused(ask, request.id, NO_RAW_TO_BROKER)
+            self._forget(request.id)
+            self._give_back(request.id, REFUSED, NO_RAW_TO_BROKER, maybe_ran=item.doubtful)
+            return
         self.counters["guest_redelivered"] += item.doubtful
         asked = self._gate.conduct(item.asked, request) if item.conducted else item.asked
         try:
@@ -533,7 +543,7 @@ class Upward:
         request_id = request.id
         item.state = _State.LOCAL  # before the offer: the answer may come in it
         item.cancel = self._offer(
-            request._replace(body=rebuilt_body(item.asked, context)),
+            request._replace(body=rebuilt_body(request, item.asked, context)),
             lambda outcome, now_s: self._told(request_id, outcome, now_s),
         )
         if item.cancel is None:

@@ -1,0 +1,31 @@
+"""A guest's daemon of a release before raw bodies, as far as its peers can see: its greetings say
+nothing of what it can do, and its frames are small.
+
+    python -m tests.rig.older [vchan-guest's options]
+"""
+
+from collections.abc import Callable
+
+from vchan import session
+from vchan.wire.frames import FRAME_BYTES_MAX
+
+
+class OlderSession(session.Session):
+    """A session of such a release."""
+
+    def __init__(self, config: session.Config, entropy: Callable[[int], bytes]) -> None:
+        super().__init__(config._replace(features=0, frame_bytes_max=FRAME_BYTES_MAX), entropy)
+
+
+def main() -> None:
+    """The command."""
+    from vchan.guest import daemon, port
+    from vchan.io import local_socket
+
+    for module in (local_socket, port):
+        module.Session = OlderSession  # type: ignore[attr-defined]
+    daemon.main()
+
+
+if __name__ == "__main__":
+    main()
