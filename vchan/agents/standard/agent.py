@@ -18,7 +18,10 @@ a unit.
     file_write_end(id)                                  now the file is there, whole
     file_write_give_up(id)
 
-Bytes travel as base64.
+Bytes travel as base64. Programs that can `call_raw` have a shorter way:
+
+    file_read_raw(b"", path, offset, count)             16 bytes: size, date in ns; then the part
+    file_write_raw(bytes, id, offset, sha256)
 """
 
 import os
@@ -32,9 +35,15 @@ from vchan import __version__
 from vchan.agents.processes import require_safe
 from vchan.agents.standard.exec import Runs
 from vchan.agents.standard.facts import facts
-from vchan.agents.standard.files import CHUNK_BYTES_MAX, Uploads, checksum, read_part
+from vchan.agents.standard.files import (
+    CHUNK_BYTES_MAX,
+    Uploads,
+    checksum,
+    read_part,
+    read_raw_part,
+)
 from vchan.agents.standard.permissions import Rules, parse_rules
-from vchan.client import AGENT_SOCKET, Agent
+from vchan.client import AGENT_SOCKET, Agent, raw
 from vchan.errors import ConfigError, LinkError, Rejected
 
 TOPIC: Final = "vchan.standard"
@@ -127,6 +136,17 @@ class Standard:
             self._log(f"file_read {path}")
         return read_part(self._rules, path, offset, count)
 
+    @raw
+    def file_read_raw(
+        self, data: bytes, path: str, offset: int = 0, count: int = CHUNK_BYTES_MAX
+    ) -> bytes:
+        """The same as bytes: `files.RAW_PART`, and the part."""
+        if data:
+            raise ValueError("takes no bytes")
+        if offset == 0:
+            self._log(f"file_read_raw {path}")
+        return read_raw_part(self._rules, path, offset, count)
+
     def file_checksum(self, path: str) -> dict[str, Any]:
         """A file's checksum."""
         return checksum(self._rules, path)
@@ -141,6 +161,12 @@ class Standard:
     def file_write(self, id: str, offset: int, data: str, sha256: str = "") -> dict[str, Any]:
         """Write a part of it."""
         return self._uploads.write(id, offset, data, sha256)
+
+    @raw
+    def file_write_raw(self, data: bytes, id: str, offset: int, sha256: str = "") -> bytes:
+        """The same, as bytes."""
+        self._uploads.write_raw(id, offset, data, sha256)
+        return b""
 
     def file_write_end(self, id: str) -> dict[str, Any]:
         """Have it appear."""

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 import time
+from struct import Struct
 from typing import Any, Final
 
 from vchan.agents.standard.permissions import FilePermissions, Rules, matches, path_problem
@@ -25,6 +26,9 @@ UPLOADS_MAX: Final = 8
 UPLOAD_IDLE_S: Final = 600.0
 """A file that nobody goes on writing for so long. At it: it is given up."""
 
+RAW_PART: Final = Struct(">QQ")
+"""What stands before the bytes of a part that is read raw: the file's size, and its date in
+nanoseconds."""
 _WALK: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -93,6 +97,23 @@ def _explain(path: str, part: str, error: OSError) -> Rejected:
 
 def read_part(rules: Rules, path: str, offset: int, count: int) -> dict[str, Any]:
     """A part of a file, and what the file is like now."""
+    data, found = _read(rules, path, offset, count)
+    return {
+        "data": base64.b64encode(data).decode(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "end": offset + len(data) >= found.st_size,
+        "size": found.st_size,
+        "modified_ns": found.st_mtime_ns,
+    }
+
+
+def read_raw_part(rules: Rules, path: str, offset: int, count: int) -> bytes:
+    """The same as bytes, behind a RAW_PART."""
+    data, found = _read(rules, path, offset, count)
+    return RAW_PART.pack(found.st_size, max(0, found.st_mtime_ns)) + data
+
+
+def _read(rules: Rules, path: str, offset: int, count: int) -> tuple[bytes, os.stat_result]:
     require_path(path, rules, rules.read, "read")
     _require_number("offset", offset, 1 << 62)
     _require_number("count", count, CHUNK_BYTES_MAX)
@@ -102,16 +123,9 @@ def read_part(rules: Rules, path: str, offset: int, count: int) -> dict[str, Any
         if found.st_size > rules.read.bytes_max:
             text = f"has {found.st_size} bytes"
             raise rules.refuse(path, text, f"[read] bytes_max {rules.read.bytes_max}")
-        data = os.pread(fd, count, offset)
+        return os.pread(fd, count, offset), found
     finally:
         os.close(fd)
-    return {
-        "data": base64.b64encode(data).decode(),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "end": offset + len(data) >= found.st_size,
-        "size": found.st_size,
-        "modified_ns": found.st_mtime_ns,
-    }
 
 
 def checksum(rules: Rules, path: str) -> dict[str, Any]:
@@ -236,8 +250,12 @@ class Uploads:
 
     def write(self, key: str, offset: int, data: str, sha256: str) -> dict[str, Any]:
         """Write a part, in any order."""
+        self._find(key)
+        return {"written": self.write_raw(key, offset, decode(data), sha256)}
+
+    def write_raw(self, key: str, offset: int, content: bytes, sha256: str) -> int:
+        """The same, as bytes. Returns how many were written."""
         upload = self._find(key)
-        content = decode(data)
         _require_number("offset", offset, upload.size)
         if len(content) > CHUNK_BYTES_MAX:
             raise ValueError(f"data: over {CHUNK_BYTES_MAX} bytes (CHUNK_BYTES_MAX)")
@@ -254,7 +272,7 @@ class Uploads:
                     written += os.pwrite(upload.fd, content[written:], offset + written)
             except OSError as error:  # a full disk, say
                 raise Rejected(f"{upload.path}: cannot be written: {error.strerror}") from error
-        return {"written": len(content)}
+        return len(content)
 
     def end(self, key: str) -> dict[str, Any]:
         """Have the file appear under its name, if it is what was announced."""
