@@ -23,7 +23,8 @@ from tests.bench.peers import AGENT_TOPIC, DAEMON_TOPIC, GuestAgent, Vchan
 from tests.rig import RigError
 from tests.rig.guest_image import peers_root, port_echo
 from vchan.io.streams import SocketStream, listen_unix
-from vchan.rpc.bodies import encode_json
+from vchan.rpc.bodies import encode_json, encode_raw
+from vchan.rpc.messages import CALL, RAW
 
 ROOT = Path(__file__).parents[2]
 IN_GUEST = Path(__file__).with_name("in_guest")
@@ -56,6 +57,8 @@ COLUMNS: Final = (
     *((f"rate_{count}", f"{count} /s", "{:.0f}") for count in IN_FLIGHT[1:]),
     ("to_mbs", "to MB/s", "{:.0f}"),
     ("from_mbs", "from MB/s", "{:.0f}"),
+    ("raw_to_mbs", "raw to", "{:.0f}"),
+    ("raw_from_mbs", "raw from", "{:.0f}"),
 )
 """Measures, their titles and forms. The measures' names are the JSON's."""
 RATIOS: Final = (
@@ -68,6 +71,8 @@ RATIOS: Final = (
     (AGENT, "cpu_us_64", RELAY, "cpu_us_1", ""),
     (AGENT, "from_mbs", GA, "from_mbs", ""),
     (AGENT, "to_mbs", GA, "to_mbs", ""),
+    (AGENT, "raw_from_mbs", AGENT, "from_mbs", ""),
+    (AGENT, "raw_to_mbs", AGENT, "to_mbs", ""),
 )
 """Subject and measure over subject and measure, and what is aimed at."""
 
@@ -129,7 +134,7 @@ def ratios(result: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, 
 def table(result: Mapping[str, Mapping[str, float]]) -> str:
     """The result, for people."""
     width = max(map(len, SUBJECTS.values())) + 1
-    lines = ["natively, over unix sockets: 64 bytes there and back; 64 KiB messages to and from"]
+    lines = ["natively, over unix sockets: 64 bytes there and back; 64 KiB, JSON and raw"]
     lines.append(" " * width + "".join(f"{title:>10}" for _, title, _ in COLUMNS))
     for name, subject in SUBJECTS.items():
         cells = (
@@ -238,10 +243,17 @@ def _vchan(
         content = encode_json({"method": method, "args": args})
         return lambda count: vchan.flood(topic, content, count, LARGE_IN_FLIGHT)
 
+    def large_raw(method: str, data: bytes, **args: Any) -> Callable[[int], object]:
+        content = encode_raw(encode_json({"method": method, "args": args}), data)
+        flags = CALL | RAW
+        return lambda count: vchan.flood(AGENT_TOPIC, content, count, LARGE_IN_FLIGHT, flags)
+
     subjects = {DAEMON: subject(DAEMON_TOPIC, daemon), AGENT: subject(AGENT_TOPIC, daemon, agent)}
     return subjects, [
         (AGENT, "to_mbs", large(AGENT_TOPIC, "take", data="x" * LARGE_BYTES)),
         (AGENT, "from_mbs", large(AGENT_TOPIC, "give", size=LARGE_BYTES)),
+        (AGENT, "raw_to_mbs", large_raw("take_raw", bytes(LARGE_BYTES))),
+        (AGENT, "raw_from_mbs", large_raw("give_raw", b"", size=LARGE_BYTES)),
     ]
 
 

@@ -14,9 +14,10 @@ from tests.rig import RigError
 from vchan.io.link import Link
 from vchan.io.loop import Loop
 from vchan.io.streams import Stream
-from vchan.rpc.in_flight import Answered, HandedBack, Outcome, Requester, Taken
+from vchan.rpc.in_flight import NO_RAW, Answered, HandedBack, Outcome, Requester, Taken
 from vchan.rpc.messages import CALL, Request, Subscribe, decode
 from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
+from vchan.wire.frames import RAW_BODIES
 
 EXCHANGE = "openstack"
 DAEMON_TOPIC = "vchan.guest"
@@ -125,7 +126,8 @@ class Vchan:
         self._ids = itertools.count(int.from_bytes(os.urandom(12), "big") << 32)
         self._told: dict[bytes, Callable[[], object]] = {}
         self._over: list[bytes] = []
-        session = Session(Config(Role.HOST, os.urandom(16), "bench"), os.urandom)
+        config = Config(Role.HOST, os.urandom(16), "bench", features=RAW_BODIES)
+        session = Session(config, os.urandom)
         self._requester = Requester(lambda message, stream: self._link.send(message, stream))
         self._link = Link(self.loop, session, channel, self._handle, self._lost)
         self.session = session
@@ -192,9 +194,10 @@ class Vchan:
                     self._topics = {topic.name for topic in message.topics}
                 for outcome in self._requester.receive(message):  # type: ignore[arg-type]
                     self._tell(outcome)
-            case Opened(_, resumed):
+            case Opened(peer, resumed):
                 if not resumed:
-                    self._requester.opened(self.loop.time())
+                    no_raw = "" if peer.takes_raw else NO_RAW
+                    self._requester.opened(self.loop.time(), no_raw=no_raw)
             case Refused(reason):
                 self._problem = reason
             case _:

@@ -5,7 +5,7 @@ python3 agent.py [SOCKET]
 
 import sys
 
-from vchan.client import AGENT_SOCKET, Agent
+from vchan.client import AGENT_SOCKET, Agent, raw
 
 
 class Endpoint:
@@ -25,6 +25,16 @@ class Endpoint:
     def give(self, size: int) -> str:
         """Give a large answer."""
         return "x" * size
+
+    @raw
+    def take_raw(self, data: bytes) -> bytes:
+        """Take a large request of bytes."""
+        return b"%d" % len(data)
+
+    @raw
+    def give_raw(self, data: bytes, size: int) -> bytes:
+        """Give a large answer of bytes."""
+        return bytes(size)
 
     def note(self, **values: str) -> None:
         """For casts."""
