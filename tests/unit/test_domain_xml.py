@@ -11,6 +11,9 @@ from vchan.errors import ConfigError, LimitExceeded
 from vchan.host.hypervisor import domain_xml
 from vchan.host.hypervisor.domain_xml import (
     ALIAS,
+    LABEL_BYTES_MAX,
+    LABELS_MAX,
+    METADATA_CHARS_MAX,
     METADATA_KEYS,
     TARGET_NAME,
     XML_CHARS_MAX,
@@ -86,6 +89,7 @@ def test_a_running_domain_with_its_channel() -> None:
         has_controller=True,
         configured=True,
         persistent=True,
+        has_own_port=True,
         metadata=NO_METADATA,
     )
 
@@ -167,7 +171,74 @@ def test_nova_metadata(version: str) -> None:
         "flavor": "m1.small",
         "image": "image-1",
         "name": "web",
+        "project_name": "shop",
+        "user_name": "alice",
     }
+
+
+def test_labels_are_extra_specs_and_properties_or_nobodys_word() -> None:
+    """The XML is what nova's own test of its release 34 expects it to write."""
+    newer = (SNIPPETS / "nova-metadata-example.xml").read_text()
+    facts = facts_of(domain(metadata=newer))
+    assert facts.labels == {
+        "extra-spec:vchan:enabled": "true",
+        "extra-spec:hw_rng:allowed": "true",
+        "property:hw_qemu_guest_agent": "True",
+        "property:os_distro": "debian",
+    }
+    assert facts_of(domain(metadata=nova("1.1"))).labels is None
+    assert facts_of(domain()).labels is None
+    empty = nova("1.1").replace("</nova:flavor>", "<nova:extraSpecs/></nova:flavor>")
+    assert facts_of(domain(metadata=empty)).labels == {}
+
+
+def test_labels_are_bounded_and_never_cut() -> None:
+    spec = "<nova:extraSpec name='{}'>{}</nova:extraSpec>"
+    good = "".join(spec.format(f"n{number}", "v") for number in range(LABELS_MAX))
+    odd = spec.format("long", "v" * (LABEL_BYTES_MAX + 1)) + spec.format("", "v") + "<nova:x/>"
+    odd += spec.format("wide", "\xe9" * LABEL_BYTES_MAX) + spec.format("k" * 256, "v")
+    specs = f"<nova:extraSpecs>{odd}{good}{spec.format('late', 'v')}</nova:extraSpecs>"
+    written = nova("1.1").replace("</nova:flavor>", f"{specs}</nova:flavor>")
+    labels = facts_of(domain(metadata=written)).labels
+    assert labels == {f"extra-spec:n{number}": "v" for number in range(LABELS_MAX)}
+
+
+def test_what_nova_wrote_is_cut() -> None:
+    written = nova("1.1").replace("web", "w" * 10_000)
+    assert facts_of(domain(metadata=written)).metadata["name"] == "w" * METADATA_CHARS_MAX
+
+
+SPICE = "<channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>"
+CONSOLE = "<console type='pty'><target type='virtio' port='1'/></console>"
+SERIAL = "<console type='pty'><target type='serial' port='0'/></console>"
+OTHERS = "<channel type='unix'><target type='virtio' name='x'/><alias name='ua-x'/></channel>"
+
+
+@pytest.mark.parametrize(
+    ("devices", "loses"),
+    [
+        (LIVE_CHANNEL, True),
+        (LIVE_CHANNEL + SERIAL + OTHERS + "<channel type='unix'/>", True),
+        (LIVE_CHANNEL + AGENT_CHANNEL, False),
+        (
+            LIVE_CHANNEL
+            + AGENT_CHANNEL.replace("</channel>", "<alias name='channel0'/></channel>"),
+            False,
+        ),
+        (LIVE_CHANNEL + SPICE, False),
+        (LIVE_CHANNEL + CONSOLE, False),
+        (LIVE_CHANNEL.replace("ua-vchan0", "channel0"), False),  # a nova that writes it
+        (AGENT_CHANNEL.replace("</channel>", "<alias name='ua-a'/></channel>"), False),  # none yet
+    ],
+)
+def test_a_server_loses_its_channel_if_nova_gives_it_no_controller(
+    devices: str, loses: bool
+) -> None:
+    xml = domain(CONTROLLER + devices, metadata=nova("1.1"))
+    assert facts_of(xml).will_lose_channel is loses
+    assert not facts_of(domain(CONTROLLER + devices)).will_lose_channel  # it is not nova's
+    off = domain_facts(xml.replace(" id='3'", ""), None, state=DomainState.SHUTOFF)
+    assert not off.will_lose_channel
 
 
 @pytest.mark.parametrize(
@@ -181,6 +252,29 @@ def test_nova_metadata_that_is_empty_or_of_an_unknown_version() -> None:
     empty = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'/>"
     assert facts_of(domain(metadata=empty)).metadata == NO_METADATA
     assert facts_of(domain(metadata=nova("9.9"))).metadata == NO_METADATA
+
+
+RESCUE_DISKS = {
+    "file": "<source file='/var/lib/nova/instances/8b6a/disk.rescue'/>",
+    "lvm": "<source dev='/dev/vg/8b6a_disk.rescue'/>",
+    "ceph": "<source protocol='rbd' name='vms/8b6a_disk.rescue'><host name='m'/></source>",
+}
+
+
+@pytest.mark.parametrize("source", RESCUE_DISKS.values(), ids=RESCUE_DISKS)
+@pytest.mark.parametrize("stable", [False, True])
+def test_a_server_in_rescue_is_known_by_its_disk(source: str, stable: bool) -> None:
+    """nova puts it first; or last, where the image asks for a device of its own."""
+    own = "<disk type='file'><source file='/var/lib/nova/instances/8b6a/disk'/></disk>"
+    rescue = f"<disk type='block'>{source}</disk>"
+    disks = own + rescue if stable else rescue + own
+    facts = facts_of(domain(CONTROLLER + LIVE_CHANNEL + disks, metadata=nova("1.1")))
+    assert facts.rescued
+    assert (facts.channel_path, facts.served_path) == (PATH, None)
+    assert not facts_of(domain(disks)).rescued  # it is not nova's
+    assert not facts_of(domain(own, metadata=nova("1.1"))).rescued
+    of_a_chain = f"<disk><source file='/x/disk'/><backingStore>{source}</backingStore></disk>"
+    assert not facts_of(domain(of_a_chain, metadata=nova("1.1"))).rescued
 
 
 @pytest.mark.parametrize(
@@ -366,12 +460,42 @@ def test_rules(rule: str, nova_vm: bool, plain_vm: bool) -> None:
     assert selection.matches(PLAIN_VM) is plain_vm
 
 
+@pytest.mark.parametrize(
+    ("rule", "labelled_vm"),
+    [
+        ("extra-spec:vchan:enabled=true", True),
+        ("extra-spec:vchan:enabled=t*", True),
+        ("extra-spec:vchan:enabled=*", True),
+        ("extra-spec:vchan:enabled=True", False),
+        ("extra-spec:vchan:*=true", False),
+        ("extra-spec:vchan=true", False),
+        ("extra-spec:hw_qemu_guest_agent=True", False),
+        ("property:hw_qemu_guest_agent=True", True),
+        ("property:os_distro=[du]*", True),
+        ("property:vchan:enabled=true", False),
+    ],
+)
+def test_rules_by_what_newer_novas_write(rule: str, labelled_vm: bool) -> None:
+    selection = Selection.parse([rule])
+    assert selection.asks_labels and not Selection.parse(["flavor:x", "*"]).asks_labels
+    newer = (SNIPPETS / "nova-metadata-example.xml").read_text()
+    assert selection.matches(facts_of(domain(metadata=newer))) is labelled_vm
+    assert not selection.matches(NOVA_VM) and not selection.matches(PLAIN_VM)
+
+
 def test_any_rule_is_enough_and_none_selects_nothing() -> None:
     assert Selection.parse(["name:nobody", "flavor:m1.small"]).matches(NOVA_VM)
     assert not Selection.parse([]).matches(NOVA_VM)
 
 
-@pytest.mark.parametrize("rule", ["", "all", "vm1", "name:", ":x", "colour:red", "**"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("", "all", "vm1", "name:", ":x", "colour:red", "**"),
+        *("extra-spec:", "extra-spec:a", "extra-spec:=b", "extra-spec:a=", "property"),
+        "extra-spec=a",
+    ],
+)
 def test_what_is_not_a_rule_is_refused(rule: str) -> None:
     with pytest.raises(ConfigError, match=r"host\.select: .* is not a rule; expected one of \*"):
         Selection.parse(["*", rule], where="host.select")

@@ -368,10 +368,14 @@ class Daemon:
         domain = self._find(server)
         hosted = self._vms.get(domain.uuid)
         if hosted is None:
+            if domain.trouble is not None:  # it says what helps
+                raise Rejected(f"{server}: {domain.trouble}")
             state = domain.known.state.name.lower()
-            problem = domain.trouble or f"it is {state} and has no live channel"
             when = "" if state == "running" else ", for its next start"
-            raise Rejected(f"{server}: {problem}; vchan attach {server} gives it one{when}")
+            text = (
+                f"it is {state} and has no live channel; vchan attach {server} gives it one{when}"
+            )
+            raise Rejected(f"{server}: {text}")
         return hosted
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
@@ -420,8 +424,31 @@ class Daemon:
             "uuid": domain.uuid,
             "name": domain.known.name,
             "domain": domain.known.state.name.lower(),
+            **self._known_by(domain.known),
             "problem": self._problem_of(domain, hosted),
         }
+
+    def _known_by(self, facts: domains.DomainFacts) -> dict[str, Any]:
+        """What nova's operators know a server by, as nova wrote it when it defined the domain; None
+        where nova has written nothing."""
+        known = {key: value or None for key, value in facts.metadata.items()}
+        return {
+            "server": known["name"],
+            "project": known["project"],
+            "project_name": known["project_name"],
+            "user": known["user"],
+            "user_name": known["user_name"],
+            "flavor": known["flavor"],
+            "image": known["image"],
+            "host": self._home.name,
+            "loses_channel": domains.WILL_LOSE_CHANNEL if facts.will_lose_channel else None,
+            "unlabelled": domains.NO_LABELS if self._lacks_labels(facts) else None,
+        }
+
+    def _lacks_labels(self, facts: domains.DomainFacts) -> bool:
+        """Whether rules ask of it what nova has not written."""
+        asks = self._domains.selection.asks_labels or self._enforcer.policy.asks_labels
+        return asks and facts.is_novas and facts.labels is None
 
     def _problem_of(self, domain: domains.Domain, hosted: HostedVm | None) -> str | None:
         """What somebody should look at first."""
@@ -443,7 +470,9 @@ class Daemon:
             hosted = self._vms.get(domain.uuid)
             shown = hosted.summary() if hosted else {"state": "none"}
             refused = self._broker_problems(hosted) if hosted else []
-            return {**shown, "broker_problems": refused, **self._described(domain, hosted)}
+            labels = None if domain.known.labels is None else dict(domain.known.labels)
+            described = {**self._described(domain, hosted), "labels": labels}
+            return {**shown, "broker_problems": refused, **described}
         broker = self._broker_problem or "connected"
         libvirt = self._domains.hypervisor_problem or "connected"
         return {

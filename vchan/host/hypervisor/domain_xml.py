@@ -44,7 +44,29 @@ NOVA_NAMESPACES = (
     "http://openstack.org/xmlns/libvirt/nova/1.0",
 )
 
-METADATA_KEYS = ("project", "user", "flavor", "image", "name")
+METADATA_KEYS = ("project", "user", "flavor", "image", "name", "project_name", "user_name")
+"""project, user and image are ids; the names are what people know them by. The server's and the
+project's are other people's choice: nothing is decided by them."""
+
+METADATA_CHARS_MAX = 255
+"""Of each of them: nova's own limit. At it: the rest is cut."""
+
+EXTRA_SPEC = "extra-spec"
+PROPERTY = "property"
+LABEL_KINDS = (EXTRA_SPEC, PROPERTY)
+"""What nova writes of a server since its release 32 (2025.2): the flavor's extra specs, and those
+of the image's properties that nova knows. A label is called KIND:NAME."""
+
+LABELS_MAX = 128
+"""Of one domain. At it: the others are left out, and no rule matches them."""
+LABEL_BYTES_MAX = 255
+"""Of a label's name, and of its value: nova's own limit. At it: the label is left out, for a part
+of it could match what it is not."""
+
+# nova boots a rescue image from a disk of this name, whatever its images_type: a file of the
+# instance's directory, or a logical volume or an image of Ceph's that is called UUID_disk.rescue.
+# The rest of the domain (UUID, name, metadata with the server's own image) stays as it was.
+NOVA_RESCUE_DISK = "disk.rescue"
 
 
 class DomainXmlError(VchanError):
@@ -73,8 +95,12 @@ class DomainFacts:
         has_controller: The live XML has a virtio-serial controller, so a channel can be plugged.
         configured: The channel is in the next-boot XML.
         persistent: There is next-boot XML.
+        has_own_port: The XML has a virtio-serial device that nobody has attached, so whoever
+            writes the definition anew writes it again, and libvirt gives it a controller.
+        rescued: nova has another image running in the server's place, under its identity.
         note: What an operator should know of how this was read; '' if nothing.
         metadata: What nova wrote, by METADATA_KEYS; '' where it wrote nothing.
+        labels: The same of LABEL_KINDS, by KIND:NAME; None: it has not, for it is too old.
     """
 
     uuid: str
@@ -87,14 +113,35 @@ class DomainFacts:
     has_controller: bool = False
     configured: bool = False
     persistent: bool = False
+    has_own_port: bool = False
+    rescued: bool = False
     note: str = ""
     metadata: Mapping[str, str] = field(
         default_factory=lambda: types.MappingProxyType(dict.fromkeys(METADATA_KEYS, ""))
     )
+    labels: Mapping[str, str] | None = None
 
     @property
     def active(self) -> bool:
         return self.state is not DomainState.SHUTOFF
+
+    @property
+    def is_novas(self) -> bool:
+        """Whether nova has made it, and makes its definition anew at each start."""
+        return any(self.metadata.values())
+
+    @property
+    def will_lose_channel(self) -> bool:
+        """Whether nova's next definition is one in which no channel can be plugged: the controller
+        is there only because a channel was attached to the definition before this one's start."""
+        is_there = self.active and self.served_path is not None
+        return is_there and self.is_novas and not self.has_own_port
+
+    @property
+    def served_path(self) -> str | None:
+        """Of the channel that is to be connected to: none in rescue, for who is there is not who
+        requests to the server are meant for."""
+        return None if self.rescued else self.channel_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +207,11 @@ def domain_facts(
         has_controller=active and _has_controller(root),
         configured=next_channel is not None,
         persistent=next_boot_xml is not None,
+        has_own_port=_has_own_port(root),
+        rescued=_is_rescued(root),
         note=note,
         metadata=_nova_metadata(root),
+        labels=_nova_labels(root),
     )
 
 
@@ -292,19 +342,73 @@ def _has_controller(root: ElementTree.Element) -> bool:
     )
 
 
-def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
-    values = dict.fromkeys(METADATA_KEYS, "")
+def _has_own_port(root: ElementTree.Element) -> bool:
+    ports = (*root.iterfind("devices/channel"), *root.iterfind("devices/console"))
+    return any(_target_type(port) == "virtio" and not _is_attached(port) for port in ports)
+
+
+def _target_type(device: ElementTree.Element) -> str:
+    target = device.find("target")
+    return target.get("type", "") if target is not None else ""
+
+
+def _is_attached(device: ElementTree.Element) -> bool:
+    """By somebody who gave it a name, as we do: nova gives none."""
+    alias = device.find("alias")
+    return alias is not None and alias.get("name", "").startswith("ua-")
+
+
+def _is_rescued(root: ElementTree.Element) -> bool:
+    """Only where the domain is nova's: elsewhere a disk may be called anything."""
+    return _nova_instance(root) is not None and any(
+        value.endswith(NOVA_RESCUE_DISK)
+        for source in root.iterfind("devices/disk/source")
+        for value in (source.get(key, "") for key in ("file", "dev", "name"))
+    )
+
+
+def _nova_instance(root: ElementTree.Element) -> tuple[ElementTree.Element, str] | None:
+    """What nova wrote of the server, and how its tags begin."""
     for namespace in NOVA_NAMESPACES:
         instance = root.find(f"metadata/{{{namespace}}}instance")
         if instance is not None:
-            tag = f"{{{namespace}}}"
-            values["name"] = instance.findtext(f"{tag}name", "")
-            values["flavor"] = _attribute(instance, f"{tag}flavor", "name")
-            values["project"] = _attribute(instance, f"{tag}owner/{tag}project", "uuid")
-            values["user"] = _attribute(instance, f"{tag}owner/{tag}user", "uuid")
-            values["image"] = _image(instance.find(f"{tag}root"))
-            break
-    return types.MappingProxyType(values)
+            return instance, f"{{{namespace}}}"
+    return None
+
+
+def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
+    values = dict.fromkeys(METADATA_KEYS, "")
+    found = _nova_instance(root)
+    if found is not None:
+        instance, tag = found
+        values["name"] = instance.findtext(f"{tag}name", "")
+        values["flavor"] = _attribute(instance, f"{tag}flavor", "name")
+        values["project"] = _attribute(instance, f"{tag}owner/{tag}project", "uuid")
+        values["project_name"] = instance.findtext(f"{tag}owner/{tag}project", "")
+        values["user"] = _attribute(instance, f"{tag}owner/{tag}user", "uuid")
+        values["user_name"] = instance.findtext(f"{tag}owner/{tag}user", "")
+        values["image"] = _image(instance.find(f"{tag}root"))
+    cut = {key: value[:METADATA_CHARS_MAX] for key, value in values.items()}
+    return types.MappingProxyType(cut)
+
+
+def _nova_labels(root: ElementTree.Element) -> Mapping[str, str] | None:
+    found = _nova_instance(root)
+    if found is None:
+        return None
+    instance, tag = found
+    specs = instance.find(f"{tag}flavor/{tag}extraSpecs")
+    properties = instance.find(f"{tag}image/{tag}properties")
+    if specs is None and properties is None:
+        return None
+    labels: dict[str, str] = {}
+    for kind, parent in ((EXTRA_SPEC, specs), (PROPERTY, properties)):
+        for element in parent if parent is not None else ():
+            name, value = element.get("name", ""), element.text or ""
+            bytes_max = max(len(name.encode()), len(value.encode()))
+            if name and bytes_max <= LABEL_BYTES_MAX and len(labels) < LABELS_MAX:
+                labels[f"{kind}:{name}"] = value
+    return types.MappingProxyType(labels)
 
 
 def _attribute(parent: ElementTree.Element, path: str, name: str) -> str:
@@ -336,7 +440,8 @@ class Selection:
     guest may do there is the policy's business.
 
     Rules: `*`, `name:GLOB` (libvirt's name), `uuid:UUID`, `project:GLOB`, `user:GLOB`,
-    `flavor:GLOB`, `image:GLOB` (these four from nova's metadata; without it they never match).
+    `flavor:GLOB`, `image:GLOB`, `extra-spec:NAME=GLOB`, `property:NAME=GLOB` (these six from nova's
+    metadata; without it they never match).
     """
 
     rules: tuple[tuple[str, str], ...] = ()
@@ -356,6 +461,11 @@ class Selection:
             raise ConfigError(where, f"{len(parsed)} rules; at most {SELECTION_RULES_MAX}")
         return cls(parsed)
 
+    @property
+    def asks_labels(self) -> bool:
+        """Whether a rule goes by what older releases of nova do not write."""
+        return any(":" in key for key, _ in self.rules)
+
     def matches(self, facts: DomainFacts) -> bool:
         return any(_rule_matches(key, pattern, facts) for key, pattern in self.rules)
 
@@ -364,8 +474,14 @@ def _parse_rule(rule: str, where: str) -> tuple[str, str]:
     if rule == "*":
         return "name", "*"
     key, colon, pattern = rule.partition(":")
+    if key in LABEL_KINDS:
+        name, _, pattern = pattern.partition("=")
+        if name and pattern:
+            return f"{key}:{name}", pattern
     if not colon or not pattern or (key not in _GLOB_KEYS and key != "uuid"):
-        expected = ", ".join(["*", "uuid:UUID", *(f"{key}:GLOB" for key in sorted(_GLOB_KEYS))])
+        globs = [f"{key}:GLOB" for key in sorted(_GLOB_KEYS)]
+        labels = [f"{kind}:NAME=GLOB" for kind in LABEL_KINDS]
+        expected = ", ".join(["*", "uuid:UUID", *globs, *labels])
         raise ConfigError(where, f"{rule!r} is not a rule; expected one of {expected}")
     if key == "uuid":
         try:
@@ -378,6 +494,9 @@ def _parse_rule(rule: str, where: str) -> tuple[str, str]:
 def _rule_matches(key: str, pattern: str, facts: DomainFacts) -> bool:
     if key == "uuid":
         return facts.uuid == pattern
-    value = facts.name if key == "name" else facts.metadata.get(key, "")
+    if ":" in key:
+        value = (facts.labels or {}).get(key, "")
+    else:
+        value = facts.name if key == "name" else facts.metadata.get(key, "")
     # A missing value must not match `project:*`: that means "any project", not "none".
     return bool(value) and fnmatch.fnmatchcase(value, pattern)

@@ -27,8 +27,10 @@ A domain's channel is in one of four phases:
                        +-------------Hush----|----------------+
                                              +--Release-->
 
-A paused domain is served like a running one: what we write waits in its socket, and an unconnected
-channel can wedge when the guest resumes. A reboot is invisible on the channel and changes nothing.
+A domain in rescue is not served: nova runs another image under the server's UUID, and what is sent
+to the server is not for that. A paused domain is served like a running one: what we write waits in
+its socket, and an unconnected channel can wedge when the guest resumes. A reboot is invisible on
+the channel and changes nothing.
 
     decisions = domains.receive(event, now_s=clock())
     decisions += domains.handle_timeout(now_s=clock())
@@ -44,9 +46,12 @@ from dataclasses import dataclass
 from vchan.host.hypervisor.domain_xml import DomainFacts, DomainState, Selection
 
 __all__ = [
+    "IN_RESCUE",
     "NO_CONTROLLER_CONFIGURED",
     "NO_CONTROLLER_NOVA",
     "NO_CONTROLLER_TRANSIENT",
+    "NO_LABELS",
+    "WILL_LOSE_CHANNEL",
     "Attach",
     "AttachDone",
     "Changed",
@@ -88,9 +93,17 @@ NO_CONTROLLER_NOVA = (
     "start: set hw_qemu_guest_agent=yes on images for new servers; for this one: stop it, "
     "nova-manage image_property set {uuid} --property hw_qemu_guest_agent=yes, start it"
 )
+WILL_LOSE_CHANNEL = (
+    "at the next hard reboot, stop and start, or resize: nova's definition has no virtio-serial "
+    "controller, and this one's is there only because vchan-host was quick"
+)
 NO_CONTROLLER_TRANSIENT = (
     "the running VM has no virtio-serial controller and no next-boot configuration: "
     "start it from XML that has the channel (see libvirt/README.md)"
+)
+IN_RESCUE = (
+    "in rescue: another image runs in the server's place, and is not served; what is sent to the "
+    "server waits until it is unrescued"
 )
 
 
@@ -100,9 +113,15 @@ def no_controller(facts: DomainFacts, *, configured: bool) -> str:
     Args:
         configured: Its next-boot definition has the channel.
     """
-    if any(facts.metadata.values()):
+    if facts.is_novas:
         return NO_CONTROLLER_NOVA.format(uuid=facts.uuid)
     return NO_CONTROLLER_CONFIGURED if configured else NO_CONTROLLER_TRANSIENT
+
+
+NO_LABELS = (
+    "nova has written no extra specs and image properties for rules to go by: it is older than "
+    "release 32 (2025.2), or has not started the server since"
+)
 
 
 class DomainEvent(enum.Enum):
@@ -400,6 +419,11 @@ class Domains:
     # --- reading ---
 
     @property
+    def selection(self) -> Selection:
+        """Which domains get a channel."""
+        return self._selection
+
+    @property
     def hypervisor_problem(self) -> str | None:
         """Why libvirtd cannot be reached; None while it can."""
         return self._hypervisor_problem
@@ -490,7 +514,7 @@ class Domains:
         domain.facts, domain.unread = facts, None
         level = _level(facts, announced=domain.announced)
         decisions: list[Decision] = []
-        if level is not Situation.NO_CHANNEL and domain.path not in (None, facts.channel_path):
+        if level is not Situation.NO_CHANNEL and domain.path not in (None, facts.served_path):
             # Another path is another QEMU: it was restarted, restored or reverted unseen.
             decisions += self._release(domain, Why.REPLACED)
         reaction = _ON_LEVEL.get((domain.phase, level))
@@ -557,6 +581,8 @@ class Domains:
             return False
         if domain.unread is not None:
             return False  # what is known of it may be old
+        if facts.rescued:
+            return False  # it is not served, and nova throws this definition away
         if domain.announced or facts.incoming or facts.outgoing:
             return False  # a domain takes no device while it migrates
         live = facts.active and facts.channel_path is None and facts.has_controller
@@ -575,6 +601,8 @@ class Domains:
 
     def _standing_problem(self, domain: Domain, facts: DomainFacts) -> str | None:
         """What no attach can mend."""
+        if facts.rescued:
+            return IN_RESCUE if facts.active else None
         if not facts.active or facts.channel_path is not None or facts.has_controller:
             return None
         if domain.detached_by_operator or not self._selection.matches(facts):
@@ -630,8 +658,8 @@ class Domains:
 
 
 def _path_of(domain: Domain) -> str:
-    assert domain.facts is not None and domain.facts.channel_path is not None
-    return domain.facts.channel_path
+    assert domain.facts is not None and domain.facts.served_path is not None
+    return domain.facts.served_path
 
 
 def _unread_problem(unread: Unreadable) -> str:
@@ -639,7 +667,7 @@ def _unread_problem(unread: Unreadable) -> str:
 
 
 def _level(facts: DomainFacts, *, announced: bool) -> Situation:
-    if not facts.active or facts.channel_path is None:
+    if not facts.active or facts.served_path is None:
         return Situation.NO_CHANNEL
     if facts.incoming or (announced and facts.state is DomainState.PAUSED):
         return Situation.INCOMING

@@ -99,6 +99,22 @@ _REPLY_REMEDY: Final = (
     "if they may: reply any {topic} allow in policy_dir before that rule; then systemctl reload "
     "vchan-host"
 )
+NAMES_MAX: Final = 10
+"""VMs that one finding names. At it: it says how many more there are."""
+_LOSING_REMEDY: Final = (
+    "before that: stop each, nova-manage image_property set UUID --property "
+    "hw_qemu_guest_agent=yes, start it; for new servers set hw_qemu_guest_agent=yes on images. "
+    "vchan --json list has them (loses_channel)"
+)
+_ALIKE: Final = {
+    "loses_channel": ("1 VM loses its channel", "VMs lose their channels", _LOSING_REMEDY),
+    "unlabelled": (
+        "1 VM is in no rule by extra-spec or property:",
+        "VMs are in no rule by extra-spec or property:",
+        "select and allow them by project, flavor or image; or stop and start them under nova 32",
+    ),
+}
+"""By a field of the list's rows that says what is so: of one VM, of several, and what helps."""
 _NO_RULE: Final = "default"
 """The rule of a verdict that no rule gave."""
 _PAUSED: Final = "the VM is paused: what is sent to it waits until it goes on"
@@ -222,6 +238,25 @@ def examine_vm(row: Mapping[str, Any], detail: Mapping[str, Any]) -> list[Findin
     if detail.get("requests", {}).get("topics_over_limit"):
         text = "its agents ask for more topics than the limit allows"
         findings.append(Finding(Level.WARNING, name, text, "see limit topics in the policy"))
+    return findings
+
+
+def examine_rows(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """What is true of many VMs of a host alike, said once.
+
+    Args:
+        rows: What the daemon's method `list` returns, or some of it.
+    """
+    rows = list(rows)
+    findings = []
+    for key, (one, many, remedy) in _ALIKE.items():
+        found = [row for row in rows if row.get(key)]
+        if found:
+            names = ", ".join(row["name"] for row in found[:NAMES_MAX])
+            more = f" and {len(found) - NAMES_MAX} more" if len(found) > NAMES_MAX else ""
+            what = one if len(found) == 1 else f"{len(found)} {many}"
+            text = f"{what} {found[0][key]}: {names}{more}"
+            findings.append(Finding(Level.WARNING, "nova", text, remedy))
     return findings
 
 

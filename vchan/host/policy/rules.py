@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import uuid as uuids
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import translate
@@ -59,6 +59,18 @@ class Facts(NamedTuple):
     user: str = ""
     flavor: str = ""
     image: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    """(KIND:NAME, value) of LABEL_KINDS, as nova 32 and later write them."""
+
+    def value(self, key: str) -> str:
+        """By a key of a rule's."""
+        if ":" not in key:
+            return str(getattr(self, key))
+        return next((value for label, value in self.labels if label == key), "")
+
+    def named(self) -> dict[str, str]:
+        """By WHO_KEYS: for others."""
+        return {key: self.value(key) for key in WHO_KEYS}
 
 
 class Ask(NamedTuple):
@@ -98,7 +110,12 @@ WITHOUT_METHOD: Final = frozenset({"listen", "reply", "report"})
 CONDUCTED: Final = frozenset({"cast", FANOUT, "call", "notify"})
 """What can be sent to the conductor in the target's place."""
 
-WHO_KEYS: Final = Facts._fields
+WHO_KEYS: Final = ("uuid", "name", "project", "user", "flavor", "image")
+EXTRA_SPEC: Final = "extra-spec"
+PROPERTY: Final = "property"
+LABEL_KINDS: Final = (EXTRA_SPEC, PROPERTY)
+"""Of nova's metadata: extra specs are the flavor's, and so the operator's word; properties are the
+image's, and any tenant may upload an image."""
 TARGET_KEYS: Final = ("server", "namespace", "method")
 ONE_WAY: Final = ("one-way-cast", "one-way-call")
 MODES: Final = (*ONE_WAY, "cast", "call")
@@ -226,7 +243,7 @@ class LimitRule:
 def who_mismatch(who: tuple[tuple[str, Glob], ...], facts: Facts) -> Mismatch | None:
     """None if this is one of those VMs."""
     for key, glob in who:
-        value = getattr(facts, key)
+        value = facts.value(key)
         # Unknown is no name: `project:*` is any project, and not none.
         if not value or not glob.matches(value):
             return Mismatch(key, value, glob.text)
@@ -293,19 +310,38 @@ class ContextRule:
     topic: Glob
     keys: tuple[tuple[str, int], ...]
 
+    def mismatch(self, facts: Facts, exchange: str, topic: str) -> Mismatch | None:
+        """None if its keys pass with requests for this target."""
+        if not self.exchange.matches(exchange):
+            return Mismatch("exchange", exchange, self.exchange.text)
+        if not self.topic.matches(topic):
+            return Mismatch("topic", topic, self.topic.text)
+        return who_mismatch(self.who, facts)
+
 
 class Step(NamedTuple):
-    """A rule that was looked at, and why it did not match; None for the one that did."""
+    """A line that was looked at, and why it did not match; None for one that did.
 
-    rule: Rule
+    An `own` line is looked at alone: it decides whether it matches or not.
+    """
+
+    rule: Rule | OwnRule | ContextRule
     mismatch: Mismatch | None
 
 
 class Explanation(NamedTuple):
-    """How a verdict came about."""
+    """How a verdict came about, and what passes with the request.
+
+    Attributes:
+        contexts: The `context` lines of the request's direction; all that match count. None of a
+            request that is denied.
+        keys: What these let through, as `Policy.context_keys` has it.
+    """
 
     verdict: Verdict
     steps: tuple[Step, ...]
+    contexts: tuple[Step, ...] = ()
+    keys: Mapping[str, int] = {}
 
 
 class Policy:
@@ -346,8 +382,8 @@ class Policy:
         if ask.exchange.endswith(FANOUT_SUFFIX) or ask.exchange.startswith(BROKER_PREFIX):
             return Verdict(Effect.DENY, EVERYBODYS)
         kind, ask = _normal(facts, ask)
-        if kind == Kind.LISTEN and (own := self._own_rule(ask.exchange, ask.topic)) is not None:
-            is_owner = ask.server == facts.uuid and _is_owner(own, facts, ask.exchange, ask.topic)
+        if kind == Kind.LISTEN and (own := self.own_rule(ask.exchange, ask.topic)) is not None:
+            is_owner = _listener_mismatch(own, facts, ask) is None
             return Verdict(Effect.ALLOW if is_owner else Effect.DENY, own.where)
         for rule in self._of(facts)[0]:
             if rule.mismatch(kind, facts, ask) is None:
@@ -356,8 +392,15 @@ class Policy:
 
     def owns(self, facts: Facts, exchange: str, topic: str) -> bool:
         """Whether a topic is this VM's alone: also what is sent to no server of it is the VM's."""
-        own = None if self.problem else self._own_rule(exchange, topic)
-        return own is not None and _is_owner(own, facts, exchange, topic)
+        own = None if self.problem else self.own_rule(exchange, topic)
+        return own is not None and _owner_mismatch(own, facts, exchange, topic) is None
+
+    @property
+    def asks_labels(self) -> bool:
+        """Whether a line goes by what older releases of nova do not write."""
+        lines = (self.rules, self.limit_rules, self.own_rules, self.context_rules)
+        asked = [line.who for group in lines for line in group]
+        return any(":" in key for who in asked for key, _ in who)
 
     def context_keys(
         self, facts: Facts, direction: str, exchange: str, topic: str
@@ -366,18 +409,14 @@ class Policy:
         and characters that their values may have."""
         keys: dict[str, int] = {}
         for rule in () if self.problem else self.context_rules:
-            if (
-                rule.direction == direction
-                and rule.topic.matches(topic)
-                and rule.exchange.matches(exchange)
-                and who_mismatch(rule.who, facts) is None
-            ):
+            if rule.direction == direction and rule.mismatch(facts, exchange, topic) is None:
                 for key, chars in rule.keys:
                     keys[key] = max(chars, keys.get(key, 0))
         return keys
 
-    def _own_rule(self, exchange: str, topic: str) -> OwnRule | None:
-        """The line that gives a topic to somebody; one that names it goes first."""
+    def own_rule(self, exchange: str, topic: str) -> OwnRule | None:
+        """The line that gives a topic to somebody, and so decides who listens to it; one that names
+        it goes first."""
         named = self._owned.get((exchange, topic))
         if named is not None:
             return named
@@ -385,16 +424,32 @@ class Policy:
         return next(alike, None)
 
     def explain(self, facts: Facts, ask: Ask) -> Explanation:
-        """The same verdict, with every rule that was looked at on the way."""
+        """The same verdict, with every line that was looked at on the way."""
         verdict = self.decide(facts, ask)
         kind, ask = _normal(facts, ask)
-        steps = []
+        steps = tuple(self._steps(kind, facts, ask))
+        direction = INTO if kind == Kind.LISTEN else OUT_OF if kind in CONDUCTED else None
+        if verdict.effect is Effect.DENY or direction is None:
+            return Explanation(verdict, steps)
+        contexts = tuple(
+            Step(rule, rule.mismatch(facts, ask.exchange, ask.topic))
+            for rule in self.context_rules
+            if rule.direction == direction
+        )
+        keys = self.context_keys(facts, direction, ask.exchange, ask.topic)
+        return Explanation(verdict, steps, contexts, keys)
+
+    def _steps(self, kind: str, facts: Facts, ask: Ask) -> Iterator[Step]:
+        """Up to the line that decides."""
+        own = self.own_rule(ask.exchange, ask.topic) if kind == Kind.LISTEN else None
+        if own is not None:
+            yield Step(own, _listener_mismatch(own, facts, ask))
+            return
         for rule in self.rules:
             mismatch = who_mismatch(rule.who, facts) or rule.mismatch(kind, facts, ask)
-            steps.append(Step(rule, mismatch))
+            yield Step(rule, mismatch)
             if mismatch is None:
-                break
-        return Explanation(verdict, tuple(steps))
+                return
 
     def limits(self, facts: Facts) -> Limits:
         """This VM's limits. For each, the first line that names it decides."""
@@ -459,8 +514,19 @@ class Policy:
         return replace(limits, reassembly_bytes=max(limits.reassembly_bytes, limits.message_bytes))
 
 
-def _is_owner(own: OwnRule, facts: Facts, exchange: str, topic: str) -> bool:
-    return own.names(exchange, topic) in ("", facts.uuid) and who_mismatch(own.who, facts) is None
+def _owner_mismatch(own: OwnRule, facts: Facts, exchange: str, topic: str) -> Mismatch | None:
+    """None if the topic is this VM's, which the line gives to somebody."""
+    uuid = own.names(exchange, topic)
+    if uuid not in ("", facts.uuid):
+        return Mismatch("uuid", facts.uuid, uuid or "")
+    return who_mismatch(own.who, facts)
+
+
+def _listener_mismatch(own: OwnRule, facts: Facts, ask: Ask) -> Mismatch | None:
+    """The same of who wants to listen: an owner does so under its own name alone."""
+    if ask.server != facts.uuid:
+        return Mismatch("server", ask.server, SELF)
+    return _owner_mismatch(own, facts, ask.exchange, ask.topic)
 
 
 def _normal(facts: Facts, ask: Ask) -> tuple[str, Ask]:
@@ -476,14 +542,19 @@ def make_facts(values: Mapping[str, str]) -> Facts:
     Raises:
         ConfigError: One is none.
     """
+    labels = tuple(
+        (key, value) for key, value in values.items() if key.partition(":")[0] in LABEL_KINDS
+    )
+    values = {key: value for key, value in values.items() if (key, value) not in labels}
     for key in values:
         if key not in WHO_KEYS:
-            raise ConfigError(f"{key}=", f"is no fact; expected {', '.join(WHO_KEYS)}")
+            expected = ", ".join((*WHO_KEYS, *(f"{kind}:NAME" for kind in LABEL_KINDS)))
+            raise ConfigError(f"{key}=", f"is no fact; expected {expected}")
     try:
         uuid = str(uuids.UUID(values.get("uuid", str(uuids.UUID(int=0)))))
     except ValueError as error:
         raise ConfigError(f"uuid={values['uuid']}", "is no UUID") from error
-    return Facts(**{**values, "uuid": uuid})
+    return Facts(**{**values, "uuid": uuid}, labels=labels)
 
 
 def make_ask(kind: str, target: str, values: Mapping[str, str]) -> Ask:
