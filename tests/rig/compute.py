@@ -39,7 +39,7 @@ GUEST_DAEMON = Service("vchan-guest", "python3 -m vchan.guest.daemon")
 
 def agent_service(name: str, path: str, *arguments: str) -> Service:
     """A program of the guest image, kept running by its init."""
-    return Service(name, " ".join(["python3.11", path, *arguments]))
+    return Service(name, " ".join(["python3", path, *arguments]))
 
 
 class HostDaemon:
