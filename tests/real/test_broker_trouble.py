@@ -18,7 +18,7 @@ from typing import Any
 import amqp
 import pytest
 
-from tests.rig import rabbit4, rig_directory, wait_until
+from tests.rig import newer_debian, rig_directory, wait_until
 from tests.rig.broker_peers import TIMEOUT_S, Host, raw_channel, wait_for_queue
 from tests.rig.rabbit import RabbitServer
 from tests.rig.release import TRIXIE, of_this_machine
@@ -58,10 +58,10 @@ def rabbit(request: pytest.FixtureRequest) -> Iterator[RabbitServer]:
     if request.param < own:
         pytest.skip(f"this machine's own RabbitMQ is {own}")
     if request.param > own:
-        missing = rabbit4.missing_for_rabbit4()
+        missing = newer_debian.missing_for_newer_debian()
         if missing is not None:
             pytest.skip(missing)
-        tree = rabbit4.build()
+        tree = newer_debian.build(newer_debian.RABBIT)
     with rig_directory() as directory, RabbitServer(directory / "rabbit", tree=tree) as server:
         assert server.ctl("version").strip().startswith(f"{request.param}.")
         yield server

@@ -187,6 +187,7 @@ class ComputeHost:
 
     Args:
         directory: A short path: see `LibvirtHost`.
+        tree: As for `LibvirtHost`; vchan-host is this machine's.
     """
 
     def __init__(
@@ -197,9 +198,10 @@ class ComputeHost:
         transport_url: str | None,
         *,
         options: Sequence[str] = (),
+        tree: Path | None = None,
     ) -> None:
         self.name = f"host{number}"
-        self.libvirt = LibvirtHost(directory, number, warm_cache)
+        self.libvirt = LibvirtHost(directory, number, warm_cache, tree=tree)
         daemon = directory.with_name(f"{directory.name}-daemon")
         daemon.mkdir(exist_ok=True)
         self.daemon = HostDaemon(
