@@ -35,7 +35,10 @@ MAXIMUM_CPU = (
     "<cpu mode='maximum'><feature policy='disable' name='erms'/>"
     "<feature policy='disable' name='fsrm'/></cpu>"
 )
-COMMON_CPU = "<cpu mode='custom' match='exact' check='none'><model>Nehalem</model></cpu>"
+COMMON_CPU = (  # rdrand: without it a guest waits for its first random numbers
+    "<cpu mode='custom' match='exact' check='none'><model>Nehalem</model>"
+    "<feature policy='require' name='rdrand'/></cpu>"
+)
 
 # A socket's path holds 107 bytes; below the host's directory libvirt makes of a channel's:
 # /config/libvirt/qemu/channel/target/domain-NNN-<at most 20 of its name>/org.openstack.vchan.0

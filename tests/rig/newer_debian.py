@@ -33,6 +33,7 @@ LEFT_OUT = ("doc", "man", "locale")
 ENTER = """
 set -e
 mount -t proc proc "$0/proc"
+mount --rbind /sys "$0/sys"
 mount --rbind /dev "$0/dev"
 mount -t tmpfs tmpfs "$0/tmp"
 mkdir -p "$0$1"
