@@ -439,7 +439,8 @@ def test_arguments_that_the_broker_does_not_take_are_not_said_to_be_declared_oth
         assert "declared otherwise" not in problem
         with raw_channel(rabbit) as channel:  # if it is there all the same, it is used
             arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True}
-            for name in (f"{topic.name}.{vm}", f"{topic.name}_fanout_{vm}"):
+            # The last is the one that it waits for: it then makes those that are not there.
+            for name in (f"{topic.name}_fanout_{vm}", f"{topic.name}.{vm}"):
                 channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
         host.events.take(Consuming, vm=vm)
 
