@@ -18,7 +18,7 @@ from typing import Any
 import amqp
 import pytest
 
-from tests.rig import rabbit4, rig_directory, wait_until
+from tests.rig import newer_debian, rig_directory, wait_until
 from tests.rig.broker_peers import TIMEOUT_S, Host, raw_channel, wait_for_queue
 from tests.rig.rabbit import RabbitServer
 from tests.rig.release import TRIXIE, of_this_machine
@@ -58,10 +58,10 @@ def rabbit(request: pytest.FixtureRequest) -> Iterator[RabbitServer]:
     if request.param < own:
         pytest.skip(f"this machine's own RabbitMQ is {own}")
     if request.param > own:
-        missing = rabbit4.missing_for_rabbit4()
+        missing = newer_debian.missing_for_newer_debian()
         if missing is not None:
             pytest.skip(missing)
-        tree = rabbit4.build()
+        tree = newer_debian.build(newer_debian.RABBIT)
     with rig_directory() as directory, RabbitServer(directory / "rabbit", tree=tree) as server:
         assert server.ctl("version").strip().startswith(f"{request.param}.")
         yield server
@@ -439,7 +439,8 @@ def test_arguments_that_the_broker_does_not_take_are_not_said_to_be_declared_oth
         assert "declared otherwise" not in problem
         with raw_channel(rabbit) as channel:  # if it is there all the same, it is used
             arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True}
-            for name in (f"{topic.name}.{vm}", f"{topic.name}_fanout_{vm}"):
+            # The last is the one that it waits for: it then makes those that are not there.
+            for name in (f"{topic.name}_fanout_{vm}", f"{topic.name}.{vm}"):
                 channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
         host.events.take(Consuming, vm=vm)
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.rig import rig_directory, wait_until
 from tests.rig.rabbit import RabbitServer
+from tests.rig.release import TRIXIE, of_this_machine
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
 from vchan.client import Client
 from vchan.errors import AgentGone, NoSuchAgent, RequestError
@@ -34,6 +35,10 @@ CALL_TIMEOUT_S = 30
 WRITTEN_S = 5.0
 """RabbitMQ 3.10, killed within a second of making a quorum queue, comes back with one that neither
 delivers nor confirms for good."""
+BREAKS = of_this_machine() is TRIXIE
+"""QEMU 10.0 breaks a device where 7.2 wedges a port."""
+SERIAL = "/machine/peripheral/virtio-serial0/virtio-backend"
+"""The device, in QEMU's own words."""
 PAUSE_S = 15.0  # over the host's and the guest's silence limits and idle pings
 
 
@@ -155,6 +160,7 @@ def test_a_wedge_after_a_pause_is_cured(vm: Vm) -> None:
     assert vm.status()["channel"]["cures"] >= 1
 
 
+@pytest.mark.skipif(BREAKS, reason="this QEMU breaks its device instead: see the next test")
 def test_a_wedge_of_a_late_connection_is_cured(vm: Vm) -> None:
     """The guest's port is full as it leaves, and nobody is connected where it arrives."""
     with vm.traffic() as traffic:
@@ -170,6 +176,31 @@ def test_a_wedge_of_a_late_connection_is_cured(vm: Vm) -> None:
     report.check()
     assert vm.status()["channel"]["cures"] >= 1
     assert set(answers) <= {"answered", "AgentGone"}
+
+
+@pytest.mark.skipif(not BREAKS, reason="this QEMU wedges instead: see the test before")
+def test_a_device_that_a_late_connection_broke_needs_a_reset(vm: Vm) -> None:
+    """As before, with QEMU 10: what the full port held is counted back by a number that QEMU never
+    read ("Virtqueue size exceeded"), and all ports of the VM are dead. We say that it is silent."""
+    with full_port(vm):
+        source, destination = vm.here, vm.there
+        destination.daemon.kill()
+        vm.migrate()
+        source.daemon.signal(signal.SIGCONT)
+        destination.daemon.start()
+        wait_until(
+            lambda: "NEEDS_RESET" in vm.here.monitor(vm.name, f"info virtio-status {SERIAL}"),
+            timeout_s=60,
+            interval_s=0.5,
+            failure=lambda: f"the device is well: {vm.status()}",
+        )
+        vm.wait_status(lambda seen: "nobody answers" in (seen["problem"] or ""), "no problem")
+        vm.domain.reset(0)
+        vm.wait_ready()
+    with vm.traffic() as traffic:
+        traffic.flows()
+        report = traffic.finish()
+    report.check()
 
 
 def test_answers_that_qemu_delivers_at_both_hosts(vm: Vm) -> None:
@@ -256,7 +287,7 @@ def full_port(vm: Vm) -> Iterator[list[str]]:
         yield became
         became += [done.result() for done in calls]
         with vm.shell() as shell:
-            shell.check("kill $(cat /run/slow.pid)")
+            shell.check("[ ! -e /run/slow.pid ] || kill $(cat /run/slow.pid)")  # it was reset
 
 
 def slow_pid(client: Client, vm: Vm) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -43,28 +43,53 @@ def become(user: int, group: int, *groups: int) -> list[str]:
     return ["setpriv", f"--reuid={user}", f"--regid={group}", further]
 
 
-def as_debian_has_it(directory: Path) -> Path:
-    """The directories of libvirt's channel sockets, with owners and modes as in Debian 12, and a
-    socket of QEMU's in them."""
-    path = directory / "qemu"
-    for name, owner, group, mode in (
-        ("", QEMU_USER, QEMU_GROUP, 0o750),  # /var/lib/libvirt/qemu
-        ("channel", QEMU_USER, KVM, 0o755),
-        ("target", QEMU_USER, KVM, 0o755),
-        ("domain-1-vm", QEMU_USER, KVM, 0o750),
-    ):
-        path = path / name if name else path
-        path.mkdir()
-        os.chown(path, owner, group)
-        path.chmod(mode)
-    return path / "org.openstack.vchan.0"
+class Layout(NamedTuple):
+    """The directories of libvirt's channel sockets, one in the other, with groups and modes.
+
+    Attributes:
+        group: The sockets' own.
+    """
+
+    directories: tuple[tuple[str, int, int], ...]
+    group: int
+
+    def made(self, directory: Path) -> Path:
+        """The directories, here; returns where QEMU's socket is to be."""
+        path = directory
+        for name, group, mode in self.directories:
+            path = path / name
+            path.mkdir()
+            os.chown(path, QEMU_USER, group)
+            path.chmod(mode)
+        return path / "org.openstack.vchan.0"
+
+
+DEBIAN_12 = Layout(
+    (
+        # /var/lib/libvirt/qemu
+        ("qemu", QEMU_GROUP, 0o750),
+        ("channel", KVM, 0o755),
+        ("target", KVM, 0o755),
+        ("domain-1-vm", KVM, 0o750),
+    ),
+    KVM,
+)
+DEBIAN_13 = Layout(
+    (
+        # /run/libvirt/qemu
+        ("qemu", QEMU_GROUP, 0o755),
+        ("channel", QEMU_GROUP, 0o755),
+        ("1-vm", QEMU_GROUP, 0o750),
+    ),
+    QEMU_GROUP,
+)
 
 
 @contextlib.contextmanager
-def listening(path: Path) -> Iterator[None]:
+def listening(path: Path, group: int = KVM) -> Iterator[None]:
     """A channel's socket, as libvirt makes it: 0775."""
     server = listen_unix(str(path), 0o775)
-    os.chown(path, QEMU_USER, KVM)
+    os.chown(path, QEMU_USER, group)
     try:
         yield
     finally:
@@ -72,18 +97,24 @@ def listening(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("groups", "says"),
+    ("layout", "groups", "says"),
     [
-        ((), "PortDenied"),
-        ((KVM,), "PortDenied"),
-        ((QEMU_GROUP,), "PortDenied"),
-        ((KVM, QEMU_GROUP), "connected"),
+        (DEBIAN_12, (), "PortDenied"),
+        (DEBIAN_12, (KVM,), "PortDenied"),
+        (DEBIAN_12, (QEMU_GROUP,), "PortDenied"),
+        (DEBIAN_12, (KVM, QEMU_GROUP), "connected"),
+        (DEBIAN_13, (), "PortDenied"),
+        (DEBIAN_13, (KVM,), "PortDenied"),
+        (DEBIAN_13, (QEMU_GROUP,), "connected"),
+        (DEBIAN_13, (KVM, QEMU_GROUP), "connected"),
     ],
 )
-def test_a_channels_socket_takes_both_of_qemus_groups(groups: tuple[int, ...], says: str) -> None:
+def test_which_of_qemus_groups_a_channels_socket_takes(
+    layout: Layout, groups: tuple[int, ...], says: str
+) -> None:
     with rig_directory() as directory:
-        path = as_debian_has_it(directory)
-        with listening(path):
+        path = layout.made(directory)
+        with listening(path, layout.group):
             program = (
                 "import sys; from vchan.io.streams import connect_unix\n"
                 "try: connect_unix(sys.argv[1]); print('connected')\n"
@@ -110,7 +141,7 @@ def unprivileged_host(
 
     host = UndrivenHost(directory / "host", ["one"], options=options)
     vm = host.vms["one"]
-    channel = as_debian_has_it(directory)
+    channel = DEBIAN_12.made(directory)
     node = directory / "host" / "node.xml"
     node.write_text(node.read_text().replace(str(vm.path), str(channel)))
     vm.path = channel

@@ -23,9 +23,15 @@ pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
 ]
 
-LIBRARY = "usr/lib/python3.11/site-packages"
+DISTRIBUTIONS = {"el9": "3.11", "fc42": "3.13"}
+"""Each with its Python."""
 WAIT_S = 120
 DATABASE = "rpm-database/"
+
+
+def library(dist: str) -> str:
+    """Where a distribution's Python looks for packages."""
+    return f"usr/lib/python{DISTRIBUTIONS[dist]}/site-packages"
 
 
 def run(*words: str | Path, status: int = 0) -> str:
@@ -39,7 +45,8 @@ def run(*words: str | Path, status: int = 0) -> str:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
     directory = tmp_path_factory.mktemp("rpm")
-    return package(directory, "--rpm", "el9=3.11", "--rpm", "fc42=3.13")
+    words = (f"{dist}={python}" for dist, python in DISTRIBUTIONS.items())
+    return package(directory, *(word for pair in words for word in ("--rpm", pair)))
 
 
 @pytest.fixture
@@ -75,7 +82,9 @@ def test_the_same_files_as_in_the_debian_packages(built: Artefacts, root: Path) 
         run("dpkg-deb", "-x", deb, debian)
     ours, theirs = files(root), files(debian)
     moved = {
-        re.sub("^usr/lib/python3/dist-packages", LIBRARY, re.sub("^lib/", "usr/lib/", name)): name
+        re.sub(
+            "^usr/lib/python3/dist-packages", library("el9"), re.sub("^lib/", "usr/lib/", name)
+        ): name
         for name in theirs
     }
     only_debian = {name for name in moved if re.search(r"/(copyright|changelog\.gz)$", name)}
@@ -88,18 +97,16 @@ def test_the_same_files_as_in_the_debian_packages(built: Artefacts, root: Path) 
 
 
 def test_what_it_installs_runs_and_all_of_it_goes(built: Artefacts, root: Path) -> None:
-    guest, host = built.one("vchan-guest-*.el9.*"), built.one("vchan-host-*.el9.*")
+    dist, python = of_a_python_that_is_here()
+    guest, host = built.one(f"vchan-guest-*.{dist}.*"), built.one(f"vchan-host-*.{dist}.*")
     rpm(root, "-i", guest, host)
     launcher = (root / "usr/bin/vchan-guest").read_text()
-    assert launcher.startswith("#!/usr/bin/python3.11 -I\n")
-    python = shutil.which("python3.11")
-    if python is None:
-        pytest.skip("no python3.11 here")
-    path = f"import sys; sys.path.insert(0, '{root / LIBRARY}'); "
+    assert launcher.startswith(f"#!/usr/bin/python{DISTRIBUTIONS[dist]} -I\n")
+    path = f"import sys; sys.path.insert(0, '{root / library(dist)}'); "
     said = run(python, "-I", "-c", f"{path}sys.argv[1:] = ['--version']; " + body(launcher))
     assert said.startswith("vchan-guest ")
     # What the package's script does, and rpm's list of it.
-    run(python, "-I", "-m", "compileall", "-q", root / LIBRARY / "vchan")
+    run(python, "-I", "-m", "compileall", "-q", root / library(dist) / "vchan")
     compiled = {f"/{name}" for name in files(root) if name.endswith(".pyc")}
     listed = run("rpm", "-qlp", guest).split() + run("rpm", "-qlp", host).split()
     assert {name for name in listed if name.endswith(".pyc")} == compiled
@@ -108,12 +115,21 @@ def test_what_it_installs_runs_and_all_of_it_goes(built: Artefacts, root: Path) 
     assert not list(root.rglob("*vchan*"))
 
 
+def of_a_python_that_is_here() -> tuple[str, Path]:
+    """A distribution, and the Python of its version on this machine."""
+    for dist, version in DISTRIBUTIONS.items():
+        python = shutil.which(f"python{version}")
+        if python is not None:
+            return dist, Path(python)
+    pytest.skip(f"none of these Pythons is here: {', '.join(DISTRIBUTIONS.values())}")
+
+
 def body(launcher: str) -> str:
     return "; ".join(line for line in launcher.splitlines()[1:] if line)
 
 
 def test_what_they_need(built: Artefacts) -> None:
-    for dist, python in (("el9", "3.11"), ("fc42", "3.13")):
+    for dist, python in DISTRIBUTIONS.items():
         guest = run("rpm", "-qp", "--requires", built.one(f"vchan-guest-*.{dist}.*"))
         assert f"python(abi) = {python}\n" in guest
         assert "oslo" not in guest and "dist(" not in guest
@@ -145,6 +161,6 @@ def test_the_scripts_are_sh(built: Artefacts, tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_again(built: Artefacts, tmp_path: Path) -> None:
-    again = package(tmp_path, "--rpm", "el9=3.11")
+    again = package(tmp_path, "--rpm", f"el9={DISTRIBUTIONS['el9']}")
     for name in ("vchan-guest-*.el9.*", "vchan-host-*.el9.*"):
         assert again.one(name).read_bytes() == built.one(name).read_bytes()

@@ -16,7 +16,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -190,7 +190,7 @@ class Cloud:
         return [json.loads(line) for line in self.journal.read_text().splitlines()]
 
     def status(self) -> list[Any]:
-        with sqlite3.connect(self.directory / "db.sqlite") as database:
+        with closing(sqlite3.connect(self.directory / "db.sqlite")) as database:
             query = "select status_description from service_statuses"
             return [row[0] for row in database.execute(query)]
 

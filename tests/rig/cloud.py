@@ -34,9 +34,11 @@ class Cloud:
 
     Args:
         directory: A short path: see `LibvirtHost`.
+        second_tree: The second host's libvirt and QEMU are those of this tree: see `LibvirtHost`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, second_tree: Path | None = None) -> None:
+        self._second_tree = second_tree
         self.directory = directory
         self._stack = contextlib.ExitStack()
         self._runs = itertools.count(1)
@@ -52,15 +54,19 @@ class Cloud:
         image = build({path: here / name for path, name in programs.items()})
         self.image = image.staged(self.directory)
         (self.directory / "r").mkdir()
-        warm_cache = cache_directory() / "libvirt"
+        tree, own = self._second_tree, cache_directory() / "libvirt"
+        second = own if tree is None else tree.with_name("libvirt")
         with contextlib.ExitStack() as stack:
             self.rabbit = stack.enter_context(RabbitServer(self.directory / "r"))
             self.url = f"{self.rabbit.url}?{DURABLE}"
             self.a, self.b = (
                 stack.enter_context(
-                    ComputeHost(self.directory / name, number, warm_cache, self.url)
+                    ComputeHost(self.directory / name, number, warm_cache, self.url, tree=its_tree)
                 )
-                for number, name in ((1, "a"), (2, "b"))
+                for number, name, warm_cache, its_tree in (
+                    (1, "a", own, None),
+                    (2, "b", second, tree),
+                )
             )
             self._stack = stack.pop_all()
         return self

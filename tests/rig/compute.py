@@ -40,7 +40,7 @@ GUEST_DAEMON = Service("vchan-guest", "python3 -m vchan.guest.daemon")
 
 def agent_service(name: str, path: str, *arguments: str) -> Service:
     """A program of the guest image, kept running by its init."""
-    return Service(name, " ".join(["python3.11", path, *arguments]))
+    return Service(name, " ".join(["python3", path, *arguments]))
 
 
 class HostDaemon:
@@ -206,6 +206,7 @@ class ComputeHost:
 
     Args:
         directory: A short path: see `LibvirtHost`.
+        tree: As for `LibvirtHost`; vchan-host is this machine's.
     """
 
     def __init__(
@@ -216,9 +217,10 @@ class ComputeHost:
         transport_url: str | None,
         *,
         options: Sequence[str] = (),
+        tree: Path | None = None,
     ) -> None:
         self.name = f"host{number}"
-        self.libvirt = LibvirtHost(directory, number, warm_cache)
+        self.libvirt = LibvirtHost(directory, number, warm_cache, tree=tree)
         daemon = directory.with_name(f"{directory.name}-daemon")
         daemon.mkdir(exist_ok=True)
         self.daemon = HostDaemon(

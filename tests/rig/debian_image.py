@@ -40,7 +40,7 @@ from tests.rig.guest_image import (
 )
 from tests.rig.release import of_this_machine
 
-SUITE = "bookworm"
+SUITE = of_this_machine().codename
 AGENT_PORT = "org.qemu.guest_agent.0"
 PACKAGES = (
     *("systemd-sysv", "udev", "dbus", "kmod", "iproute2", "curl"),

@@ -2,7 +2,7 @@
 
 An image is two cpio archives, one after the other, which the kernel unpacks both:
 
-    Debian's part   busybox, CPython 3.11 and its libraries: fetched once, never changes
+    Debian's part   busybox, CPython and its libraries: fetched once, never changes
     our part        init, kernel modules, vchan/, extra files: written anew when any of it changes
 
 Nothing is installed and no root is needed: packages are downloaded by apt-get and unpacked.

@@ -23,12 +23,22 @@ import libvirt
 
 from tests.rig import NOBODY, Account, RigError, end_process, tail, wait_until
 from tests.rig.guest_image import SHELL_PORT, VCHAN_PORT, GuestImage, Service, command_line
+from tests.rig.newer_debian import inside
 
 LIBVIRTD = "/usr/sbin/libvirtd"
 QEMU = "/usr/bin/qemu-system-x86_64"
 START_TIMEOUT_S = 90.0  # the first start of all probes QEMU: 4 to 8 s on an idle machine
 STOP_GRACE_S = 20.0
 NOVA_XMLNS = "http://openstack.org/xmlns/libvirt/nova/1.1"
+
+MAXIMUM_CPU = (
+    "<cpu mode='maximum'><feature policy='disable' name='erms'/>"
+    "<feature policy='disable' name='fsrm'/></cpu>"
+)
+COMMON_CPU = (  # rdrand: without it a guest waits for its first random numbers
+    "<cpu mode='custom' match='exact' check='none'><model>Nehalem</model>"
+    "<feature policy='require' name='rdrand'/></cpu>"
+)
 
 # A socket's path holds 107 bytes; below the host's directory libvirt makes of a channel's:
 # /config/libvirt/qemu/channel/target/domain-NNN-<at most 20 of its name>/org.openstack.vchan.0
@@ -41,10 +51,14 @@ class LibvirtHost:
     Args:
         number: Tells hosts apart; 1 to 999.
         warm_cache: Where what libvirt found out about QEMU is kept between runs. Filled by the
-            first host that finds it missing; saves every later one 4 to 8 s.
+            first host that finds it missing; saves every later one 4 to 8 s. Of one QEMU.
+        tree: Another Debian's files, to run its libvirt and QEMU (see newer_debian); needs root.
+            What is beside `directory`, and nothing else, is there too.
     """
 
-    def __init__(self, directory: Path, number: int, warm_cache: Path) -> None:
+    def __init__(
+        self, directory: Path, number: int, warm_cache: Path, *, tree: Path | None = None
+    ) -> None:
         if len(os.fsencode(directory)) > DIRECTORY_BYTES_MAX:
             raise ValueError(f"over {DIRECTORY_BYTES_MAX} bytes, too long for sockets: {directory}")
         self.directory = directory
@@ -52,6 +66,7 @@ class LibvirtHost:
         self.log = directory / "libvirtd.log"
         self._warm_cache = warm_cache
         self._account = Account.first_of(NOBODY)
+        self._tree = tree
         self._daemon: subprocess.Popen[bytes] | None = None
         self._migrations = 0
 
@@ -87,11 +102,9 @@ class LibvirtHost:
         """Start the daemon and wait until it answers. Guests that ran on are found again."""
         if self._daemon is not None:
             raise RigError("this libvirtd runs already")
-        self._daemon = self._account.spawn(
-            [
-                *(LIBVIRTD, "--config", self.directory / "config/libvirt/libvirtd.conf"),
-                *("--pid-file", self.directory / "libvirtd.pid"),
-            ],
+        spawner, command = self._command()
+        self._daemon = spawner.spawn(
+            command,
             environment=self._environment(),
             log=self.directory / "output.log",  # ours, so not the one that the daemon must write
             cwd=self.directory,
@@ -101,6 +114,20 @@ class LibvirtHost:
             timeout_s=START_TIMEOUT_S,
             interval_s=0.02,
             failure=lambda: f"libvirtd did not start in {START_TIMEOUT_S} s:\n{self._logged()}",
+        )
+
+    def _command(self) -> tuple[Account, list[str | Path]]:
+        """The daemon's command line, and who starts it."""
+        command: list[str | Path] = [
+            *(LIBVIRTD, "--config", self.directory / "config/libvirt/libvirtd.conf"),
+            *("--pid-file", self.directory / "libvirtd.pid"),
+        ]
+        if self._tree is None:
+            return self._account, command
+        # Hosts find each other's sockets, and the guests' images, beside their own directories.
+        here = self.directory
+        return Account(None), inside(
+            self._tree, command, self._account, shared=here.parent, cwd=here
         )
 
     @property
@@ -218,6 +245,7 @@ def domain_xml(
     controller: bool = True,
     shell: bool = True,
     memory_mib: int = 256,
+    cpu: str = MAXIMUM_CPU,
     metadata: str = "",
     devices: str = "",
     files: Mapping[str, Path] | None = None,
@@ -228,6 +256,8 @@ def domain_xml(
         console: A file QEMU may write (`LibvirtHost.console_path`).
         channel: With vchan's channel from the start.
         controller: With a virtio-serial controller: without one no channel can be hot-plugged.
+        cpu: XML. QEMUs of several releases have other maximums: between them a guest moves with one
+            that both have.
         shell: With the channel for `GuestShell`. Neither it nor `channel` goes without controller.
         metadata: XML, such as `nova_metadata` makes.
         devices: XML of further devices, after the channels.
@@ -249,10 +279,7 @@ def domain_xml(
     <cmdline>{escape(command_line(services))}</cmdline>
   </os>
   <features><acpi/><apic/></features>
-  <cpu mode='maximum'>
-    <feature policy='disable' name='erms'/>
-    <feature policy='disable' name='fsrm'/>
-  </cpu>
+  {cpu}
   <devices>
     <emulator>{QEMU}</emulator>
     <controller type='usb' model='none'/>

@@ -3,7 +3,6 @@ mapper (epmd)."""
 
 import contextlib
 import json
-import pwd
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 from tests.rig import NOBODY, Account, RigError, end_process, tail, wait_until
 from tests.rig.certificates import Certificate
+from tests.rig.newer_debian import inside
 from tests.rig.ports import claim_ports
 
 # Debian's wrappers in /usr/sbin insist on root or the rabbitmq user and on /var/lib: these do not.
@@ -24,19 +24,6 @@ STOP_GRACE_S = 20.0
 CTL_TIMEOUT_S = 180.0
 AMQP_GREETING = b"AMQP\x00\x00\x09\x01"
 METHOD_FRAME = b"\x01"
-
-# In a mount namespace of its own, so that nothing is left; and in place of itself, for the signals.
-ENTER_TREE = """
-set -e
-mount -t proc proc "$0/proc"
-mount -t tmpfs tmpfs "$0/tmp"
-mkdir -p "$0$1"
-mount --rbind "$1" "$0$1"
-cd "$0"
-place=$1 user=$2
-shift 2
-exec chroot --userspec="$user" "$0" sh -c 'cd "$0" && exec "$@"' "$place" "$@"
-"""
 
 # Without these Erlang's schedulers spin while idle and take a shared core from the guests.
 NO_BUSY_WAIT = "+sbwt none +sbwtdcpu none +sbwtdio none"
@@ -64,7 +51,7 @@ class RabbitServer:
         plugins: To be enabled.
         name: Of the node, among those it forms a cluster with.
         first: The node whose cookie and port mapper it shares.
-        tree: Another Debian's files, to run its RabbitMQ (see rabbit4); needs root.
+        tree: Another Debian's files, to run its RabbitMQ (see newer_debian); needs root.
     """
 
     def __init__(
@@ -248,11 +235,8 @@ class RabbitServer:
     def _command(self, *command: str | Path) -> list[str | Path]:
         if self._tree is None:
             return list(command)
-        entry = pwd.getpwnam(self._account.user or NOBODY)
-        return [
-            *("unshare", "--mount", "sh", "-c", ENTER_TREE, str(self._tree), self.directory),
-            *(f"{entry.pw_uid}:{entry.pw_gid}", *command),
-        ]
+        here = self.directory
+        return inside(self._tree, command, self._account, shared=here, cwd=here)
 
     def _start_epmd(self) -> None:
         # Erlang would start one by itself, but as a daemon that nobody ends. It must listen before

@@ -40,7 +40,7 @@ IN_GUEST: Final = ("__init__.py", "payload.py", "records.py", "in_guest.py")
 
 def services() -> list[Service]:
     """What runs in each guest."""
-    programs = [Service(name, f"python3.11 -m tests.torture.in_guest {name}") for name in PROGRAMS]
+    programs = [Service(name, f"python3 -m tests.torture.in_guest {name}") for name in PROGRAMS]
     return [GUEST_DAEMON, *programs]
 
 

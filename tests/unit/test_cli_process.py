@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rig.guest_image import PYTHON
 from tests.unit.local_host import LocalHost
 from tests.unit.test_cli_shapes import HEALTHY
 from vchan import cli
@@ -242,7 +243,7 @@ def test_ctrl_c_ends_top_on_a_terminal(host: LocalHost) -> None:
 
 
 @pytest.mark.skipif(
-    os.geteuid() != 0 or not Path("/usr/bin/python3.11").exists(),
+    os.geteuid() != 0 or not Path(PYTHON).exists(),
     reason="needs to become another user, and a Python that is for all users",
 )
 def test_who_may_not_is_told_who_may(host: LocalHost) -> None:
@@ -255,7 +256,7 @@ def test_who_may_not_is_told_who_may(host: LocalHost) -> None:
         os.setuid(NOBODY)
 
     done = subprocess.run(
-        ["/usr/bin/python3.11", *words_of(host, "list")[1:]],
+        [PYTHON, *words_of(host, "list")[1:]],
         cwd="/",
         env={"PYTHONPATH": str(package)},
         capture_output=True,
