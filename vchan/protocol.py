@@ -31,6 +31,7 @@ from construct import (
     Int16ub,
     Int32ub,
     Int64ub,
+    Optional,
     PascalString,
     Struct,
     Subconstruct,
@@ -73,6 +74,10 @@ Frame = Struct(
 
 Role = Enum(Byte, HOST=1, GUEST=2)
 
+Capabilities = FlagsEnum(Int32ub, BYTE_STREAMS=1)
+"""What an end takes beside requests. Unknown ones are ignored."""
+CapabilitiesField = Struct("capabilities" / Int32ub)
+
 GreetingHead = Struct(
     "version_min" / Byte,
     "version_max" / Byte,
@@ -93,6 +98,7 @@ Greeting = Struct(
     "head" / GreetingHead,
     "name" / PascalString(Byte, "utf8"),  # who I am: a host's or a guest's name
     "attached" / PascalString(Byte, "utf8"),  # whom I had my last session with
+    "capabilities" / Optional(CapabilitiesField),  # left out if there are none
 )
 
 MessageKind = Enum(
@@ -226,6 +232,7 @@ _FIXED = {
     "FRAME_HEADER": FrameHeader,
     "CRC": Struct("crc" / Crc),
     "GREETING": GreetingHead,
+    "CAPABILITIES": CapabilitiesField,
     "REQUEST": RequestHead,
     "RECEIPT": ReceiptHead,
     "REPLY": ReplyHead,
@@ -244,6 +251,7 @@ _ENUMS = {
     "KIND": FrameKind,
     "FLAG": FrameFlags,
     "ROLE": Role,
+    "CAPABILITY": Capabilities,
     "MESSAGE": MessageKind,
     "REQUEST_FLAG": RequestFlags,
     "REPLY_FLAG": ReplyFlags,

@@ -11,6 +11,7 @@ from vchan import session
 from vchan.session.handshake import Handshake
 from vchan.wire.frames import Greeting
 
+UNKNOWN_CAPABILITY = 1 << 31
 UNKNOWN_FIELDS = b"\x07unknown\x00\x00\x00\x2a"
 
 
@@ -19,7 +20,8 @@ class NewerGreeting(Greeting):
 
     def encode(self) -> bytes:
         """What goes over the wire."""
-        return super().encode() + UNKNOWN_FIELDS
+        known = self._replace(capabilities=self.capabilities | UNKNOWN_CAPABILITY)
+        return Greeting.encode(known) + UNKNOWN_FIELDS
 
 
 class NewerHandshake(Handshake):

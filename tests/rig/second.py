@@ -103,10 +103,12 @@ class Greeting(NamedTuple):
     reassembly_bytes_max: int = 8 << 20
     name: bytes = b"second"
     attached: bytes = b""
+    capabilities: int = 0
 
     def encoded(self) -> bytes:
-        names = b"".join(bytes([len(name)]) + name for name in self[14:])
-        return _GREETING.pack(*self[:14]) + names
+        names = b"".join(bytes([len(name)]) + name for name in self[14:16])
+        more = self.capabilities.to_bytes(4) if self.capabilities else b""
+        return _GREETING.pack(*self[:14]) + names + more
 
     @classmethod
     def decoded(cls, data: bytes) -> Greeting:
@@ -114,7 +116,8 @@ class Greeting(NamedTuple):
         for _ in range(2):
             names.append(data[at + 1 : at + 1 + data[at]])
             at += 1 + data[at]
-        return cls(*_GREETING.unpack_from(data), *names)
+        flags = int.from_bytes(data[at : at + 4]) if len(data) >= at + 4 else 0
+        return cls._make((*_GREETING.unpack_from(data), *names, flags))
 
 
 class End:

@@ -182,6 +182,7 @@ greetings = st.builds(
     reassembly_bytes_max=u32,
     name=st.text(max_size=60),
     attached=st.text(max_size=60),
+    capabilities=u32,
 )
 
 
@@ -189,7 +190,9 @@ greetings = st.builds(
 def test_greetings_agree_with_their_definition(greeting: Greeting) -> None:
     fields = greeting._asdict()
     names = {"name": fields.pop("name"), "attached": fields.pop("attached")}
-    written = protocol.Greeting.build({"head": fields, **names})
+    flags = fields.pop("capabilities")
+    more = {"capabilities": {"capabilities": flags} if flags else None}
+    written = protocol.Greeting.build({"head": fields, **names, **more})
     assert greeting.encode() == written
     assert decode_greeting(written) == greeting
     parsed = protocol.Greeting.parse(greeting.encode())
@@ -201,12 +204,14 @@ def test_greetings_agree_with_their_definition(greeting: Greeting) -> None:
 
 @given(greetings, st.binary(max_size=20))
 def test_a_later_version_may_add_to_a_greeting(greeting: Greeting, more: bytes) -> None:
+    """It says its capabilities, where a greeting without any ends before them."""
+    greeting = greeting._replace(capabilities=greeting.capabilities or 1)
     assert decode_greeting(greeting.encode() + more) == greeting
 
 
 @given(greetings, st.data())
 def test_a_truncated_greeting_is_rejected(greeting: Greeting, draw: st.DataObject) -> None:
-    whole = greeting.encode()
+    whole = greeting._replace(capabilities=0).encode()
     assert decode_greeting(whole[: draw.draw(st.integers(0, len(whole) - 1))]) is None
 
 

@@ -109,6 +109,10 @@ def test_the_definition_reads_the_greeting_vectors() -> None:
         parsed = protocol.Greeting.parse(bytes.fromhex(vector["payload"]))
         fields = vector["fields"]
         assert (parsed.name, parsed.attached) == (fields.pop("name"), fields.pop("attached"))
+        flags = fields.pop("capabilities", 0)
+        assert bool(flags) == (parsed.capabilities is not None)
+        if parsed.capabilities is not None:
+            assert bool(flags & 1) == parsed.capabilities.capabilities.BYTE_STREAMS
         for name, value in fields.items():
             got = parsed.head[name]
             assert (got.hex() if isinstance(got, bytes) else int(got)) == value

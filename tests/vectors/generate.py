@@ -155,6 +155,7 @@ def greeting_fields(greeting: Greeting) -> Vectors:
     return {
         name: value.hex() if isinstance(value, bytes) else value
         for name, value in greeting._asdict().items()
+        if name != "capabilities" or value
     }
 
 
@@ -179,6 +180,11 @@ def greetings() -> Vectors:
             for name, kind, made in (
                 ("a host's HELLO", layout.KIND_HELLO, hello),
                 ("a guest's WELCOME", layout.KIND_WELCOME, welcome),
+                (
+                    "a HELLO of one that takes byte streams",
+                    layout.KIND_HELLO,
+                    hello._replace(capabilities=layout.CAPABILITY_BYTE_STREAMS),
+                ),
             )
         ]
     }

@@ -11,6 +11,7 @@ contract    what all sessions share: methods, events, configuration, limits
 
 from vchan.session.contract import (
     BACKLOG_BYTES_MAX,
+    BYTE_STREAMS,
     CONTROL,
     IN_FLIGHT_BYTES_MAX,
     MESSAGE_BYTES_MAX,
@@ -42,6 +43,7 @@ from vchan.session.session import Session
 
 __all__ = [
     "BACKLOG_BYTES_MAX",
+    "BYTE_STREAMS",
     "CONTROL",
     "IN_FLIGHT_BYTES_MAX",
     "MESSAGE_BYTES_MAX",

@@ -50,6 +50,10 @@ SILENCE_S: Final = 10.0
 """Tell the shell when a peer that was asked stays silent so long. The shell knows about pauses."""
 
 
+BYTE_STREAMS: Final = layout.CAPABILITY_BYTE_STREAMS
+"""Of a greeting's capabilities: its sender takes byte streams (`vchan.streams`)."""
+
+
 class Role(enum.IntEnum):
     """Which end this is. On a local socket the daemon is the HOST."""
 
@@ -76,6 +80,8 @@ class Peer(NamedTuple):
     attached: str
     """The name of the peer it had its last session with; empty if none."""
     version: int
+    capabilities: int = 0
+    """Flags: what it takes beside requests, by its greeting."""
 
 
 class Opened(NamedTuple):
@@ -139,6 +145,7 @@ class Config(NamedTuple):
     in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX
     ping_idle_s: float = PING_IDLE_S
     silence_s: float = SILENCE_S
+    capabilities: int = 0
 
 
 class Counters:

@@ -132,6 +132,7 @@ class Handshake:
             config.reassembly_bytes_max,
             config.name,
             self._attached,
+            config.capabilities,
         )
 
     # ---------------------------------------------------------------- the peer's greetings
@@ -237,7 +238,8 @@ class Handshake:
     def described(self, peer: Greeting) -> Peer:
         """The peer, as events tell of it."""
         version = min(self._config.version_max, peer.version_max)
-        return Peer(peer.instance, printable(peer.name), printable(peer.attached), version)
+        name, attached = printable(peer.name), printable(peer.attached)
+        return Peer(peer.instance, name, attached, version, peer.capabilities)
 
     def _keys(self, mine: Greeting, peer: Greeting) -> tuple[Key, Key]:
         """(key to send with, key to receive with)"""

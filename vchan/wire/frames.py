@@ -20,6 +20,7 @@ from vchan.wire import layout
 _HEADER: Final = Struct(layout.FRAME_HEADER)
 _CRC: Final = Struct(layout.CRC)
 _GREETING: Final = Struct(layout.GREETING)
+_CAPABILITIES: Final = Struct(layout.CAPABILITIES)
 
 HEADER_BYTES: Final = _HEADER.size + _CRC.size
 """A frame's fixed part, with its own CRC."""
@@ -268,11 +269,14 @@ class Greeting(NamedTuple):
     reassembly_bytes_max: int
     name: str
     attached: str
+    capabilities: int = 0
+    """Flags: what the sender takes beside requests."""
 
     def encode(self) -> bytes:
         """The payload of a HELLO or WELCOME. Names are cut to 255 bytes of UTF-8."""
-        head = _GREETING.pack(*self[:-2])
-        return head + _encode_name(self.name) + _encode_name(self.attached)
+        head = _GREETING.pack(*self[:-3])
+        more = _CAPABILITIES.pack(self.capabilities) if self.capabilities else b""
+        return head + _encode_name(self.name) + _encode_name(self.attached) + more
 
 
 def decode_greeting(payload: bytes) -> Greeting | None:
@@ -285,7 +289,10 @@ def decode_greeting(payload: bytes) -> Greeting | None:
     attached, position = _decode_name(payload, position)
     if name is None or attached is None:
         return None
-    return Greeting._make((*fields, name, attached))
+    capabilities = 0  # an earlier release says none
+    if len(payload) >= position + _CAPABILITIES.size:
+        (capabilities,) = _CAPABILITIES.unpack_from(payload, position)
+    return Greeting._make((*fields, name, attached, capabilities))
 
 
 def _encode_name(name: str) -> bytes:

@@ -15,6 +15,8 @@ CRC: Final = ">L"
 # version_min, version_max, role, instance, nonce, echo, session, recv_next, send_base,
 # send_next, credit, frame_bytes_max, message_bytes_max, reassembly_bytes_max
 GREETING: Final = ">BBB16s16s16s16sQQQQLLL"
+# capabilities
+CAPABILITIES: Final = ">L"
 # kind, flags, id, timeout_ms, monitor_ms, exchange_length, topic_length, server_length
 REQUEST: Final = ">BB16sLLBBB"
 # kind, id
@@ -56,6 +58,8 @@ FLAG_LAST: Final = 2
 
 ROLE_HOST: Final = 1
 ROLE_GUEST: Final = 2
+
+CAPABILITY_BYTE_STREAMS: Final = 1
 
 MESSAGE_REQUEST: Final = 1
 MESSAGE_RECEIPT: Final = 2
