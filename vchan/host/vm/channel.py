@@ -12,13 +12,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from vchan.errors import LinkError
+from vchan.errors import LinkError, Rejected
 from vchan.host.hypervisor.domains import Domain, Phase
 from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.clock import GuestClock
 from vchan.host.vm.downward import BrokerPort, Downward
 from vchan.host.vm.gate import Gate
 from vchan.host.vm.reports import Reports
+from vchan.host.vm.streams import VmStreams
 from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import Offer
 from vchan.io.link import TURN_S, Link
@@ -29,6 +30,7 @@ from vchan.rpc.messages import Request, Subscribe, Topic, encode
 from vchan.rpc.reports import TOPIC as REPORTS
 from vchan.session import (
     BACKLOG_BYTES_MAX,
+    BYTE_STREAMS,
     CONTROL,
     AnySession,
     Config,
@@ -44,6 +46,8 @@ from vchan.session import (
     State,
     Violation,
 )
+from vchan.streams.carrier import fill
+from vchan.streams.messages import is_of_family
 
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 """Between attempts while libvirt says that the domain is there."""
@@ -160,10 +164,12 @@ class Channel:
                 message_bytes_max=self.throttle.limits.message_bytes,
                 reassembly_bytes_max=self.throttle.limits.reassembly_bytes,
                 silence_s=SILENCE_S,
+                capabilities=self._own_capabilities,
             ),
             os.urandom,
         )
         self._metered = _Metered(0, 0, 0, 0, 0)
+        self.streams = VmStreams(home.name, gate, self._wake_link)
         self.downward = Downward(
             self.vm,
             self._send,
@@ -252,6 +258,11 @@ class Channel:
             lambda: self.downward.release(reason, self._loop.time()),
         )
 
+    @property
+    def _own_capabilities(self) -> int:
+        """Towards a guest alone: two hosts' daemons would both wait for the other to accept."""
+        return BYTE_STREAMS if self._end.role is Role.HOST else 0
+
     def _cancel_timers(self) -> None:
         self._alarm.cancel()
         for timer in (self._reconnect_timer, self._absent_timer, self._mail_timer):
@@ -296,6 +307,7 @@ class Channel:
             silent=self._domain.phase is not Phase.SERVING,
             meter=self._meter,
         )
+        self._link.refill = self._refill
 
     def _plan_reconnect(self) -> None:
         delays_s = self._end.reconnect_s
@@ -341,9 +353,25 @@ class Channel:
         else:
             self._session.send(message, stream)
 
+    def _refill(self) -> bool:
+        """What there is of byte streams for the guest, beside the requests."""
+        return fill(self._session, self.streams.next_for_guest)
+
+    def _wake_link(self) -> None:
+        if self._link is not None:
+            self._link.wake()
+
+    def _on_stream_message(self, message: bytes, now_s: float) -> None:
+        problem = self.streams.from_guest(message)
+        if problem:
+            self._tell(f"the guest broke the protocol of byte streams: {problem}")
+            self._note_violation(problem, now_s)
+
     def _handle(self, event: Event) -> None:
         now_s = self._loop.time()
         match event:
+            case Received(_, message) if self._is_of_streams(message):
+                self._on_stream_message(message, now_s)
             case Received(_, message):
                 if self._spoke_s is not None:
                     self.first_answer_s, self._spoke_s = now_s - self._spoke_s, None
@@ -360,6 +388,8 @@ class Channel:
                 self._tell(f"{kind} with guest {peer.name!r}{before}")
                 if not resumed:
                     self._told_topics = ()
+                    takes = peer.capabilities & self._own_capabilities & BYTE_STREAMS
+                    self.streams.guest_connected(takes_streams=bool(takes))
                 self.say_topics()
                 self.downward.opened(
                     resumed=resumed, now_s=now_s, before=peer.attached, guest=peer.instance
@@ -387,6 +417,31 @@ class Channel:
             case Refused(reason, by_peer):
                 self._trouble = f"refused{' by the guest' if by_peer else ''}: {reason}"
                 self._tell(self._trouble)
+
+    def _is_of_streams(self, message: bytes) -> bool:
+        """Of a guest that may say nothing, not even these are heard."""
+        return is_of_family(message) and self.streams.guest_takes and not self.downward.is_mute
+
+    def require_streams(self) -> None:
+        """Refuse a program that wants byte streams into a guest that does not take them now.
+
+        Raises:
+            Rejected: Why not.
+        """
+        if self._session.state is not State.OPEN:
+            why = ": ".join(filter(None, (self.state, self.problem)))
+            raise Rejected(f"{self.name}: no streams now: its channel is {why}")
+        if self.downward.is_mute:
+            raise Rejected(
+                f"{self.name}: nothing that this VM says is heard, by this host's policy"
+            )
+        if not self.streams.guest_takes:
+            raise Rejected(f"{self.name}: its vchan-guest takes no byte streams: upgrade it")
+
+    def policy_changed(self) -> None:
+        """Other rules hold, or other facts are known."""
+        self.downward.policy_changed(self._loop.time())
+        self.streams.policy_changed()
 
     def went_on(self) -> None:
         """The guest stood still, and does so no more."""
@@ -602,6 +657,7 @@ class Channel:
             **self.counters,
             **self.downward.counters,
             **self.downward.upward.counters,
+            **self.streams.counters,
         }
 
     def totals(self) -> dict[str, int]:
@@ -625,4 +681,5 @@ class Channel:
             "limits": asdict(self.throttle.limits),
             "session": self._session.counters.as_dict(),
             "requests": self.downward.summary(),
+            "streams": self.streams.summary(),
         }
