@@ -22,6 +22,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
 from vchan.errors import (
@@ -158,6 +159,8 @@ class Connection:
             False before each new session: a daemon that lost us gives our requests to others.
         open_stream: What connects to the socket, if not `connect_local`.
         takes_raw: Requests may be RAW: `deliver` knows what to do with those.
+        other: Told each message that is none of a request's.
+        refill: See `Link`; given the session.
     """
 
     def __init__(
@@ -170,9 +173,13 @@ class Connection:
         open_stream: Callable[[str], Stream] | None = None,
         *,
         takes_raw: bool = False,
+        other: Callable[[bytes], object] = lambda _: None,
+        refill: Callable[[Session], object] | None = None,
     ) -> None:
         self.loop = loop
         self.path = path
+        self._other = other
+        self._refill = refill
         self._open_stream = open_stream or connect_local
         self._deliver = deliver
         self._changed = changed
@@ -219,6 +226,8 @@ class Connection:
                 raise
             return
         self._link = Link(self.loop, self._session, stream, self._handle, self._lost)
+        if self._refill is not None:
+            self._link.refill = partial(self._refill, self._session)
 
     def _plan_retry(self) -> None:
         delay_s = RECONNECT_S[min(self._attempts, len(RECONNECT_S) - 1)]
@@ -252,6 +261,11 @@ class Connection:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    def wake(self) -> None:
+        """Write soon what there is to write."""
+        if self._link is not None:
+            self._link.wake()
 
     def flush(self) -> None:
         """Write what is queued, as far as the socket takes it."""
@@ -367,7 +381,7 @@ class Connection:
             case Holding(ids):
                 self._charges = ids
             case BadMessage() | Unknown():
-                pass  # a newer daemon's; nothing here depends on it
+                self._other(data)  # or a newer daemon's: nothing here depends on it
 
     def _tell(self, outcome: Outcome) -> None:
         if isinstance(outcome, Heartbeat):

@@ -91,7 +91,7 @@ GreetingHead = Struct(
     "message_bytes_max" / Int32ub,
     "reassembly_bytes_max" / Int32ub,
 )
-Features = FlagsEnum(Int32ub, RAW_BODIES=1, PLAIN_PAYLOADS=2)
+Features = FlagsEnum(Int32ub, RAW_BODIES=1, PLAIN_PAYLOADS=2, BYTE_STREAMS=4)
 Greeting = Struct(
     "head" / GreetingHead,
     "name" / PascalString(Byte, "utf8"),  # who I am: a host's or a guest's name

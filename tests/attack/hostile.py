@@ -38,8 +38,10 @@ from vchan.rpc.messages import (
     encode,
 )
 from vchan.session import Config, Received, Role, Session, State
+from vchan.streams import messages as streams
 from vchan.wire import layout
 from vchan.wire.frames import (
+    BYTE_STREAMS,
     NO_KEY,
     OVERHEAD_BYTES,
     PAYLOAD_BYTES_MAX,
@@ -312,7 +314,7 @@ class Hostile:
 
     def shake_hands(self) -> None:
         """Open a session, as a good guest does."""
-        config = Config(Role.GUEST, self.random(16), "hostile")
+        config = Config(Role.GUEST, self.random(16), "hostile", features=BYTE_STREAMS)
         session = Session(config, self.random)
         session.open(self._wire.time())
         while session.state is not State.OPEN:
@@ -672,6 +674,32 @@ def stops_reading(guest: Hostile, word: str) -> None:
         guest.write(guest.frame(layout.KIND_ACK), deaf=True)
 
 
+def unasked_streams(guest: Hostile, word: str) -> None:
+    """Byte streams out of a guest, which nobody asked for."""
+    offer = streams.encode(streams.StreamOffer(streams.VERSION, streams.VERSION))
+    while True:
+        asked = [
+            streams.Open(guest.random(16), streams.NO_TAG, 0, 1 << 62, "tcp:22", '{"uid":0}')
+            for _ in range(50)
+        ]
+        guest.flow([offer, *map(streams.encode, asked)])
+
+
+def stream_games(guest: Hostile, word: str) -> None:
+    """Bytes, credit, questions and ends of byte streams that nobody has."""
+    blob = bytes(8000)
+    while True:
+        said: list[streams.StreamMessage] = [streams.StreamOffer(0, 255)]
+        for _ in range(40):
+            stream, tag = guest.random(16), guest.random(8)
+            said += [
+                streams.Progress(streams.ASK | streams.REWIND, stream, tag, 1 << 62, 1 << 62),
+                streams.Part(streams.END, stream, tag, 1 << 61, blob),
+                streams.Reset(255, stream, "x" * streams.TEXT_BYTES_MAX),
+            ]
+        guest.flow(list(map(streams.encode, said)))
+
+
 def garbage(guest: Hostile, word: str) -> None:
     """Random bytes, with beginnings of frames among them."""
     blob = b"".join(guest.random(300) + layout.MAGIC + guest.random(40) for _ in range(200))
@@ -717,6 +745,8 @@ ATTACKS: dict[str, Attack] = {
         json_bombs_in_answers,
         audit_injection,
         stops_reading,
+        unasked_streams,
+        stream_games,
         garbage,
     )
 }

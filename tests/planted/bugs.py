@@ -80,6 +80,8 @@ _DROPPED_TESTS: Final = "tests/unit/test_dropped_casts.py::"
 _STREAM_ENDS: Final = "vchan/streams/ends.py"
 _STREAM_HALVES: Final = "vchan/streams/halves.py"
 _STREAM_TESTS: Final = "tests/unit/test_byte_streams.py::"
+_SWITCHBOARD: Final = "vchan/streams/switchboard.py"
+_FORWARD_TESTS: Final = "tests/unit/test_forward_parts.py::"
 _CARRIED: Final = "tests/unit/test_byte_streams_carried.py"
 
 _BODIES: Final = "vchan/rpc/bodies.py"
@@ -176,6 +178,67 @@ BUGS: Final = (
             "        frame_bytes_max = self._config.frame_bytes_max\n",
         ),
         Test(_FEATURES_TESTS + "test_an_older_peer_gets_small_frames_with_their_crc"),
+    ),
+    # ---------------------------------------------------------------- forwards
+    Bug(
+        "a guest of an earlier release is sent streams",
+        Patch(
+            _SWITCHBOARD, "self._guest_offer_due = takes_streams", "self._guest_offer_due = True"
+        ),
+        Test(_FORWARD_TESTS + "test_a_guest_that_does_not_take_streams_is_sent_none"),
+    ),
+    Bug(
+        "a program that goes takes its last words along",
+        Patch(_SWITCHBOARD, "if message[0] == layout.BYTE_STREAM_RESET:", "if False:"),
+        Test(_FORWARD_TESTS + "test_a_program_that_goes_has_the_last_word"),
+    ),
+    Bug(
+        "bytes on record are what a guest makes up",
+        Patch(
+            _SWITCHBOARD,
+            "        if part.offset <= self.next < stop:",
+            "        if self.next < stop:",
+        ),
+        Test(_FORWARD_TESTS + "test_bytes_are_counted_once_and_the_end_is_told_once"),
+    ),
+    Bug(
+        "a program says itself who it is",
+        Patch(
+            "vchan/host/vm/streams.py",
+            'return opened._replace(facts=json.dumps(facts, separators=(",", ":")))',
+            "return opened",
+        ),
+        Test(_FORWARD_TESTS + "test_the_guest_is_told_who_asks_by_the_hosts_word"),
+    ),
+    Bug(
+        "any lets programs on the host into guests",
+        Patch(
+            "vchan/host/policy/rule_parser.py",
+            "            kinds.update(ANY_KINDS)",
+            "            kinds.update(KINDS)",
+        ),
+        Test(
+            "tests/unit/test_policy_rules.py::"
+            "test_any_does_not_include_what_programs_on_the_host_ask"
+        ),
+    ),
+    Bug(
+        "a socket's half close closes both ways",
+        Patch(
+            "vchan/splices.py",
+            "            self.ends.finish(joint.id)",
+            "            self.ends.reset(joint.id, CLOSED)",
+        ),
+        Test(_FORWARD_TESTS + "test_each_side_ends_what_it_says_by_itself"),
+    ),
+    Bug(
+        "what a stream does not take is lost",
+        Patch(
+            "vchan/splices.py",
+            "        joint.for_stream = data[taken:]",
+            '        joint.for_stream = data[taken:] and b"x"',
+        ),
+        Test(_FORWARD_TESTS + "test_what_a_socket_does_not_take_is_not_read_from_the_stream"),
     ),
     # ---------------------------------------------------------------- byte streams
     Bug(

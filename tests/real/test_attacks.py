@@ -109,6 +109,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "json_bombs_in_answers": (),
     "audit_injection": ("throttled", "guest_denied"),
     "stops_reading": (),
+    "unasked_streams": ("quarantines", f"{VIOLATIONS}Open: no streams are taken out of a guest"),
+    "stream_games": ("throttled",),
     "garbage": ("throttled", "bytes_skipped"),
 }
 """The counters that must show it, and why the VM is closed off."""

@@ -6,6 +6,7 @@ from typing import Any
 from vchan.host.oslo_wire.upward_envelope import Asked
 from vchan.host.policy.rules import Ask, Effect, Kind, Verdict
 from vchan.host.policy.vm_limits import Limits
+from vchan.host.vm.gate import StreamNote
 from vchan.rpc.bodies import REDELIVERED_KEY
 from vchan.rpc.in_flight import Outcome
 from vchan.rpc.messages import Request, Topic
@@ -37,6 +38,8 @@ class OpenGate:
         self.given_topics: frozenset[Topic] = frozenset()
         self.deny_reply: set[Topic] = set()
         self.turned_away: list[tuple[Ask, bytes]] = []
+        self.deny_forward = ""
+        self.streams: list[StreamNote] = []
 
     def owns(self, topic: Topic) -> bool:
         return topic in self.owned
@@ -52,6 +55,14 @@ class OpenGate:
 
     def refused(self, ask: Ask, request_id: bytes, reason: str) -> None:
         pass
+
+    def forward(self, ask: Ask) -> Verdict:
+        if self.deny_forward:
+            return Verdict(Effect.DENY, self.deny_forward)
+        return Verdict(Effect.ALLOW, "open")
+
+    def streamed(self, note: StreamNote) -> None:
+        self.streams.append(note)
 
     def unheard(self, ask: Ask, request_id: bytes) -> None:
         self.turned_away.append((ask, request_id))

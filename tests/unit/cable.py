@@ -68,6 +68,13 @@ class Cable:
             selector.unregister(client)
             client.close()
 
+    def cut(self) -> None:
+        """Drop who is connected at the host's end, and what is under way to and from it."""
+        client = self._clients[0]
+        if client is not None:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self

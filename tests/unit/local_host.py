@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from vchan.errors import NoSuchDomain, NoSuchMethod, Rejected
-from vchan.host.local.programs import LocalService, SendAnswer, call_with, failure, result
+from vchan.host.local.programs import (
+    LocalService,
+    SendAnswer,
+    Streams,
+    call_with,
+    failure,
+    result,
+)
+from vchan.host.vm.streams import Program
 from vchan.io.local_socket import LocalServer
 from vchan.io.loop import Loop
 from vchan.rpc.bodies import decode_invocation, encode_failure, encode_json
@@ -139,6 +147,9 @@ class LocalHost:
 
     def serving(self, topic: Topic) -> list[str]:
         return ["vm"] if topic.name == "agent" else []
+
+    def open_streams(self, vm: str, target: str, number: int, program: Program) -> Streams:
+        raise Rejected(f"{vm}: its vchan-guest takes no byte streams: upgrade it")
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         if self.bug_of and args.get("vm") == self.bug_of:

@@ -22,10 +22,11 @@ from typing import Any, Final, Self, TypeVar
 from tests.rig.gates import OpenGate
 from tests.rig.phases import release, serve
 from tests.unit.cable import Cable
-from vchan.errors import LinkError, NoSuchDomain
+from vchan.errors import LinkError, NoSuchDomain, Rejected
 from vchan.host.hypervisor.domains import Domain
-from vchan.host.local.programs import LocalService, SendAnswer
+from vchan.host.local.programs import LocalService, SendAnswer, Streams
 from vchan.host.vm.channel import Channel, Home
+from vchan.host.vm.streams import Program
 from vchan.io.local_socket import LocalServer
 from vchan.io.loop import Loop
 from vchan.io.streams import connect_unix
@@ -155,6 +156,9 @@ class HostSide:
 
     def serving(self, topic: Topic) -> list[str]:
         return [VM] if topic in self.channel.downward.topics else []
+
+    def open_streams(self, vm: str, target: str, number: int, program: Program) -> Streams:
+        raise Rejected(f"{vm}: its vchan-guest takes no byte streams: upgrade it")
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         raise KeyError(name)

@@ -265,6 +265,12 @@ def its_callers_time_out(scene: Scene) -> None:
     assert scene.attacked.downward.open_requests == 0
 
 
+def no_stream_is_there(scene: Scene) -> None:
+    assert scene.attacked.streams.summary()["open"] == 0
+    assert scene.attacked.totals()["streams"] == 0
+    assert scene.attacked.streams._board._routes == {}
+
+
 # --- before it
 
 
@@ -349,6 +355,12 @@ EXPECTED = {
     ),
     "audit_injection": Expected(("guest_denied", "throttled"), check=no_line_is_forged),
     "stops_reading": Expected(("expired",), check=its_callers_time_out, prepare=call_it),
+    "unasked_streams": Expected(
+        ("messages_received",),
+        "11 violations in a minute, the last: Open: no streams are taken out of a guest",
+        no_stream_is_there,
+    ),
+    "stream_games": Expected(("throttled",), check=no_stream_is_there),
     "garbage": Expected(("bytes_skipped", "throttled"), check=nothing_gets_through),
 }
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vchan.errors import LimitExceeded, Rejected
-from vchan.host.local.programs import LocalService, SendAnswer
+from vchan.host.local.programs import LocalService, SendAnswer, Streams
+from vchan.host.vm import streams
 from vchan.io.access import Credentials
 from vchan.io.loop import Loop
 from vchan.rpc.bodies import encode_invocation
@@ -58,6 +59,9 @@ class Vms:
 
     def serving(self, topic: Topic) -> list[str]:
         return self.names if topic == TOPIC else []
+
+    def open_streams(self, vm: str, target: str, number: int, program: streams.Program) -> Streams:
+        raise Rejected(f"{vm}: its vchan-guest takes no byte streams: upgrade it")
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         raise KeyError(name)

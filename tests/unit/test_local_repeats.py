@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from vchan.host.local.programs import LocalService, SendAnswer
+from vchan.errors import Rejected
+from vchan.host.local.programs import LocalService, SendAnswer, Streams
+from vchan.host.vm.streams import Program
 from vchan.io.access import Credentials
 from vchan.io.link import Link
 from vchan.io.loop import Loop
@@ -38,6 +40,9 @@ class Guest:
 
     def serving(self, topic: Topic) -> list[str]:
         return []
+
+    def open_streams(self, vm: str, target: str, number: int, program: Program) -> Streams:
+        raise Rejected(f"{vm}: its vchan-guest takes no byte streams: upgrade it")
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         raise KeyError(name)

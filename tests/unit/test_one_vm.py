@@ -123,6 +123,7 @@ def test_the_daemon_knows_no_part_of_a_vm() -> None:
     }
     assert imported == {
         "vchan.host.vm.channel.Home",
+        "vchan.host.vm.streams.Program",  # who at the socket wants streams: no part of a VM
         "vchan.host.vm.vm.HostedVm",
         "vchan.host.vm.vm.VmEvent",
     }

@@ -87,7 +87,7 @@ def test_a_comparison_that_would_take_too_long_is_given_up() -> None:
         ("call any any allow", "call name:x nova/* deny"),
         ("call any any allow", "cast any any deny", "call,cast any a deny"),
         ("listen any any allow", "listen any any server:@self deny"),
-        ("any any any deny", "mode any one-way-cast"),
+        ("any any any deny", "forward any any deny", "mode any one-way-cast"),
         ("call any any server:* allow", "call any any server:@self deny"),
         ("call name:a* any allow", "call name:ab* project:x any allow"),
         (f"call uuid:{UUID} any allow", f"call uuid:{UUID.upper()} any deny"),

@@ -22,6 +22,7 @@ from vchan.host.policy.rule_parser import (
     parse,
 )
 from vchan.host.policy.rules import (
+    ANY_KINDS,
     DEFAULT,
     EVERYBODYS,
     KINDS,
@@ -36,6 +37,8 @@ from vchan.host.policy.rules import (
     Kind,
     Policy,
     Verdict,
+    forward_ask,
+    make_ask,
     make_facts,
 )
 from vchan.host.policy.vm_limits import LIMITS, Limits
@@ -74,6 +77,7 @@ def cast(*, fanout: bool = False) -> Ask:
 NOTIFY = Ask(Kind.NOTIFY, "nova", "notifications", method="info")
 HTTP = Ask(Kind.HTTP, "web", "metadata", method="GET")
 REPORT = Ask(Kind.REPORT, "vchan", "facts")
+FORWARD = Ask(Kind.FORWARD, "tcp", "8080")
 EVERY_ASK = (listen(), reply(), call(), cast(), cast(fanout=True), NOTIFY, HTTP, REPORT)
 
 
@@ -107,7 +111,7 @@ def test_a_policy_that_cannot_be_read_denies_everything(ask: Ask) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_that_kind_alone(kind: str) -> None:
     rules = policy(f"{kind} any any allow")
-    allowed = [ask for ask in EVERY_ASK if effect(rules, ask) is Effect.ALLOW]
+    allowed = [ask for ask in (*EVERY_ASK, FORWARD) if effect(rules, ask) is Effect.ALLOW]
     assert [("fanout" if ask.fanout else ask.kind) for ask in allowed] == [kind]
 
 
@@ -485,7 +489,7 @@ def test_a_parser_raises_policy_errors_alone(text: str | list[tuple[str, str]]) 
 @st.composite
 def rule_lines(draw: Any) -> dict[str, Any]:
     """A rule as a table, for the reference model and for `as_line`."""
-    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, unique=True))
+    kinds = draw(st.lists(st.sampled_from(ANY_KINDS), min_size=1, unique=True))
     rule: dict[str, Any] = {
         "kinds": kinds,
         "effect": draw(st.sampled_from(["allow", "deny"])),
@@ -633,6 +637,67 @@ def test_facts_with_labels_as_an_operator_writes_them() -> None:
     assert facts.named() == {**dict.fromkeys(WHO_KEYS, ""), "uuid": UUID}
     with pytest.raises(ConfigError, match="is no fact"):
         make_facts({"extraspec:a": "b"})
+
+
+# --- forwards ---------------------------------------------------------------------------------
+
+
+def test_any_does_not_include_what_programs_on_the_host_ask() -> None:
+    assert effect(policy("any any any allow"), FORWARD) is Effect.DENY
+
+
+@pytest.mark.parametrize(
+    ("line", "target", "is_allowed"),
+    [
+        ("forward any tcp:8080 allow", "tcp:8080", True),
+        ("forward any tcp:8080 allow", "tcp:80", False),
+        ("forward any tcp:8080 allow", "unix:8080", False),
+        ("forward any tcp:80* allow", "tcp:8081", True),
+        ("forward any unix:/run/app/* allow", "unix:/run/app/a.sock", True),
+        ("forward any unix:/run/app/* allow", "unix:/run/b", False),
+        ("forward name:instance-0001 any allow", "tcp:1", True),
+        ("forward name:other any allow", "tcp:1", False),
+        ("mode any one-way-call\nforward any any allow", "tcp:1", False),
+        ("forward any any allow\nmode any one-way-cast", "tcp:1", True),
+        ("mode any any call\nforward any any allow", "tcp:1", True),
+    ],
+)
+def test_what_may_be_forwarded_to(line: str, target: str, is_allowed: bool) -> None:
+    rules = policy(*line.split("\n"))
+    facts = VM._replace(name="instance-0001")
+    assert (rules.decide(facts, forward_ask(target)).effect is Effect.ALLOW) == is_allowed
+    assert rules.decide(facts, make_ask("forward", target, {})) == rules.decide(
+        facts, forward_ask(target)
+    )
+
+
+def test_a_vm_that_may_be_forwarded_to_is_listened_to() -> None:
+    assert policy("forward any tcp:1 allow").may_speak(VM)
+    assert not policy("forward any tcp:1 deny").may_speak(VM)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("forward,call any any allow", "on a line of its own"),
+        ("forward any nova/x allow", "expected a target: any, tcp:PORT or unix:/PATH"),
+        ("forward any tcp: allow", "expected a target"),
+        ("forward any tcp:1 conductor", "expected allow or deny"),
+        ("forward any tcp:1 server:a allow", "expected allow or deny"),
+        ("forward any tcp:1 allow more", "nothing after the effect"),
+        ("forward any unix:/[a allow", "expected a ] to each ["),
+        ("call any tcp:1 allow", "does not belong here"),
+    ],
+)
+def test_a_forward_that_cannot_be_read(line: str, expected: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(expected)):
+        policy(line)
+
+
+@pytest.mark.parametrize("words", [("udp:1", {}), ("tcp:", {}), ("tcp:1", {"server": "a"})])
+def test_a_target_that_is_none(words: tuple[str, dict[str, str]]) -> None:
+    with pytest.raises(ConfigError):
+        make_ask("forward", *words)
 
 
 # --- topics that belong to one VM -------------------------------------------------------------

@@ -14,6 +14,7 @@ A module for each group of commands, each with `add_commands`, which `parser` ca
     vms           list, status, attach, detach, release
     guests        facts, freeze, thaw
     requests      call, cast, ping
+    forward       forward
     watching      top, watch: what changes; `changes` says what that is
     audit         log
     checks        doctor, policy

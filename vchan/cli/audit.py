@@ -27,7 +27,7 @@ COLUMNS: Final = ("time", "verdict", "vm", "name", "kind", "target", "method", "
 FIELDS: Final = (
     *COLUMNS,
     *("host", "project", "exchange", "topic", "server", "namespace", "fanout", "request", "via"),
-    "left_out",
+    *("by", "bytes_in", "bytes_out", "left_out"),
 )
 LINES_MAX: Final = 100_000
 """The most that --lines keeps in memory."""
@@ -38,7 +38,7 @@ STDERR: Final = "-"
 _FILTERS: Final = {
     "vm": ("VM", "only decisions about this VM: its name, or the beginning of its UUID"),
     "verdict": ("VERDICT", "only these: allow, deny, conductor, refused, quarantine ..."),
-    "kind": ("KIND", "only these: listen, reply, cast, fanout, call, notify or http"),
+    "kind": ("KIND", "only these: listen, reply, cast, fanout, call, notify, http or forward"),
     "topic": ("TOPIC", "only about this topic, or EXCHANGE/TOPIC; * and ? stand for any letters"),
     "method": ("METHOD", "only about this method"),
     "rule": ("RULE", "only by this rule: FILE:LINE, or the end of it; or default"),
@@ -169,7 +169,8 @@ def record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or "verdict" not in row or "vm" not in row:
         return None
     if "topic" in row:
-        row["target"] = f"{row.get('exchange', '')}/{row['topic']}"
+        between = ":" if row.get("kind") == "forward" else "/"
+        row["target"] = f"{row.get('exchange', '')}{between}{row['topic']}"
     return row
 
 
@@ -183,6 +184,8 @@ def line_of(row: Mapping[str, Any]) -> str:
         asked,
         f"({cell(row['rule'])})" if row.get("rule") else "",
         cell(row.get("reason")),
+        f"by {cell(row['by'])}" if row.get("by") else "",
+        f"{row['bytes_in']} bytes in, {row['bytes_out']} out" if "bytes_in" in row else "",
         f"and {row['left_out']} lines left out before" if row.get("left_out") else "",
     ]
     return "  ".join(filter(None, words))

@@ -66,13 +66,14 @@ def add_commands(commands: Any) -> None:
         "kind",
         nargs="?",
         metavar="KIND",
-        help="what is asked for: listen, reply, cast, fanout, call, notify or http",
+        help="what is asked for: listen, reply, cast, fanout, call, notify, http or forward",
     )
     check.add_argument(
         "target",
         nargs="?",
         metavar="TARGET",
-        help=f"of whom: TOPIC (of exchange {EXCHANGE}), or EXCHANGE/TOPIC",
+        help=f"of whom: TOPIC (of exchange {EXCHANGE}), or EXCHANGE/TOPIC; "
+        "of forward: tcp:PORT or unix:/PATH",
     )
     check.add_argument(
         "details", nargs="*", metavar="KEY=VALUE", help="more of it: server, namespace, method"
@@ -242,7 +243,7 @@ def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
 
     facts = make_facts(pairs(options.vm.split(",") if options.vm else []))
     target = options.target or ""
-    if target and "/" not in target:
+    if target and "/" not in target and options.kind != "forward":
         target = f"{EXCHANGE}/{target}"  # as agents and their callers have it
     ask = make_ask(options.kind, target, pairs(options.details))
     whose = (facts, ask.exchange, ask.topic)

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from vchan.cli.parser import commands_of, subcommands, walk
 
-KINDS: Final = ("listen", "reply", "cast", "fanout", "call", "notify", "http", "report")
+KINDS: Final = ("listen", "reply", "cast", "fanout", "call", "notify", "http", "report", "forward")
 """Kinds of requests, as the policy has them."""
 WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "KIND": KINDS,

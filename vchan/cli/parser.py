@@ -12,11 +12,23 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from vchan import __version__
-from vchan.cli import about, audit, checks, dev, guests, metrics, output, requests, vms, watching
+from vchan.cli import (
+    about,
+    audit,
+    checks,
+    dev,
+    forward,
+    guests,
+    metrics,
+    output,
+    requests,
+    vms,
+    watching,
+)
 from vchan.cli.arguments import DEFAULTS, add_common
 from vchan.cli.failures import EXIT_OK, STATUSES
 
-GROUPS = (vms, guests, requests, watching, audit, checks, metrics, dev, about)
+GROUPS = (vms, guests, requests, forward, watching, audit, checks, metrics, dev, about)
 """Modules of commands, in the order in which --help has them."""
 
 _EPILOG = f"""\

@@ -34,6 +34,7 @@ from vchan.io.local_socket import LocalServer, takes_raw
 from vchan.io.loop import Alarm, Loop, Timer
 from vchan.io.service_manager import ServiceManager
 from vchan.io.streams import Stream
+from vchan.io.targets import AllowedTargets
 from vchan.rpc.messages import Topic
 from vchan.session import (
     Config,
@@ -47,10 +48,12 @@ from vchan.session import (
     Silent,
     Violation,
 )
-from vchan.wire.frames import RAW_BODIES
+from vchan.wire import layout
+from vchan.wire.frames import BYTE_STREAMS, RAW_BODIES
 
 if TYPE_CHECKING:  # imported where there is use for them: it costs start-up time
     from vchan.agents.super_agent import Agents
+    from vchan.guest.forwards import Forwards
     from vchan.guest.freezer import Freezer
     from vchan.guest.observer import Observer
 
@@ -70,6 +73,7 @@ DEFAULTS: Final = {
     "allow": DEFAULT_ALLOW,
     "report": DEFAULT_REPORT,
     "freeze-hooks": DEFAULT_HOOKS,
+    "forward": "",
     "quiet": SWITCH,
 }
 
@@ -100,7 +104,7 @@ usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                    [--socket PATH] [--socket-mode MODE]
                    [--agent-users NAMES] [--agent-groups NAMES]
                    [--units DIRECTORY] [--allow WHAT] [--report WHAT]
-                   [--freeze-hooks DIRECTORY] [--quiet]
+                   [--freeze-hooks DIRECTORY] [--forward TARGETS] [--quiet]
        vchan-guest standard-agent [--config FILE] [--socket PATH]
 
   --config FILE       read these options from FILE ({DEFAULT_CONFIG} if it is there):
@@ -125,6 +129,9 @@ usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
   --freeze-hooks DIRECTORY
                       programs to call with  freeze  before file systems are frozen, and
                       with  thaw  afterwards [{DEFAULT_HOOKS}]
+  --forward TARGETS   what programs on the host may be connected to in this guest, with commas
+                      between: tcp:PORT of 127.0.0.1, unix:/PATH; * and ? stand for any
+                      [nothing]
   --quiet             log warnings and errors only
   --version, --help
 
@@ -146,6 +153,7 @@ class Options(NamedTuple):
     report: str = DEFAULT_REPORT
     freeze_hooks: str = DEFAULT_HOOKS
     access: Access | None = None
+    forward: str = ""
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -155,14 +163,16 @@ def parse_options(arguments: list[str]) -> Options:
         ConfigError: One of them is wrong; says which, where, and what was expected.
     """
     values = read_options(arguments, DEFAULTS, DEFAULT_CONFIG, "vchan-guest")
-    port, absence, allow = (values[name] for name in ("port", "exit-without-port", "allow"))
+    names = ("port", "exit-without-port", "allow", "forward")
+    port, absence, allow, forward = (values[name] for name in names)
     try:
         port_opener(port.value)
     except ConfigError as error:
         raise ConfigError(f"{port.where}: {error.where}", error.problem) from error
     if not absence.value.isdecimal():
         raise absence.wrong("expected a whole number of seconds")
-    for option, parse in ((allow, Allowed), (values["report"], parse_report)):
+    parsed = ((allow, Allowed), (values["report"], parse_report), (forward, AllowedTargets))
+    for option, parse in parsed:
         try:
             parse(option.value)
         except ValueError as error:
@@ -178,7 +188,13 @@ def parse_options(arguments: list[str]) -> Options:
         values["report"].value,
         values["freeze-hooks"].path(),
         _access(values["agent-users"], values["agent-groups"]),
+        forward.value,
     )
+
+
+def _is_of_streams(message: bytes) -> bool:
+    """See `streams.messages.is_of_family`, which is not loaded for it."""
+    return layout.BYTE_STREAM_OFFER <= message[0] <= layout.BYTE_STREAM_RESET
 
 
 def parse_report(text: str) -> dict[str, int]:
@@ -219,7 +235,8 @@ class Daemon:
         instance = os.urandom(16)
         name = os.uname().nodename
         make_session = session_maker(options.port)
-        config = Config(Role.GUEST, instance, name, features=RAW_BODIES)
+        can_do = RAW_BODIES | (0 if goes_one_way(options.port) else BYTE_STREAMS)
+        config = Config(Role.GUEST, instance, name, features=can_do)
         self._session = make_session(config, os.urandom)
         self._options = options
         self._allowed = Allowed(options.allow)
@@ -229,6 +246,8 @@ class Daemon:
         self._host_serves: tuple[Topic, ...] = ()
         self._observe_timer: Timer | None = None
         self._freezer: Freezer | None = None
+        self._forwards: Forwards | None = None
+        self._host_takes_streams = False  # so it has said in its greeting
         self._held_lines: list[tuple[int, str]] = []  # of the log, while something is frozen
         self._left_out = 0  # of these
         methods: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -251,6 +270,7 @@ class Daemon:
             self._handle,
             self._note,
             self._is_full if goes_one_way(options.port) else None,
+            self._refill,
         )
         self._router = Router(
             self._port.send, methods, self.loop.time(), self._port.flush, self._on_host_serves
@@ -294,6 +314,8 @@ class Daemon:
                 self._observer.close()
             if self._freezer is not None:
                 self._freezer.close()
+            if self._forwards is not None:
+                self._forwards.close()
             self._server.close()
             self._port.close()
             self.loop.close()
@@ -302,6 +324,8 @@ class Daemon:
 
     def _handle(self, event: Event) -> None:
         match event:
+            case Received() if self._host_takes_streams and _is_of_streams(event.message):
+                self._make_forwards().receive(event.message)
             case Received():
                 self._router.host_receive(event.message, self.loop.time())
                 self._set_timer()
@@ -309,6 +333,9 @@ class Daemon:
                 self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
                 if not resumed:
                     self._end_freeze("the session with the host is over")
+                    self._host_takes_streams = bool(peer.features & BYTE_STREAMS)
+                    if self._forwards is not None:
+                        self._forwards.host_opened(takes_streams=self._host_takes_streams)
                 self._manager.status(f"host {peer.name}")
                 self._router.host_opened(
                     resumed=resumed, now_s=self.loop.time(), takes_raw=peer.takes_raw
@@ -349,6 +376,26 @@ class Daemon:
             raise
         self._absent_since_s = None
         return stream
+
+    # ---------------------------------------------------------------- byte streams
+
+    def _make_forwards(self) -> "Forwards":
+        """A host offers byte streams: it has a program that wants some."""
+        if self._forwards is None:
+            from vchan.guest.forwards import Forwards
+
+            self._forwards = Forwards(
+                self.loop,
+                self._session,
+                AllowedTargets(self._options.forward),
+                self._port.wake,
+                self._note,
+            )
+            self._forwards.host_opened(takes_streams=True)
+        return self._forwards
+
+    def _refill(self) -> bool:
+        return self._forwards is not None and self._forwards.refill()
 
     # ---------------------------------------------------------------- agents
 
@@ -537,6 +584,7 @@ class Daemon:
             "port_reopened": self._port.reopened,
             "session": self._session.counters.as_dict(),
             **self._router.summary(),
+            **({"streams": self._forwards.summary()} if self._forwards is not None else {}),
         }
 
     def _note(self, text: str) -> None:

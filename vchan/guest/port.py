@@ -151,7 +151,7 @@ class Port:
     Args:
         open_stream: Opens it; raises LinkError.
         log: Told what an operator may want to know, once for each change.
-        hold: See `Link`.
+        hold, refill: See `Link`.
     """
 
     def __init__(
@@ -162,7 +162,9 @@ class Port:
         on_event: Callable[[Event], object],
         log: Callable[[str], object],
         hold: Callable[[], bool] | None = None,
+        refill: Callable[[], object] | None = None,
     ) -> None:
+        self._refill = refill
         self._loop = loop
         self._open_stream = open_stream
         self._session = session
@@ -201,6 +203,7 @@ class Port:
             self._lost,
             hold=self._hold,
         )
+        self.link.refill = self._refill
 
     def _lost(self, reason: str) -> None:
         self.link = None
@@ -223,6 +226,11 @@ class Port:
             self.link.send(message, stream)
         else:
             self._session.send(message, stream)
+
+    def wake(self) -> None:
+        """Write soon what there is to write."""
+        if self.link is not None:
+            self.link.wake()
 
     def flush(self) -> None:
         """Write what is queued, as far as the port takes it."""

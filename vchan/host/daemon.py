@@ -39,11 +39,12 @@ from vchan.host.hypervisor.domains import Decision, Domains, HypervisorEvent
 from vchan.host.hypervisor.known_sockets import KnownSockets
 from vchan.host.hypervisor.libvirt_client import Hypervisor
 from vchan.host.local.http_services import HttpProxy
-from vchan.host.local.programs import LocalService, SendAnswer, call_with, failure, result
+from vchan.host.local.programs import LocalService, SendAnswer, Streams, call_with, failure, result
 from vchan.host.policy import log_budget
 from vchan.host.policy.rules import Facts
 from vchan.host.threads import EXIT_SOFTWARE, run_and_exit, watch_all_threads
 from vchan.host.vm.channel import Home
+from vchan.host.vm.streams import Program
 from vchan.host.vm.vm import HostedVm, VmEvent
 from vchan.io.local_socket import LocalServer
 from vchan.io.loop import Loop, Timer
@@ -114,6 +115,7 @@ class Daemon:
             LOG.info,
             config.client_access(conf),
         )
+        self._local.drop = self._server.drop
 
     def _make_broker(self, conf: Any) -> Broker | None:
         """None where no transport_url is configured: local programs can call into VMs all the
@@ -353,6 +355,10 @@ class Daemon:
     def serving(self, topic: Topic) -> list[str]:
         """See `local.Guests`."""
         return [uuid for uuid, hosted in self._vms.items() if topic in hosted.topics]
+
+    def open_streams(self, vm: str, target: str, number: int, program: Program) -> Streams:
+        """See `local.Guests`."""
+        return self._vm_of(vm).open_streams(number, program, target)
 
     def _find(self, server: str) -> domains.Domain:
         for domain in self._domains.all():

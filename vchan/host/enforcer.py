@@ -99,6 +99,7 @@ class Enforcer:
             self._may_raise,
             self._reports_to,
             self._removed.note,
+            self._write,
         )
 
     def throttle(self, facts: Facts) -> Throttle:

@@ -74,6 +74,9 @@ class Link:
     ) -> None:
         self.session = session
         self.stream = stream
+        self.refill: Callable[[], object] | None = None
+        """Called whenever there may be room for more: it may queue messages on the session, and
+        says whether it has. For what waits with its owner until it can go out."""
         self._loop = loop
         self._on_event = on_event
         self._on_down = on_down
@@ -145,6 +148,11 @@ class Link:
         self._flush_planned = False
         if not self._down:
             self.flush()
+
+    def wake(self) -> None:
+        """Write soon: `refill` has something, or the session."""
+        if not self._flush_planned and not self._down:
+            self._plan_flush()
 
     def close(self) -> None:
         """Close the stream. The session goes on; `on_down` is not called."""
@@ -333,11 +341,16 @@ class Link:
         """Write what the session has to send, as far as the stream takes it."""
         is_free = not self._waits_to_write and self._hangup_fd < 0 and not self._write_problem
         if self._may_write and is_free:
-            data = self._out or self.session.data_to_send(frames_max=self._frames_max)
+            data = self._out or self._next_data()
             if data:
                 self._write(data)
         if not self._down:
             self._alarm.set(self.session.next_timeout())
+
+    def _next_data(self) -> bytes:
+        if self.refill is not None:
+            self.refill()
+        return self.session.data_to_send(frames_max=self._frames_max)
 
     def _write(self, data: bytes) -> None:
         """This first, then what else there is."""
@@ -358,12 +371,12 @@ class Link:
             data = data[taken:]
             if data:
                 continue
-            if is_last:
+            if is_last and (self.refill is None or not self.refill()):
                 break
             if self._meter is not None:
                 self._plan_flush()
                 break
-            data = self.session.data_to_send(frames_max=self._frames_max)
+            data = self._next_data()
             is_last = len(data) <= self._short_bytes
         self._out = b""
 

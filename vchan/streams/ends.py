@@ -213,9 +213,18 @@ class StreamEnds:
             that is accepted.
         asks_max: Questions without an answer before a stream is given up; None: never. A host's
             program waits as long as it lives: its VM may be paused for hours.
+        offer_s: See OFFER_S; None: a peer that is silent may be paused, for it is known to take
+            byte streams.
     """
 
-    def __init__(self, entropy: Callable[[int], bytes], *, asks_max: int | None = ASKS_MAX) -> None:
+    def __init__(
+        self,
+        entropy: Callable[[int], bytes],
+        *,
+        asks_max: int | None = ASKS_MAX,
+        offer_s: float | None = OFFER_S,
+    ) -> None:
+        self._offer_s = float("inf") if offer_s is None else offer_s
         self.counters = StreamCounters()
         self._entropy = entropy
         self._asks_max = asks_max
@@ -233,7 +242,7 @@ class StreamEnds:
         """A new session has begun: what was under way may be lost. Not for one that goes on."""
         self._offer_due = True
         self._is_offered = False
-        self._offer_until_s = now_s + OFFER_S
+        self._offer_until_s = now_s + self._offer_s
 
     def take_events(self) -> list[StreamEvent]:
         """What has happened since this was called last."""
@@ -559,15 +568,14 @@ class StreamEnds:
 
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`; None: not needed."""
-        times = list(self._times())
-        return min(times) if times else None
+        at_s = min(self._times(), default=float("inf"))
+        return None if at_s == float("inf") else at_s
 
     def _times(self) -> Iterator[float]:
         for stream in self._streams.values():
             if self._offer_until_s is not None and stream.phase is StreamPhase.OPENING:
                 yield self._offer_until_s
-            if (at_s := stream.ask_at_s) != float("inf"):
-                yield at_s
+            yield stream.ask_at_s
 
     def handle_timeout(self, now_s: float) -> None:
         """Do what is due. Calling it early or late is harmless."""

@@ -1,7 +1,8 @@
 """A host's daemon between the programs at its socket and its guest: what passes, and to whom.
 
 Rules of this file
-1. No I/O, no clock. Messages go out one at a time to who has room for the next.
+1. No I/O, no clock. Messages go out one at a time to who has room for the next; facts go out by
+   `take_events`.
 2. It remembers no bytes of a stream but those on their way through, and may drop these: the ends
    ask, and send again. So it loses nothing when it dies, and another host's daemon can go on.
 3. An Open passes if the judge lets it, every time; whatever else passes belongs to a stream whose
@@ -13,32 +14,64 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from vchan.errors import LimitExceeded
 from vchan.streams.messages import (
+    ASK,
+    CLOSED,
+    END,
+    NO_TAG,
     REFUSED,
     VERSION,
     Malformed,
     Open,
+    Part,
+    Progress,
     Reset,
-    StreamMessage,
     StreamOffer,
     decode,
     encode,
 )
+from vchan.wire import layout
 
 PROGRAMS_MAX: Final = 32
 """Programs at a host's socket that have streams into one VM. At it: LimitExceeded."""
 ROUTES_MAX: Final = 64
-"""Streams of one VM that a daemon knows: twice what its guest takes. At it: the one that was quiet
-the longest is forgotten until its opener asks."""
+"""Streams of one VM that a daemon knows: twice what its guest takes. At it: one that is over is
+forgotten, or else the one that was quiet the longest, until its opener asks."""
 WAY_BYTES_MAX: Final = 128 * 1024
 """Messages on their way from or to one program: more than an end has in flight. At it: dropped and
 counted; the ends send them again."""
 
 Judge = Callable[[int, Open], Open | str]
 """What may pass: the Open, with the facts that are the host's word, or the reason why not."""
+
+
+class Began(NamedTuple):
+    """A stream of a program passes here from now on."""
+
+    id: bytes
+    number: int
+    target: str
+
+
+class Over(NamedTuple):
+    """A stream has ended, or its program has gone from here.
+
+    Attributes:
+        reason: Of the Reset; 0: both halves are done; None: the program is gone, and may go on with
+            it elsewhere.
+        down, up: Bytes of it that have passed here, into the guest and out of it.
+    """
+
+    id: bytes
+    number: int
+    target: str
+    reason: int | None
+    text: str
+    down: int
+    up: int
 
 
 class _Way:
@@ -75,6 +108,46 @@ class _Program:
         self.is_offered = False  # the daemon's word that its guest takes byte streams
 
 
+class _Flow:
+    """One direction of a stream, as far as it has passed here. It counts what came in order, and so
+    no more than what there was, whatever offsets a guest makes up."""
+
+    __slots__ = ("bytes", "end", "is_done", "next")
+
+    def __init__(self) -> None:
+        self.next: int | None = None
+        self.bytes = 0
+        self.end: int | None = None
+        self.is_done = False  # the other end has the END
+
+    def part(self, part: Part) -> None:
+        if self.next is None:
+            self.next = part.offset  # a daemon before this one may have had what is before
+        stop = part.offset + len(part.data)
+        if part.offset <= self.next < stop:
+            self.bytes += stop - self.next
+            self.next = stop
+        if part.flags & END:
+            self.end = stop
+
+    def received(self, received: int) -> None:
+        self.is_done |= self.end is not None and received > self.end
+
+
+class _Route:
+    """A stream that passes here."""
+
+    __slots__ = ("down", "is_over", "number", "opened", "tag", "up")
+
+    def __init__(self, number: int, opened: Open) -> None:
+        self.number = number
+        self.opened = opened
+        self.tag = opened.tag
+        self.down = _Flow()
+        self.up = _Flow()
+        self.is_over = False  # as was told; late messages of it pass all the same
+
+
 class Switchboard:
     """Byte streams of one VM, as its host's daemon passes them on.
 
@@ -86,18 +159,33 @@ class Switchboard:
         self.dropped = 0
         self._judge = judge
         self._programs: dict[int, _Program] = {}  # whose turn it is stands first
-        self._routes: dict[bytes, int] = {}  # who was quiet the longest stands first
+        self._routes: dict[bytes, _Route] = {}  # who was quiet the longest stands first
         self._guest_offer_due = False
         self._guest_offers = False
+        self._events: list[Began | Over] = []
+        self._news: set[int] = set()
+        self._last_words = _Way()  # of programs that are gone
 
     # ---------------------------------------------------------------- who is there
 
-    def guest_connected(self) -> None:
-        """A new session with the guest: what was on its way there is dropped."""
-        self._guest_offer_due = True
+    def guest_connected(self, *, takes_streams: bool = True) -> None:
+        """A new session with the guest: what was on its way there is dropped, and it is asked for
+        each stream that passes here. One that was restarted does not know it, and says so at once:
+        a program that waits for nothing would find out by its own question, in a minute.
+
+        Args:
+            takes_streams: It says so in its greeting; otherwise it is never sent a message of the
+                family.
+        """
+        self._guest_offer_due = takes_streams
         self._guest_offers = False
+        self._last_words.clear()
         for program in self._programs.values():
             program.down.clear()
+        for stream, route in self._routes.items():
+            if takes_streams and not route.is_over and route.tag != NO_TAG:
+                question = Progress(ASK, stream, route.tag, 0, 0)  # old numbers say nothing
+                self._put(self._programs[route.number].down, encode(question))
 
     def attach(self, number: int) -> None:
         """A new session with a program.
@@ -109,12 +197,65 @@ class Switchboard:
         if count > PROGRAMS_MAX:
             raise LimitExceeded("programs with streams", count, PROGRAMS_MAX, "PROGRAMS_MAX")
         self._programs[number] = _Program()
+        self._news.add(number)
 
     def detach(self, number: int) -> None:
-        """A program is gone, perhaps to another host. Its streams are not over by that."""
-        self._programs.pop(number, None)
-        for stream in [each for each, owner in self._routes.items() if owner == number]:
-            del self._routes[stream]
+        """A program is gone, perhaps to another host. Its streams are not over by that: but those
+        that it has ended in going are."""
+        program = self._programs.pop(number, None)
+        while program is not None and (message := program.down.take()) is not None:
+            if message[0] == layout.BYTE_STREAM_RESET:
+                self._last_words.put(message)
+        for stream in [each for each, route in self._routes.items() if route.number == number]:
+            self._over(self._routes.pop(stream), None, "")
+
+    def reset_all(self, reason: int, text: str) -> None:
+        """Tell programs that their streams are over: the guest is no more."""
+        for stream, route in list(self._routes.items()):
+            self._reset(stream, route, reason, text)
+
+    def judge_again(self) -> None:
+        """The judge may think otherwise now: streams that may not go on are reset at both ends."""
+        for stream, route in list(self._routes.items()):
+            judged = None if route.is_over else self._judge(route.number, route.opened)
+            if isinstance(judged, str):
+                self._put(self._programs[route.number].down, encode(Reset(REFUSED, stream, judged)))
+                self._reset(stream, route, REFUSED, judged)
+
+    def _reset(self, stream: bytes, route: _Route, reason: int, text: str) -> None:
+        """Tell the program, if it is not over yet."""
+        if not route.is_over:
+            self._put_up(route.number, encode(Reset(reason, stream, text)))
+        self._over(route, reason, text)
+        del self._routes[stream]
+
+    def take_events(self) -> list[Began | Over]:
+        """What has happened since this was called last."""
+        events, self._events = self._events, []
+        return events
+
+    def take_news(self) -> set[int]:
+        """The programs for which there is something new since this was called last."""
+        news, self._news = self._news, set()
+        return news
+
+    @property
+    def has_programs(self) -> bool:
+        """Somebody is attached."""
+        return bool(self._programs)
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that pass here and are not over."""
+        return sum(not route.is_over for route in self._routes.values())
+
+    def _over(self, route: _Route, reason: int | None, text: str) -> None:
+        if not route.is_over:
+            route.is_over = True
+            counts = route.down.bytes, route.up.bytes
+            target = route.opened.target
+            over = Over(route.opened.id, route.number, target, reason, text, *counts)
+            self._events.append(over)
 
     # ---------------------------------------------------------------- what passes
 
@@ -125,27 +266,41 @@ class Switchboard:
         if isinstance(message, Open):
             self._open(number, program, message)
         elif not isinstance(message, StreamOffer | Malformed):
-            if self._is_routed(message.id, number):
-                self._put(program.down, data)
-            else:
+            route = self._route(message.id, number)
+            if route is None:
                 self.dropped += 1
+            elif self._put(program.down, data):
+                self._note(route, message, route.down, route.up)
 
     def _open(self, number: int, program: _Program, message: Open) -> None:
         judged = self._judge(number, message)
         if isinstance(judged, str):
             refusal = encode(Reset(REFUSED, message.id, judged))
-            self._put(program.up, refusal)
-            if self._is_routed(message.id, number):  # it was allowed before
+            self._put_up(number, refusal)
+            route = self._route(message.id, number)
+            if route is not None:  # it was allowed before
                 del self._routes[message.id]
+                self._over(route, REFUSED, judged)
                 self._put(program.down, refusal)
             return
-        if self._routes.setdefault(message.id, number) != number:
+        route = self._routes.get(message.id)
+        if route is None:
+            route = self._begin(number, message)
+        elif self._route(message.id, number) is None:
             self.dropped += 1  # another program's
             return
-        assert self._is_routed(message.id, number)
+        if message.tag != NO_TAG:
+            route.tag = message.tag
+        if self._put(program.down, encode(judged)):
+            route.up.received(message.received)
+
+    def _begin(self, number: int, opened: Open) -> _Route:
+        route = self._routes[opened.id] = _Route(number, opened)
+        self._events.append(Began(opened.id, number, opened.target))
         if len(self._routes) > ROUTES_MAX:
-            del self._routes[next(iter(self._routes))]
-        self._put(program.down, encode(judged))
+            quiet = next(iter(self._routes))
+            del self._routes[next((i for i, each in self._routes.items() if each.is_over), quiet)]
+        return route
 
     def from_guest(self, data: bytes) -> str | None:
         """Take a message of the guest. What it has done wrong, if it has."""
@@ -154,41 +309,71 @@ class Switchboard:
             return message.reason
         if isinstance(message, StreamOffer):
             self._guest_offers |= message.version_min <= VERSION <= message.version_max
+            self._news |= self._programs.keys()
         elif isinstance(message, Open):
             return "Open: no streams are taken out of a guest"
         else:
             self._to_program(message, data)
         return None
 
-    def _to_program(self, message: StreamMessage, data: bytes) -> None:
-        assert not isinstance(message, StreamOffer)
-        number = self._routes.get(message.id)
-        if number is None:
+    def _to_program(self, message: Progress | Part | Reset, data: bytes) -> None:
+        route = self._routes.get(message.id)
+        if route is None:
             self.dropped += 1  # its opener has not been heard here yet: it asks
             return
-        self._is_routed(message.id, number)
-        self._put(self._programs[number].up, data)
+        self._route(message.id, route.number)
+        if self._put_up(route.number, data):
+            self._note(route, message, route.up, route.down)
 
-    def _is_routed(self, stream: bytes, number: int) -> bool:
-        """Whether the stream is this program's; it is not quiet, then."""
-        if self._routes.get(stream) != number:
-            return False
+    def _note(
+        self, route: _Route, message: Progress | Part | Reset, flow: _Flow, other: _Flow
+    ) -> None:
+        """What a message that has passed says of its stream.
+
+        Args:
+            flow: In the message's direction.
+        """
+        match message:
+            case Part():
+                route.tag = message.tag
+                flow.part(message)
+            case Progress():
+                route.tag = message.tag
+                other.received(message.received)
+                if flow.is_done and other.is_done:
+                    self._over(route, 0, "")
+            case Reset(reason, _, text):
+                self._over(route, reason or CLOSED, text)
+
+    def _route(self, stream: bytes, number: int) -> _Route | None:
+        """The stream, if it is this program's; it is not quiet, then."""
+        route = self._routes.get(stream)
+        if route is None or route.number != number:
+            return None
         self._routes[stream] = self._routes.pop(stream)
-        return True
+        return route
 
-    def _put(self, way: _Way, message: bytes) -> None:
-        if not way.put(message):
-            self.dropped += 1
+    def _put_up(self, number: int, message: bytes) -> bool:
+        self._news.add(number)
+        return self._put(self._programs[number].up, message)
+
+    def _put(self, way: _Way, message: bytes) -> bool:
+        has_room = way.put(message)
+        self.dropped += not has_room
+        return has_room
 
     # ---------------------------------------------------------------- what goes out
 
     def next_for_guest(self) -> bytes | None:
-        """The next message for the guest; programs take turns."""
-        if self._guest_offer_due:
+        """The next message for the guest; programs take turns. Without a program there is nothing
+        to say, and a guest need not even load what answers it."""
+        if self._guest_offer_due and self._programs:
             self._guest_offer_due = False
             return encode(StreamOffer(VERSION, VERSION))
-        if not self._guest_offers:
+        if not self._guest_offers or self._guest_offer_due:
             return None
+        if (message := self._last_words.take()) is not None:
+            return message
         for number, program in self._programs.items():
             if (message := program.down.take()) is not None:
                 self._programs[number] = self._programs.pop(number)

@@ -42,6 +42,8 @@ RAW_BODIES: Final = layout.FEATURE_RAW_BODIES
 """Of a greeting: its sender takes requests whose bodies are bytes."""
 PLAIN_PAYLOADS: Final = layout.FEATURE_PLAIN_PAYLOADS
 """Of a greeting: its sender does without payloads' CRC, for the stream loses nothing."""
+BYTE_STREAMS: Final = layout.FEATURE_BYTE_STREAMS
+"""Of a greeting: its sender takes byte streams (`vchan.streams`)."""
 
 GREETING_BYTES_MAX: Final = 1024
 """The payload of a greeting. What passes for one inside a torn payload can swallow no more than

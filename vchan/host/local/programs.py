@@ -30,6 +30,7 @@ from vchan.errors import (
     RequestError,
     VchanError,
 )
+from vchan.host.vm.streams import Program
 from vchan.io.access import Access, Credentials
 from vchan.io.link import Link
 from vchan.io.local_socket import PEERS_MAX, takes_raw
@@ -74,12 +75,16 @@ from vchan.rpc.messages import (
 )
 from vchan.rpc.outcomes import UNSENT, may_have_run, reason_of
 from vchan.session import CONTROL
+from vchan.streams.carrier import fill
+from vchan.streams.messages import is_of_family
 
 LOG = logging.getLogger(__name__)
 
 PATIENCE_MS: Final = 60_000
 """The time of a program's request that has none: there is no store here to keep it in. So a cast to
 a VM without an agent is refused at once."""
+OPEN_STREAMS: Final = "open_streams"
+"""The daemon's own method after which a connection carries byte streams into one VM."""
 ADMIN_METHODS: Final = frozenset({"attach", "detach", "release"})
 """The daemon's own methods that change something for others."""
 GRACE_S: Final = 0.5
@@ -103,6 +108,22 @@ SendAnswer = Callable[[bool, bytes], None]
 """(failed, body): answers one of the daemon's own methods, now or later."""
 
 
+class Streams(Protocol):
+    """A program's way to its byte streams into one VM: `vm.StreamsHandle`."""
+
+    @property
+    def receive(self) -> Callable[[bytes], None]:
+        """Takes a message of the program's."""
+
+    @property
+    def next_message(self) -> Callable[[], bytes | None]:
+        """The next one for it, if there is one."""
+
+    @property
+    def close(self) -> Callable[[], None]:
+        """The program is gone."""
+
+
 class Guests(Protocol):
     """What the daemon does for local programs."""
 
@@ -117,6 +138,13 @@ class Guests(Protocol):
 
     def serving(self, topic: Topic) -> list[str]:
         """The VMs whose agents serve a topic now, by UUID."""
+
+    def open_streams(self, vm: str, target: str, number: int, program: Program) -> Streams:
+        """Byte streams into a VM, by UUID or name, for a program that is to open this target.
+
+        Raises:
+            NoSuchDomain, Rejected, LimitExceeded: It has none.
+        """
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:
         """Run one of the daemon's own methods.
@@ -205,7 +233,7 @@ class _Fanout:
 
 
 class _Peer:
-    __slots__ = ("cancels", "link", "responder", "sent", "who")
+    __slots__ = ("cancels", "link", "responder", "sent", "streams", "who")
 
     def __init__(self, link: Link, who: Credentials) -> None:
         self.link = link
@@ -213,6 +241,7 @@ class _Peer:
         self.responder = Responder(link.send, grace_s=GRACE_S)
         self.cancels: dict[bytes, Callable[[], None]] = {}
         self.sent: set[bytes] = set()  # of these, what goes on without who sent it
+        self.streams: Streams | None = None
 
 
 class LocalService:
@@ -236,6 +265,8 @@ class LocalService:
         self._log = log
         self._warn = warn or log
         self._admins = admins or Access()
+        self.drop: Callable[[int, str], None] = lambda *_: None
+        """Closes a program's connection, with the reason: whose socket it is sets it."""
         self._peers: dict[int, _Peer] = {}
         self._servers = Dispatcher(_PROGRAMS, loop.time())
         self._fanouts: dict[bytes, _Fanout] = {}
@@ -254,6 +285,8 @@ class LocalService:
         """A program went away: nobody waits for its calls, and others serve what it served. Its
         casts to others go on: it may be back in a moment, and ask again what became of them."""
         peer = self._peers.pop(key)
+        if peer.streams is not None:
+            peer.streams.close()
         for request_id, cancel in list(peer.cancels.items()):
             if request_id not in peer.sent:
                 cancel()
@@ -265,12 +298,15 @@ class LocalService:
 
     def peer_message(self, key: int, data: bytes) -> None:
         """A message of a program's."""
-        message = decode(data)
         peer = self._peers[key]
+        if peer.streams is not None and is_of_family(data):
+            peer.streams.receive(data)
+            return
+        message = decode(data)
         match message:
             case Request() | Cancel() | Settled():
                 for delivery in peer.responder.receive(message, self._loop.time()):
-                    self._deliver(peer, delivery)
+                    self._deliver(key, peer, delivery)
             case Reply() | Receipt() | Returned():
                 if key in self._servers:
                     self._servers.receive(key, message, self._loop.time())
@@ -296,10 +332,10 @@ class LocalService:
             self._servers.subscribe(key, message.topics, now_s)
         self._servers.release(now_s)
 
-    def _deliver(self, peer: _Peer, delivery: Delivery) -> None:
+    def _deliver(self, key: int, peer: _Peer, delivery: Delivery) -> None:
         match delivery:
             case Deliver(request) if request.topic == HOST_TOPIC:
-                self._run_method(peer, request)
+                self._run_method(key, peer, request)
             case Deliver(request):
                 self._submit(peer, request)
             case Cancelled(request_id):
@@ -434,7 +470,36 @@ class LocalService:
             self._let_go(peer, outcome.id)
         peer.responder.tell(outcome, self._loop.time())
 
-    def _run_method(self, peer: _Peer, request: Request) -> None:
+    # ---------------------------------------------------------------- byte streams
+
+    def _open_streams(self, key: int, peer: _Peer, vm: str, target: str) -> None:
+        """From now on the program's messages of the family go to this VM."""
+        program = Program(
+            peer.who.uid, peer.who.pid, peer.link.wake, lambda why: self._send_away(key, peer, why)
+        )
+        if peer.streams is not None:
+            raise Rejected("this connection has its streams already: open another")
+        peer.streams = self._guests.open_streams(vm, target, key, program)
+        peer.link.refill = lambda: self._refill(peer)
+
+    def _refill(self, peer: _Peer) -> bool:
+        session, streams = peer.link.session, peer.streams
+        return streams is not None and fill(session, streams.next_message)
+
+    def _send_away(self, key: int, peer: _Peer, why: str) -> None:
+        """There is nothing more for the program here: it is told what there still is, and its
+        connection is closed. It may look for its VM elsewhere."""
+        peer.link.flush()
+        peer.streams = None
+        self._loop.call_soon(lambda: self._drop_if_there(key, why))
+
+    def _drop_if_there(self, key: int, why: str) -> None:
+        if key in self._peers:
+            self.drop(key, f"its byte streams' VM is not here any more: {why}")
+
+    # ---------------------------------------------------------------- the daemon's own methods
+
+    def _run_method(self, key: int, peer: _Peer, request: Request) -> None:
         def answer(failed: bool, body: bytes) -> None:
             if request.is_call:
                 now_s = self._loop.time()
@@ -453,7 +518,11 @@ class LocalService:
             answer(True, encode_failure(type(error).__name__, str(error)))
             return
         try:
-            self._guests.method(invocation.method, invocation.args, answer)
+            if invocation.method == OPEN_STREAMS:
+                call_with(partial(self._open_streams, key, peer), invocation.args)
+                answer(*result(None))
+            else:
+                self._guests.method(invocation.method, invocation.args, answer)
         except RequestError as error:
             answer(True, encode_failure(type(error).__name__, str(error)))
         except WrongArguments as error:
@@ -481,9 +550,9 @@ class LocalService:
         now_s = self._loop.time()
         self._servers.handle_timeout(now_s)
         times = [self._servers.next_timeout()]
-        for peer in self._peers.values():
+        for key, peer in list(self._peers.items()):
             for delivery in peer.responder.handle_timeout(now_s):
-                self._deliver(peer, delivery)
+                self._deliver(key, peer, delivery)
             times.append(peer.responder.next_timeout())
         at_s = earliest(*times)
         if at_s is not None:

@@ -104,6 +104,12 @@ COUNTERS: Final = {
     "guest_expired": "Requests of the guest's whose time was over.",
     "guest_reports": "Reports of the guest's of itself that were kept.",
     "guest_unread": "Times that the broker kept answers, as the guest had not read those here.",
+    # Byte streams.
+    "streams": "Byte streams that programs on this host have opened into the guest.",
+    "streams_refused": "Byte streams that the policy denied.",
+    "streams_reset": "Byte streams that ended with a reason, before their end.",
+    "stream_bytes_in": "Bytes that streams which are over have carried into the guest.",
+    "stream_bytes_out": "Bytes that streams which are over have carried out of the guest.",
 }
 """Every counter of a channel, with what it counts."""
 

@@ -27,6 +27,10 @@ when they start."""
 
 REFUSED: Final = "refused"
 """The verdict where not the policy but a limit decided."""
+ENDED: Final = "ended"
+"""The verdict where a stream that was allowed has ended."""
+_ALWAYS: Final = frozenset({"vm", "name", "project", "bytes_in", "bytes_out"})
+"""There even if empty: to be searched for."""
 _CUT: Final = "..."
 _encode = json.JSONEncoder(separators=(", ", ": ")).encode
 
@@ -39,6 +43,9 @@ class Record(NamedTuple):
         rule: The policy's FILE:LINE, or "default", or the limit's name.
         reason: Why it was refused, in words.
         via: The host that it came from, where that is not the one that writes this.
+        by: The program on this host that asked.
+        into, out_of: Bytes that a stream has carried into the guest and out of it; None: it is no
+            stream's end.
     """
 
     facts: Facts
@@ -48,6 +55,9 @@ class Record(NamedTuple):
     request_id: bytes = b""
     reason: str = ""
     via: str = ""
+    by: str = ""
+    into: int | None = None
+    out_of: int | None = None
 
 
 def decision(facts: Facts, ask: Ask, verdict: Verdict, request_id: bytes = b"") -> Record:
@@ -62,7 +72,7 @@ def format_record(record: Record, *, time: str, host: str, left_out: int = 0) ->
         left_out: Lines of this VM that were not written since its last one.
     """
     facts, ask = record.facts, record.ask
-    fields: dict[str, str | int | bool] = {
+    fields: dict[str, str | int | bool | None] = {
         "time": time,
         "host": host,
         "vm": facts.uuid,
@@ -85,14 +95,17 @@ def format_record(record: Record, *, time: str, host: str, left_out: int = 0) ->
         "request": record.request_id.hex(),
         "reason": _cut(record.reason, REASON_CHARS_MAX),
         "via": record.via,
+        "by": record.by,
         "left_out": left_out,
     }
+    if record.into is not None:
+        fields |= {"bytes_in": record.into, "bytes_out": record.out_of}
     shown = {
         name: _cut(value, REASON_CHARS_MAX if name in ("reason", "rule") else FIELD_CHARS_MAX)
         if isinstance(value, str)
         else value
         for name, value in fields.items()
-        if value or name in ("vm", "name", "project")  # these are always there to be searched for
+        if value or name in _ALWAYS
     }
     return _encode(shown).encode("ascii") + b"\n"
 

@@ -4,6 +4,7 @@ Pure. A text that cannot be parsed whole is a `PolicyError`, and whoever has no 
 denies everything (`Policy.denying`).
 
     KIND[,KIND]  WHO...  TARGET...      allow | deny | conductor
+    forward      WHO...  any | tcp:PORT | unix:/PATH  allow | deny
     mode         WHO...  [TARGET...]    one-way-cast | one-way-call | cast | call
     limit        WHO...                 NAME=VALUE...
     own          WHO...  EXCHANGE/TOPIC
@@ -22,9 +23,11 @@ from typing import Final
 from vchan.errors import ConfigError
 from vchan.host.policy.guest_context import KEY, VALUE_CHARS_MAX, is_privileged
 from vchan.host.policy.rules import (
+    ANY_KINDS,
     CONDUCTED,
     DIRECTIONS,
     FANOUT_SUFFIX,
+    FORWARD_KINDS,
     KINDS,
     LABEL_KINDS,
     MODES,
@@ -39,6 +42,7 @@ from vchan.host.policy.rules import (
     ContextRule,
     Effect,
     Glob,
+    Kind,
     LimitRule,
     OwnRule,
     Policy,
@@ -172,6 +176,8 @@ def _lines(path: str, text: str) -> Iterator[_Line]:
 def _parse_rule(line: _Line) -> Rule:
     kinds = _parse_kinds(line)
     who = _parse_who(line)
+    if Kind.FORWARD in kinds:
+        return _parse_forward(line, kinds, who)
     target = _parse_target(line)
     word = line.next("allow, deny or conductor")
     if word not in {effect.value for effect in Effect}:
@@ -184,6 +190,25 @@ def _parse_rule(line: _Line) -> Rule:
     if word == Effect.CONDUCTOR and not kinds <= CONDUCTED:
         raise line.error("only cast, fanout, call and notify can go to the conductor")
     return Rule(line.where, line.text, kinds, who, Effect(word), **target)
+
+
+def _parse_forward(line: _Line, kinds: frozenset[str], who: tuple[tuple[str, Glob], ...]) -> Rule:
+    """Its targets are no topics, and it is a program on the host that asks."""
+    if kinds != {Kind.FORWARD}:
+        raise line.error("forward has targets of its own; expected it on a line of its own")
+    expected = "a target: any, tcp:PORT or unix:/PATH"
+    word = line.next(expected)
+    target = {}
+    if word != "any":
+        kind, _, name = word.partition(":")
+        if kind not in FORWARD_KINDS or not name:
+            raise line.error(f"{word!r}; expected {expected}")
+        target = {"exchange": Glob(kind), "topic": _glob(line, name)}
+    effect = line.next("allow or deny")
+    if effect not in (Effect.ALLOW, Effect.DENY):
+        raise line.error(f"{effect!r}; expected allow or deny")
+    line.end("nothing after the effect")
+    return Rule(line.where, line.text, kinds, who, Effect(effect), **target)
 
 
 def _check_keys(line: _Line, kinds: frozenset[str], target: dict[str, Glob]) -> None:
@@ -200,7 +225,7 @@ def _parse_kinds(line: _Line) -> frozenset[str]:
     kinds: set[str] = set()
     for word in line.words[0].split(","):
         if word == "any":
-            kinds.update(KINDS)
+            kinds.update(ANY_KINDS)
         elif word in KINDS:
             kinds.add(word)
         else:
@@ -308,11 +333,11 @@ def _parse_mode(line: _Line) -> list[Rule]:
 
     match mode:
         case "one-way-cast":
-            return [rule("reply cast fanout call notify http report", Effect.DENY)]
+            return [rule("reply cast fanout call notify http report forward", Effect.DENY)]
         case "one-way-call":
             return [
                 rule("reply", Effect.ALLOW),
-                rule("cast fanout call notify http report", Effect.DENY),
+                rule("cast fanout call notify http report forward", Effect.DENY),
             ]
         case "cast":
             return [

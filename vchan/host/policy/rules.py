@@ -45,6 +45,9 @@ class Kind(StrEnum):
     NOTIFY = "notify"
     HTTP = "http"
     REPORT = "report"
+    FORWARD = "forward"
+    """Asked by a program on the host, and not by the guest: a byte stream to a target in it. The
+    exchange is the target's kind (tcp, unix), the topic what is behind its colon."""
 
 
 class Facts(NamedTuple):
@@ -104,8 +107,13 @@ DEFAULT: Final = "default"
 """The rule's name when none matched."""
 
 FANOUT: Final = "fanout"
-KINDS: Final = ("listen", "reply", "cast", FANOUT, "call", "notify", "http", "report")
+ANY_KINDS: Final = ("listen", "reply", "cast", FANOUT, "call", "notify", "http", "report")
+"""What the word `any` stands for: all that guests ask. Who wrote that has not said that programs on
+the host may connect to what runs in guests."""
+KINDS: Final = (*ANY_KINDS, "forward")
 """The words for kinds, as rules have them."""
+FORWARD_KINDS: Final = ("tcp", "unix")
+"""Of a forward's targets: tcp:PORT, unix:/PATH."""
 WITHOUT_METHOD: Final = frozenset({"listen", "reply", "report"})
 CONDUCTED: Final = frozenset({"cast", FANOUT, "call", "notify"})
 """What can be sent to the conductor in the target's place."""
@@ -460,8 +468,10 @@ class Policy:
         return self._may_any(facts, CONDUCTED | {Kind.HTTP})
 
     def may_speak(self, facts: Facts) -> bool:
-        """Whether this VM may say anything at all: send a request, answer one, or report."""
-        return self._may_any(facts, CONDUCTED | {Kind.HTTP, Kind.REPLY, Kind.REPORT})
+        """Whether this VM may say anything at all: send a request, answer one, report, or be
+        forwarded to."""
+        heard = {Kind.HTTP, Kind.REPLY, Kind.REPORT, Kind.FORWARD}
+        return self._may_any(facts, CONDUCTED | heard)
 
     def may_report(self, facts: Facts) -> bool:
         """Whether this VM may tell the host anything of itself."""
@@ -566,6 +576,8 @@ def make_ask(kind: str, target: str, values: Mapping[str, str]) -> Ask:
     Raises:
         ConfigError: It is none.
     """
+    if kind == Kind.FORWARD:
+        return forward_ask(target, values)
     exchange, slash, topic = target.partition("/")
     if kind not in KINDS:
         raise ConfigError(repr(kind), f"is no kind; expected {', '.join(KINDS)}")
@@ -576,3 +588,20 @@ def make_ask(kind: str, target: str, values: Mapping[str, str]) -> Ask:
             raise ConfigError(f"{key}=", f"expected {', '.join(TARGET_KEYS)}")
     is_fanout = kind == FANOUT
     return Ask(Kind.CAST if is_fanout else Kind(kind), exchange, topic, **values, fanout=is_fanout)
+
+
+def forward_ask(target: str, values: Mapping[str, str] | None = None) -> Ask:
+    """A program's wish to be connected to something in a guest.
+
+    Args:
+        target: tcp:PORT or unix:/PATH.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    kind, _, name = target.partition(":")
+    if kind not in FORWARD_KINDS or not name:
+        raise ConfigError(repr(target), "is no target of forward; expected tcp:PORT or unix:/PATH")
+    for key in values or ():
+        raise ConfigError(f"{key}=", "a forward has none")
+    return Ask(Kind.FORWARD, kind, name)

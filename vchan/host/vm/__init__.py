@@ -9,6 +9,7 @@ upward           requests out of the guest: judged, published, tried again, answ
 mailbox          what came in the VM's own queue, read in slices
 handover         what earlier hosts of the VM have published
 gate             what the VM may do
+streams          byte streams of programs on this host into the guest
 throttle         what its stream may cost, and when that puts it into quarantine
 reports          what the guest has told of itself
 clock            the guest's clock, set after the guest stood still

@@ -12,13 +12,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from vchan.errors import LinkError
+from vchan.errors import LinkError, Rejected
 from vchan.host.hypervisor.domains import Domain, Phase
 from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.clock import GuestClock
 from vchan.host.vm.downward import BrokerPort, Downward
 from vchan.host.vm.gate import Gate
 from vchan.host.vm.reports import Reports
+from vchan.host.vm.streams import VmStreams
 from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import Offer
 from vchan.io.link import TURN_S, Link
@@ -44,7 +45,9 @@ from vchan.session import (
     State,
     Violation,
 )
-from vchan.wire.frames import RAW_BODIES
+from vchan.streams.carrier import fill
+from vchan.streams.messages import is_of_family
+from vchan.wire.frames import BYTE_STREAMS, RAW_BODIES
 
 RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 """Between attempts while libvirt says that the domain is there."""
@@ -161,11 +164,12 @@ class Channel:
                 message_bytes_max=self.throttle.limits.message_bytes,
                 reassembly_bytes_max=self.throttle.limits.reassembly_bytes,
                 silence_s=SILENCE_S,
-                features=RAW_BODIES,
+                features=self._own_features,
             ),
             os.urandom,
         )
         self._metered = _Metered(0, 0, 0, 0, 0)
+        self.streams = VmStreams(home.name, gate, self._wake_link)
         self.downward = Downward(
             self.vm,
             self._send,
@@ -254,6 +258,12 @@ class Channel:
             lambda: self.downward.release(reason, self._loop.time()),
         )
 
+    @property
+    def _own_features(self) -> int:
+        """Streams towards a guest alone: two hosts' daemons would both wait for the other to
+        accept."""
+        return RAW_BODIES | (BYTE_STREAMS if self._end.role is Role.HOST else 0)
+
     def _cancel_timers(self) -> None:
         self._alarm.cancel()
         for timer in (self._reconnect_timer, self._absent_timer, self._mail_timer):
@@ -298,6 +308,7 @@ class Channel:
             silent=self._domain.phase is not Phase.SERVING,
             meter=self._meter,
         )
+        self._link.refill = self._refill
 
     def _plan_reconnect(self) -> None:
         delays_s = self._end.reconnect_s
@@ -343,9 +354,25 @@ class Channel:
         else:
             self._session.send(message, stream)
 
+    def _refill(self) -> bool:
+        """What there is of byte streams for the guest, beside the requests."""
+        return fill(self._session, self.streams.next_for_guest)
+
+    def _wake_link(self) -> None:
+        if self._link is not None:
+            self._link.wake()
+
+    def _on_stream_message(self, message: bytes, now_s: float) -> None:
+        problem = self.streams.from_guest(message)
+        if problem:
+            self._tell(f"the guest broke the protocol of byte streams: {problem}")
+            self._note_violation(problem, now_s)
+
     def _handle(self, event: Event) -> None:
         now_s = self._loop.time()
         match event:
+            case Received(_, message) if self._is_of_streams(message):
+                self._on_stream_message(message, now_s)
             case Received(_, message):
                 if self._spoke_s is not None:
                     self.first_answer_s, self._spoke_s = now_s - self._spoke_s, None
@@ -362,6 +389,8 @@ class Channel:
                 self._tell(f"{kind} with guest {peer.name!r}{before}")
                 if not resumed:
                     self._told_topics = ()
+                    takes = peer.features & self._own_features & BYTE_STREAMS
+                    self.streams.guest_connected(takes_streams=bool(takes))
                 self.say_topics()
                 self.downward.opened(
                     resumed=resumed,
@@ -393,6 +422,31 @@ class Channel:
             case Refused(reason, by_peer):
                 self._trouble = f"refused{' by the guest' if by_peer else ''}: {reason}"
                 self._tell(self._trouble)
+
+    def _is_of_streams(self, message: bytes) -> bool:
+        """Of a guest that may say nothing, not even these are heard."""
+        return is_of_family(message) and self.streams.guest_takes and not self.downward.is_mute
+
+    def require_streams(self) -> None:
+        """Refuse a program that wants byte streams into a guest that does not take them now.
+
+        Raises:
+            Rejected: Why not.
+        """
+        if self._session.state is not State.OPEN:
+            why = ": ".join(filter(None, (self.state, self.problem)))
+            raise Rejected(f"{self.name}: no streams now: its channel is {why}")
+        if self.downward.is_mute:
+            raise Rejected(
+                f"{self.name}: nothing that this VM says is heard, by this host's policy"
+            )
+        if not self.streams.guest_takes:
+            raise Rejected(f"{self.name}: its vchan-guest takes no byte streams: upgrade it")
+
+    def policy_changed(self) -> None:
+        """Other rules hold, or other facts are known."""
+        self.downward.policy_changed(self._loop.time())
+        self.streams.policy_changed()
 
     def went_on(self) -> None:
         """The guest stood still, and does so no more."""
@@ -608,6 +662,7 @@ class Channel:
             **self.counters,
             **self.downward.counters,
             **self.downward.upward.counters,
+            **self.streams.counters,
         }
 
     def totals(self) -> dict[str, int]:
@@ -631,4 +686,5 @@ class Channel:
             "limits": asdict(self.throttle.limits),
             "session": self._session.counters.as_dict(),
             "requests": self.downward.summary(),
+            "streams": self.streams.summary(),
         }

@@ -326,6 +326,11 @@ class Downward:
         self._requester.hold()
         self.upward.disconnected()
 
+    @property
+    def is_mute(self) -> bool:
+        """Nothing that the guest says is heard."""
+        return self._mute
+
     def policy_changed(self, now_s: float) -> None:
         """Other topics may be allowed now."""
         self._mute = self._gate.is_mute

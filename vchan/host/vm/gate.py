@@ -6,9 +6,10 @@ Pure: no I/O, no clock. `Upward` and `Downward` ask a `Gate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.oslo_wire.upward_envelope import Asked
+from vchan.host.policy.audit_record import Record
 from vchan.host.policy.rules import INTO, OUT_OF, Ask, Effect, Facts, Kind, Policy, Verdict
 from vchan.host.policy.vm_limits import Limits
 from vchan.rpc.bodies import REDELIVERED_KEY
@@ -28,6 +29,19 @@ Stamp = Callable[[Mapping[str, Any], Facts, Mapping[str, int]], dict[str, Any]]
 """A guest's context made anew, with who it is, and with what the target's keys let through."""
 NoteRemoved = Callable[[str, Topic, Iterable[str]], None]
 """(direction, topic, keys): keys of a context did not pass."""
+
+
+class StreamNote(NamedTuple):
+    """What became of a program's stream: see `Record`."""
+
+    ask: Ask
+    verdict: str
+    rule: str
+    id: bytes
+    by: str
+    reason: str = ""
+    into: int | None = None
+    out_of: int | None = None
 
 
 class Gate(Protocol):
@@ -71,6 +85,13 @@ class Gate(Protocol):
     def refused(self, ask: Ask, request_id: bytes, reason: str) -> None:
         """Put on record what a limit refused."""
 
+    def forward(self, ask: Ask) -> Verdict:
+        """Decide about a stream of a program's into the guest. Not on record: it is asked again
+        whenever the stream goes on in a new session."""
+
+    def streamed(self, note: StreamNote) -> None:
+        """Put on record what became of a stream."""
+
     def unheard(self, ask: Ask, request_id: bytes) -> None:
         """Put on record a request that nobody looked into, as the VM is mute."""
 
@@ -100,6 +121,7 @@ class VmGate:
         conductor: (exchange, topic) of the conductor.
         may_raise: See `vchan.host.policy.guest_context`.
         note_removed: Told of keys that did not pass.
+        write: Puts on record what is no decision about a request.
         reports_to: The notifications' topic that guests' reports go to; None: they go to none.
     """
 
@@ -113,8 +135,10 @@ class VmGate:
         may_raise: Callable[[str], bool] = lambda _: True,
         reports_to: Topic | None = None,
         note_removed: NoteRemoved = lambda *_: None,
+        write: Callable[[Record], None] = lambda _: None,
     ) -> None:
         self._note_removed = note_removed
+        self._write = write
         self.facts = facts
         self._reports_to = reports_to
         self._policy = policy
@@ -209,6 +233,16 @@ class VmGate:
     def refused(self, ask: Ask, request_id: bytes, reason: str) -> None:
         """See `Gate`."""
         self._record(self.facts, ask, Verdict(Effect.DENY, "limit"), request_id, reason)
+
+    def forward(self, ask: Ask) -> Verdict:
+        """See `Gate`."""
+        return self._policy().decide(self.facts, ask)
+
+    def streamed(self, note: StreamNote) -> None:
+        """See `Gate`."""
+        ask, verdict, rule, stream, by, reason, into, out_of = note
+        record = Record(self.facts, ask, verdict, rule, stream, reason, "", by, into, out_of)
+        self._write(record)
 
     def unheard(self, ask: Ask, request_id: bytes) -> None:
         """See `Gate`."""

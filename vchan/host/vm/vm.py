@@ -25,7 +25,16 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from vchan.errors import LimitExceeded, Rejected, VchanError
 from vchan.host.broker import events
 from vchan.host.faults import ALWAYS, attempt, describe_fault, log_fault
-from vchan.host.hypervisor.domains import Connect, Domain, Hush, Phase, PhaseChange, Release, Speak
+from vchan.host.hypervisor.domains import (
+    Connect,
+    Domain,
+    Hush,
+    Phase,
+    PhaseChange,
+    Release,
+    Speak,
+    Why,
+)
 from vchan.host.oslo_wire.mail import own_queue
 from vchan.host.policy.rules import Facts
 from vchan.host.policy.vm_limits import Limits
@@ -33,6 +42,7 @@ from vchan.host.vm.channel import Channel, End, Home
 from vchan.host.vm.downward import BrokerPort
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.reports import Reports
+from vchan.host.vm.streams import Program
 from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import Offer
 from vchan.io.loop import Callback, Loop, Timer
@@ -62,6 +72,8 @@ ChannelEvent = (
     | events.PublishResult
     | events.Mail
 )
+ENDINGS: Final = frozenset({Why.STOPPED, Why.FAILED})
+"""Of a VM, and of its byte streams with it. Otherwise it may go on elsewhere, or later."""
 VmEvent = ChannelEvent | events.Failed
 """What the broker says of one VM."""
 
@@ -87,6 +99,20 @@ class _Message(NamedTuple):
     token: events.Token
     queue: str
     body: bytes
+
+
+class StreamsHandle(NamedTuple):
+    """A program's way to its byte streams into one VM.
+
+    Attributes:
+        receive: Takes a message of the program's.
+        next_message: The next one for it, if there is one.
+        close: It is gone.
+    """
+
+    receive: Callable[[bytes], None]
+    next_message: Callable[[], bytes | None]
+    close: Callable[[], None]
 
 
 class Refusals:
@@ -242,6 +268,7 @@ class HostedVm:
         self._channel: Channel | None = None
         self._renew_timer: Timer | None = None
         self._past: Counter[str] = Counter()  # counters of channels that have failed
+        self._programs: dict[int, Program] = {}  # that have byte streams here
         self._reports = Reports()
         """What the guest has told of itself; it outlives its channel's faults."""
         self._breaks: dict[int, int] = {}  # how often a message has broken us, by its key's hash
@@ -290,10 +317,13 @@ class HostedVm:
             case Hush():
                 self._enter(Channel.hush, None)
             case Release(_, why):
+                if why in ENDINGS:
+                    self._enter(lambda channel: channel.streams.end(why.value), None)
                 self.release(why.value)
 
     def release(self, reason: str) -> None:
         """It is over: the VM is gone, or the daemon ends."""
+        self._send_away(reason)
         self._enter(lambda channel: channel.release(reason), None)
         self._enter(self._count, None)  # nobody gets at the channel any more
         self._part.end()
@@ -303,7 +333,7 @@ class HostedVm:
         """What the policy goes by, or says, may be other now."""
         self._gate.facts = facts
         self._throttle.update(limits)
-        self._use(lambda channel: channel.downward.policy_changed(self._loop.time()))
+        self._use(Channel.policy_changed)
         self._enter(Channel.say_topics, None)
 
     def went_on(self) -> None:
@@ -346,6 +376,46 @@ class HostedVm:
             return outcome
         why = ": ".join(filter(None, (self.state, self.problem)))
         return HandedBack(outcome.id, NO_AGENT, f"not delivered: VM {self.name} is {why}")
+
+    def open_streams(self, number: int, program: Program, target: str) -> StreamsHandle:
+        """A program on this host wants byte streams into the guest; returns its way to them.
+
+        Args:
+            number: Tells it apart from others.
+            target: What it is going to open.
+
+        Raises:
+            Rejected, LimitExceeded: It cannot have them now, or may not.
+        """
+
+        def attach(channel: Channel) -> None:
+            channel.require_streams()
+            channel.streams.require(target, program)
+            channel.streams.attach(number, program)
+
+        if not self._use(attach, VchanError):
+            raise Rejected(f"{self.name}: {self.problem or 'it has no channel'}")
+        self._programs[number] = program
+        return StreamsHandle(
+            lambda data: self._enter(lambda each: each.streams.from_program(number, data), None),
+            lambda: self._next_for_program(number),
+            lambda: self._close_streams(number),
+        )
+
+    def _next_for_program(self, number: int) -> bytes | None:
+        none: bytes | None = None
+        return self._enter(lambda channel: channel.streams.next_for_program(number), none)
+
+    def _close_streams(self, number: int) -> None:
+        if self._programs.pop(number, None) is not None:
+            self._enter(lambda channel: channel.streams.detach(number), None)
+
+    def _send_away(self, reason: str) -> None:
+        """Programs with byte streams find nothing here any more: they hear what there still is for
+        them."""
+        for number, program in list(self._programs.items()):
+            program.gone(reason)
+            self._close_streams(number)
 
     def end_quarantine(self) -> bool:
         """The operator's word. False if there is none."""
@@ -508,6 +578,7 @@ class HostedVm:
         time."""
         self._fault = fault
         self._part.end()
+        self._send_away(f"vchan-host failed on it: {fault}")
         self._give_up()
         now_s = self._loop.time()
         reason = f"vchan-host failed on it: {fault}"
@@ -626,6 +697,7 @@ class HostedVm:
                 "limits": asdict(self._throttle.limits),
                 "session": totals,
                 "requests": {**totals, "open": 0, "from_guest": {**totals, "open": 0}},
+                "streams": {"programs": 0, "open": 0},
             }
         own = {"fault": self._fault or None, "measured": self._reports.measured()}
         return {**shown, **own, **self._gate.denials()}

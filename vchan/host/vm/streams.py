@@ -1,0 +1,238 @@
+"""One VM's byte streams: programs at this host's socket, joined with what runs in the guest.
+
+Rules of this file
+1. No I/O, no clock. `Switchboard` passes messages on; here it is decided who may open what, as
+   whom, and what of it goes on record.
+2. A stream that is opened or has ended is on record once for each daemon that it passed; one that
+   is refused each time. It is asked about again whenever it goes on in a new session.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from vchan.errors import ConfigError, Rejected
+from vchan.host.policy.audit_record import ENDED
+from vchan.host.policy.rules import DEFAULT, Ask, Effect, Kind, Verdict, forward_ask
+from vchan.host.vm.gate import Gate, StreamNote
+from vchan.streams.messages import (
+    BUSY,
+    CLOSED,
+    FORGOTTEN,
+    REFUSED,
+    RELEASED,
+    SILENT,
+    UNREACHABLE,
+    UNSUPPORTED,
+    VIOLATED,
+    Open,
+)
+from vchan.streams.switchboard import Began, Over, Switchboard
+
+REASONS: Final = {
+    CLOSED: "closed",
+    REFUSED: "refused",
+    UNREACHABLE: "unreachable",
+    BUSY: "busy",
+    FORGOTTEN: "forgotten",
+    VIOLATED: "violated",
+    SILENT: "silent",
+    UNSUPPORTED: "unsupported",
+    RELEASED: "released",
+}
+"""Why a stream ended, in a word."""
+TEXT_CHARS_MAX: Final = 200
+"""Of a guest's own word on that, on record. At it: the rest is cut."""
+
+
+class Program(NamedTuple):
+    """A program at this host's socket that has streams.
+
+    Attributes:
+        wake: Called when there is something for it.
+        gone: Called once, with the reason, when this host has nothing more for it: the VM has left.
+    """
+
+    uid: int
+    pid: int
+    wake: Callable[[], object]
+    gone: Callable[[str], object]
+
+
+class VmStreams:
+    """One VM's byte streams, while its channel lives.
+
+    Args:
+        host: This host's name, told to the guest.
+        gate: What programs may open.
+        wake: Has written to the guest what there is for it.
+    """
+
+    def __init__(self, host: str, gate: Gate, wake: Callable[[], object]) -> None:
+        self._host = host
+        self._gate = gate
+        self._wake = wake
+        self._board = Switchboard(self._judge)
+        self._programs: dict[int, Program] = {}
+        self.guest_takes = False
+        """The guest says so in its greeting: it may be sent messages of the family."""
+        self.counters = {
+            "streams": 0,  # opened here
+            "streams_refused": 0,
+            "streams_reset": 0,  # ended with a reason
+            "stream_bytes_in": 0,  # of streams that are over
+            "stream_bytes_out": 0,
+        }
+
+    # ---------------------------------------------------------------- programs
+
+    def attach(self, number: int, program: Program) -> None:
+        """A new session with a program.
+
+        Raises:
+            LimitExceeded: Too many are attached.
+        """
+        self._board.attach(number)
+        self._programs[number] = program
+        self._settle()
+
+    def require(self, target: str, program: Program) -> None:
+        """Refuse a program that could open nothing: so it hears of it before anybody connects to
+        it.
+
+        Raises:
+            Rejected: The policy does not allow the target.
+        """
+        try:
+            ask = forward_ask(target)
+        except ConfigError as error:
+            raise Rejected(str(error)) from error
+        verdict = self._gate.forward(ask)
+        if verdict.effect is not Effect.ALLOW:
+            self._refuse(ask, verdict, b"", program)
+            raise Rejected(_denial(target, verdict))
+
+    def detach(self, number: int) -> None:
+        """A program is gone, or goes on elsewhere."""
+        self._board.detach(number)
+        self._settle()
+        self._programs.pop(number, None)
+
+    def from_program(self, number: int, data: bytes) -> None:
+        """Take a message of a program's."""
+        if number in self._programs:
+            self._board.from_program(number, data)
+            self._settle()
+
+    def next_for_program(self, number: int) -> bytes | None:
+        """The next message for it."""
+        return self._board.next_for_program(number) if number in self._programs else None
+
+    # ---------------------------------------------------------------- the guest
+
+    def guest_connected(self, *, takes_streams: bool) -> None:
+        """A new session with the guest."""
+        self.guest_takes = takes_streams
+        self._board.guest_connected(takes_streams=takes_streams)
+
+    def from_guest(self, data: bytes) -> str | None:
+        """Take a message of the guest's. What it has done wrong, if it has."""
+        problem = self._board.from_guest(data)
+        self._settle()
+        return problem
+
+    def next_for_guest(self) -> bytes | None:
+        """The next message for the guest."""
+        return self._board.next_for_guest()
+
+    def policy_changed(self) -> None:
+        """Other streams may be allowed now."""
+        self._board.judge_again()
+        self._settle()
+
+    def end(self, reason: str) -> None:
+        """The VM has ended, and its streams with it: programs are told."""
+        self._board.reset_all(RELEASED, f"the VM has ended: {reason}")
+        self._settle()
+
+    # ---------------------------------------------------------------- what is allowed
+
+    def _judge(self, number: int, opened: Open) -> Open | str:
+        """See `Judge`. The facts that a program gives of itself are not passed on."""
+        program = self._programs[number]
+        try:
+            ask = forward_ask(opened.target)
+        except ConfigError as error:
+            return str(error)
+        verdict = self._gate.forward(ask)
+        if verdict.effect is not Effect.ALLOW:
+            self._refuse(ask, verdict, opened.id, program)
+            return _denial(opened.target, verdict)
+        facts = {"host": self._host, "uid": program.uid, "pid": program.pid}
+        return opened._replace(facts=json.dumps(facts, separators=(",", ":")))
+
+    def _refuse(self, ask: Ask, verdict: Verdict, stream: bytes, program: Program) -> None:
+        self.counters["streams_refused"] += 1
+        effect = verdict.effect.value
+        self._gate.streamed(StreamNote(ask, effect, verdict.rule, stream, _who(program)))
+
+    # ---------------------------------------------------------------- what has happened
+
+    def _settle(self) -> None:
+        for event in self._board.take_events():
+            match event:
+                case Began(stream, number, target):
+                    self.counters["streams"] += 1
+                    ask, by = _ask(target), _who(self._programs[number])
+                    rule = self._gate.forward(ask).rule
+                    self._gate.streamed(StreamNote(ask, Effect.ALLOW.value, rule, stream, by))
+                case Over():
+                    self._note_end(event)
+        for number in self._board.take_news():
+            if number in self._programs:
+                self._programs[number].wake()
+        self._wake()
+
+    def _note_end(self, over: Over) -> None:
+        self.counters["streams_reset"] += bool(over.reason)
+        self.counters["stream_bytes_in"] += over.down
+        self.counters["stream_bytes_out"] += over.up
+        by = _who(self._programs[over.number])
+        note = StreamNote(_ask(over.target), ENDED, "", over.id, by, _ending(over))
+        self._gate.streamed(note._replace(into=over.down, out_of=over.up))
+
+    def summary(self) -> dict[str, int]:
+        """What `vchan status` shows."""
+        return {
+            **self.counters,
+            "programs": len(self._programs),
+            "open": self._board.open_streams,
+            "dropped": self._board.dropped,
+        }
+
+
+def _ask(target: str) -> Ask:
+    kind, _, name = target.partition(":")
+    return Ask(Kind.FORWARD, kind, name)
+
+
+def _who(program: Program) -> str:
+    return f"uid {program.uid}, pid {program.pid}"
+
+
+def _ending(over: Over) -> str:
+    if over.reason is None:
+        return "its program is gone from here"
+    if not over.reason:
+        return "both ends were done"
+    text = over.text if len(over.text) <= TEXT_CHARS_MAX else f"{over.text[:TEXT_CHARS_MAX]}..."
+    return f"{REASONS.get(over.reason, over.reason)}: {text}"
+
+
+def _denial(target: str, verdict: Verdict) -> str:
+    """What a program is told."""
+    if verdict.rule == DEFAULT:
+        return f"forward {target}: no rule of this host's policy allows it (default)"
+    return f"forward {target}: denied by this host's policy, {verdict.rule}"
