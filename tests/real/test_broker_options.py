@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import shlex
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -25,7 +27,14 @@ from vchan.errors import ConfigError
 from vchan.host.broker import vm_queues
 from vchan.host.broker.broker import Broker
 from vchan.host.broker.config import BrokerConfig, BrokerHost
-from vchan.host.broker.events import Connected, Consuming, Delivered, Disconnected, Released
+from vchan.host.broker.events import (
+    Connected,
+    Consuming,
+    Delivered,
+    Disconnected,
+    Released,
+    Troubled,
+)
 from vchan.host.broker.vm_queues import DELIVERY_LIMIT
 from vchan.host.oslo_wire.mail import own_queue
 from vchan.rpc.messages import Topic
@@ -331,6 +340,53 @@ def test_an_unused_queue_expires(rabbit: RabbitServer, topic: Topic, vm: str) ->
         host.broker.release(vm)
         host.events.take(Released, vm=vm)
         wait_for_none(rabbit, vm)
+
+
+def test_a_queue_that_expires_otherwise_is_used_and_said_so(
+    rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    """What waits there for a VM that is away survives a change of the option."""
+    config = from_oslo(rabbit.url)
+    with Host(replace(config, topic_expires_s=0)) as before:
+        before.consume(vm, topic)
+    publish(rabbit, topic, vm)
+    with Host(replace(config, topic_expires_s=90)) as host:
+        host.broker.consume(vm, frozenset({topic}), frozenset())
+        (problem,) = host.events.take(Troubled, vm=vm).problems
+        assert f"queue {topic.name}.{vm} was declared otherwise" in problem
+        assert "x-expires" in problem
+        assert host.events.take(Delivered).topic == topic
+
+
+def test_the_policy_of_the_documents_lets_an_owned_topics_queue_expire(
+    rabbit: RabbitServer, topic: Topic, vm: str
+) -> None:
+    """Not while somebody consumes; and who declares it again, as before, is not refused."""
+    document = (Path(__file__).parents[2] / "docs" / "broker.md").read_text()
+    found = re.search(r"rabbitmqctl (set_policy vchan-owned .*) --apply-to queues", document)
+    assert found is not None
+    words = shlex.split(found[1])
+    assert re.search(words[2], "guestagent.5e1d0c9a-6f0b-4c9e-9a53-3f7e1f6f5f10")
+    assert json.loads(words[3])["expires"] == 7 * 24 * 3600 * 1000
+    words[2:] = [f"^{topic.name}$", json.dumps({"expires": 1000})]
+    rabbit.ctl(*words, "--apply-to", "queues")
+    try:
+        with Host(from_oslo(rabbit.url)) as host:
+            host.consume(vm, topic, own=True)
+            host.events.assert_quiet(Released, for_s=3.0)
+            assert topic.name in rabbit.queues()
+            host.broker.release(vm)
+            host.events.take(Released, vm=vm)
+            host.consume(vm, topic, own=True)
+            assert not any(event.problems for event in host.events.take_all(Troubled, 1))
+        wait_until(
+            lambda: topic.name not in rabbit.queues(),
+            timeout_s=TIMEOUT_S,
+            interval_s=0.1,
+            failure=lambda: f"{topic.name} is left: {list(rabbit.queues())}",
+        )
+    finally:
+        rabbit.ctl("clear_policy", words[1])
 
 
 def publish(rabbit: RabbitServer, topic: Topic, vm: str) -> None:

@@ -25,8 +25,10 @@ MISSING = missing_for_rabbit() or missing_for_libvirt()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 
 FILLING_CALLS = 200
+CASTS_TO_SHELVED = 30
+DELETE_AFTER = "delete_queues_after = 1"
 DELETED_S = 8.0
-"""Over delete_queues_after, as the rig sets it, and LEFTOVERS_S."""
+"""Over DELETE_AFTER and LEFTOVERS_S."""
 CALLERS = 2
 CALL_TIMEOUT_S = 30
 WRITTEN_S = 5.0
@@ -373,7 +375,12 @@ def test_a_stuck_vm_holds_up_no_other(vm: Vm) -> None:
 
 
 def test_the_queues_of_a_deleted_vm_go(cloud: Cloud) -> None:
-    """Those of one that is shut off stay, and those of one that has moved."""
+    """If the operator says so. Those of one that is shut off stay, and those of one that moved."""
+    with cloud.a.daemon.having(DELETE_AFTER), cloud.b.daemon.having(DELETE_AFTER):
+        _check_that_queues_go(cloud)
+
+
+def _check_that_queues_go(cloud: Cloud) -> None:
     vm = cloud.boot("short")
     try:
         vm.migrate()
@@ -391,6 +398,32 @@ def test_the_queues_of_a_deleted_vm_go(cloud: Cloud) -> None:
         )
     finally:
         vm.discard()
+
+
+def test_what_is_cast_to_a_shelved_server_waits_for_it(cloud: Cloud) -> None:
+    """nova undefines its domain, as it does a deleted one's, and defines it on another host."""
+    import libvirt
+
+    vm = cloud.boot("shelf")
+    try:
+        definition = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        queues = queues_of(vm)
+        vm.domain.destroy()
+        vm.domain.undefine()
+        vm.wait_status(lambda seen: seen["state"] == "unknown", "is still there")
+        time.sleep(DELETED_S)  # that nothing happens is what is tested
+        assert queues_of(vm) == queues
+        with vm.traffic(wait=False, callers=0) as traffic:
+            traffic.wait_for("casts_sent", CASTS_TO_SHELVED)
+            cloud.b.connection.defineXML(definition).create()
+            vm.moved()
+            vm.wait_ready()
+            report = traffic.finish()
+    finally:
+        vm.discard()
+    assert (report.lost, report.duplicated, report.reordered) == (0, 0, 0), report.brief()
+    assert report.casts_executed == report.casts_sent >= CASTS_TO_SHELVED
+    assert report.fanouts_executed == report.fanouts_sent > 0
 
 
 def queues_of(vm: Vm) -> list[str]:

@@ -3,13 +3,14 @@
 Everything is real: the daemons are processes, the hosts are libvirtds, the guests are QEMU's.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,7 +67,7 @@ class HostDaemon:
         self._config = directory / "vchan.conf"
         self.program: Sequence[str] = (sys.executable, "-m", "vchan.host.daemon")
         lines = ["[vchan]", f"host = {name}", f"libvirt_uri = {libvirt_uri}", "listen_topics = *"]
-        lines += ["delete_queues_after = 1", f"audit_log = {directory / 'audit.log'}"]
+        lines += [f"audit_log = {directory / 'audit.log'}"]
         self.policy = directory / "policy.d" / "50-rig.policy"
         self.policy.parent.mkdir()
         self.policy.write_text(POLICY)
@@ -80,6 +81,7 @@ class HostDaemon:
 
     def use_broker(self, transport_url: str | None) -> None:
         """From its next start on it talks to this broker; None: to none."""
+        self._transport_url = transport_url
         lines = ["[DEFAULT]", "debug = false", f"log_file = {self.log}"]
         if transport_url is not None:
             lines.append(f"transport_url = {transport_url}")
@@ -88,6 +90,22 @@ class HostDaemon:
     def set_options(self, *lines: str) -> None:
         """From its next start on it has these, of its own section; `use_broker` writes them."""
         self._lines[1:1] = lines
+
+    @contextlib.contextmanager
+    def having(self, *lines: str) -> Iterator[None]:
+        """It has these options of its own section meanwhile: it is started anew, twice."""
+        before = list(self._lines)
+        try:
+            self.stop()
+            self.set_options(*lines)
+            self.use_broker(self._transport_url)
+            self.start()
+            yield
+        finally:
+            self.stop()
+            self._lines = before
+            self.use_broker(self._transport_url)
+            self.start()
 
     @property
     def pid(self) -> int:

@@ -22,6 +22,7 @@ NOT_SIMULATED: Final = (
     "Answer no longer kept",
     "Rolled back under a live connection",
     "Dropped by the broker",
+    "Away for too long",
     "Missed while away",
 )
 """No run gets there: nothing excuses these, and nothing shows them."""

@@ -81,6 +81,7 @@ NOT_EXCUSED: Final = (
     "Answer no longer kept",
     "Rolled back under a live connection",
     "Dropped by the broker",
+    "Away for too long",
 )
 """What is known not to hold either, and is broken all the same if a run shows it: records do not
 tell it from a fault. Whoever sees it looks whether it was that."""

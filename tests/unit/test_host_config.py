@@ -48,6 +48,7 @@ def test_the_defaults(directory: Path) -> None:
     conf = load(directory)
     assert conf.vchan.libvirt_uri == "qemu:///system"
     assert config.socket_mode(conf) == 0o660
+    assert conf.vchan.delete_queues_after == 0  # a shelved server's domain is undefined, too
     assert conf.vchan.listen_topics == conf.vchan.select == []
     assert conf.vchan.policy_dir == "/etc/vchan/policy.d"
     assert conf.vchan.audit_log == "/var/log/vchan/audit.log"

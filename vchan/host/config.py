@@ -102,16 +102,19 @@ OPTIONS: Final = [
         max=49 * 24 * 3600,
         help=(
             "Seconds after which the broker deletes a VM's topic queue that no host has consumed "
-            "from, and what is in it; 0 for never. All hosts must have the same."
+            "from, and what is in it: how long a server may be off or shelved without losing "
+            "casts; 0 for never. All hosts must have the same."
         ),
     ),
     cfg.IntOpt(
         "delete_queues_after",
-        default=600,
+        default=0,
         min=0,
         help=(
             "Seconds after a domain was undefined (and not migrated away) until those of its "
-            "queues are deleted that are empty and that no host consumes from; 0 for never."
+            "queues are deleted that are empty and that no host consumes from; 0 for never: the "
+            "broker lets them expire. nova undefines a server that it shelves exactly as one "
+            "that it deletes, and casts to a server without queues are lost."
         ),
     ),
     cfg.StrOpt(

@@ -3,9 +3,11 @@
 Rules of this file
 1. No I/O, no clock, no logging. Time comes in as `now_s`.
 2. A domain that libvirt has forgotten need not be deleted: nova undefines one for a hard reboot,
-   when it shelves it, and on the host that a resized VM has left. So there is a delay, and the
-   broker deletes only queues that are empty and that no host consumes from.
-3. What is missed here costs little: unused queues expire by themselves.
+   when it shelves it, and on the host that a resized VM has left. Nothing that a host sees tells
+   the one from the other, and casts to a shelved VM whose queues were deleted are lost. So this is
+   off unless an operator sets a delay, and then the broker deletes only queues that are empty and
+   that no host consumes from.
+3. Without it unused queues expire by themselves.
 """
 
 from __future__ import annotations
