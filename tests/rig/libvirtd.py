@@ -219,6 +219,7 @@ def domain_xml(
     shell: bool = True,
     memory_mib: int = 256,
     metadata: str = "",
+    devices: str = "",
     files: Mapping[str, Path] | None = None,
 ) -> str:
     """A domain that boots an image which QEMU can read (`GuestImage.staged`).
@@ -229,6 +230,7 @@ def domain_xml(
         controller: With a virtio-serial controller: without one no channel can be hot-plugged.
         shell: With the channel for `GuestShell`. Neither it nor `channel` goes without controller.
         metadata: XML, such as `nova_metadata` makes.
+        devices: XML of further devices, after the channels.
         files: Ports whose bytes QEMU appends to a file, which it must be able to write on every
             host: what was written there outlives the guest.
     """
@@ -262,6 +264,7 @@ def domain_xml(
     {"<controller type='virtio-serial' index='0'/>" if controller else ""}
     {"".join(channel_xml(port) for port in ports)}
     {"".join(file_channel_xml(port, path) for port, path in (files or {}).items())}
+    {devices}
   </devices>
 </domain>
 """

@@ -183,6 +183,29 @@ def test_nova_metadata_that_is_empty_or_of_an_unknown_version() -> None:
     assert facts_of(domain(metadata=nova("9.9"))).metadata == NO_METADATA
 
 
+RESCUE_DISKS = {
+    "file": "<source file='/var/lib/nova/instances/8b6a/disk.rescue'/>",
+    "lvm": "<source dev='/dev/vg/8b6a_disk.rescue'/>",
+    "ceph": "<source protocol='rbd' name='vms/8b6a_disk.rescue'><host name='m'/></source>",
+}
+
+
+@pytest.mark.parametrize("source", RESCUE_DISKS.values(), ids=RESCUE_DISKS)
+@pytest.mark.parametrize("stable", [False, True])
+def test_a_server_in_rescue_is_known_by_its_disk(source: str, stable: bool) -> None:
+    """nova puts it first; or last, where the image asks for a device of its own."""
+    own = "<disk type='file'><source file='/var/lib/nova/instances/8b6a/disk'/></disk>"
+    rescue = f"<disk type='block'>{source}</disk>"
+    disks = own + rescue if stable else rescue + own
+    facts = facts_of(domain(CONTROLLER + LIVE_CHANNEL + disks, metadata=nova("1.1")))
+    assert facts.rescued
+    assert (facts.channel_path, facts.served_path) == (PATH, None)
+    assert not facts_of(domain(disks)).rescued  # it is not nova's
+    assert not facts_of(domain(own, metadata=nova("1.1"))).rescued
+    of_a_chain = f"<disk><source file='/x/disk'/><backingStore>{source}</backingStore></disk>"
+    assert not facts_of(domain(of_a_chain, metadata=nova("1.1"))).rescued
+
+
 @pytest.mark.parametrize(
     ("xml", "message"),
     [

@@ -13,6 +13,7 @@ from vchan.host.hypervisor.domain_xml import DomainFacts, DomainState, Selection
 from vchan.host.hypervisor.domains import (
     ATTACH_RETRY_MAX_S,
     ATTACH_RETRY_MIN_S,
+    IN_RESCUE,
     NO_CONTROLLER_CONFIGURED,
     NO_CONTROLLER_NOVA,
     NO_CONTROLLER_TRANSIENT,
@@ -360,6 +361,27 @@ def test_save_and_restore() -> None:
     host.happen(DomainEvent.STARTED)
     assert host.see(replace(PAUSED, channel_path="/4")) == [Connect(VM, "/4"), SPEAK]
     assert host.happen(DomainEvent.RESUMED) == []
+
+
+def test_a_server_in_rescue_is_not_served_and_nothing_is_attached() -> None:
+    host = Host("*")
+    host.see(RUNNING)
+    assert host.happen(DomainEvent.STOPPED) == [Release(VM, Why.STOPPED)]
+    for facts in (RUNNING, UNPLUGGED, BARE, BARE_WITHOUT_CONTROLLER):
+        rescued = replace(facts, rescued=True)
+        assert host.see(replace(rescued, state=DomainState.SHUTOFF, channel_path=None)) == []
+        assert host.problem() is None
+        host.happen(DomainEvent.STARTED)
+        assert host.see(rescued) == [Warn(VM, "vm1", IN_RESCUE)]
+        assert (host.phase(), host.problem()) == (Phase.IDLE, IN_RESCUE)
+        host.happen(DomainEvent.STOPPED)
+    host.happen(DomainEvent.STARTED)
+    assert host.see(RUNNING) == [CONNECT, SPEAK]
+    assert host.problem() is None
+    # Its stop was missed.
+    assert host.see(replace(RUNNING, rescued=True, channel_path="/4"))[0] == Release(
+        VM, Why.DETACHED
+    )
 
 
 def test_snapshot_revert() -> None:

@@ -368,10 +368,14 @@ class Daemon:
         domain = self._find(server)
         hosted = self._vms.get(domain.uuid)
         if hosted is None:
+            if domain.trouble is not None:  # it says what helps
+                raise Rejected(f"{server}: {domain.trouble}")
             state = domain.known.state.name.lower()
-            problem = domain.trouble or f"it is {state} and has no live channel"
             when = "" if state == "running" else ", for its next start"
-            raise Rejected(f"{server}: {problem}; vchan attach {server} gives it one{when}")
+            text = (
+                f"it is {state} and has no live channel; vchan attach {server} gives it one{when}"
+            )
+            raise Rejected(f"{server}: {text}")
         return hosted
 
     def method(self, name: str, args: Mapping[str, Any], answer: SendAnswer) -> None:

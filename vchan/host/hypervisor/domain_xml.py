@@ -46,6 +46,11 @@ NOVA_NAMESPACES = (
 
 METADATA_KEYS = ("project", "user", "flavor", "image", "name")
 
+# nova boots a rescue image from a disk of this name, whatever its images_type: a file of the
+# instance's directory, or a logical volume or an image of Ceph's that is called UUID_disk.rescue.
+# The rest of the domain (UUID, name, metadata with the server's own image) stays as it was.
+NOVA_RESCUE_DISK = "disk.rescue"
+
 
 class DomainXmlError(VchanError):
     """A domain's XML is not what libvirt documents."""
@@ -73,6 +78,7 @@ class DomainFacts:
         has_controller: The live XML has a virtio-serial controller, so a channel can be plugged.
         configured: The channel is in the next-boot XML.
         persistent: There is next-boot XML.
+        rescued: nova has another image running in the server's place, under its identity.
         note: What an operator should know of how this was read; '' if nothing.
         metadata: What nova wrote, by METADATA_KEYS; '' where it wrote nothing.
     """
@@ -87,6 +93,7 @@ class DomainFacts:
     has_controller: bool = False
     configured: bool = False
     persistent: bool = False
+    rescued: bool = False
     note: str = ""
     metadata: Mapping[str, str] = field(
         default_factory=lambda: types.MappingProxyType(dict.fromkeys(METADATA_KEYS, ""))
@@ -95,6 +102,12 @@ class DomainFacts:
     @property
     def active(self) -> bool:
         return self.state is not DomainState.SHUTOFF
+
+    @property
+    def served_path(self) -> str | None:
+        """Of the channel that is to be connected to: none in rescue, for who is there is not who
+        requests to the server are meant for."""
+        return None if self.rescued else self.channel_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +173,7 @@ def domain_facts(
         has_controller=active and _has_controller(root),
         configured=next_channel is not None,
         persistent=next_boot_xml is not None,
+        rescued=_is_rescued(root),
         note=note,
         metadata=_nova_metadata(root),
     )
@@ -292,18 +306,34 @@ def _has_controller(root: ElementTree.Element) -> bool:
     )
 
 
-def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
-    values = dict.fromkeys(METADATA_KEYS, "")
+def _is_rescued(root: ElementTree.Element) -> bool:
+    """Only where the domain is nova's: elsewhere a disk may be called anything."""
+    return _nova_instance(root) is not None and any(
+        value.endswith(NOVA_RESCUE_DISK)
+        for source in root.iterfind("devices/disk/source")
+        for value in (source.get(key, "") for key in ("file", "dev", "name"))
+    )
+
+
+def _nova_instance(root: ElementTree.Element) -> tuple[ElementTree.Element, str] | None:
+    """What nova wrote of the server, and how its tags begin."""
     for namespace in NOVA_NAMESPACES:
         instance = root.find(f"metadata/{{{namespace}}}instance")
         if instance is not None:
-            tag = f"{{{namespace}}}"
-            values["name"] = instance.findtext(f"{tag}name", "")
-            values["flavor"] = _attribute(instance, f"{tag}flavor", "name")
-            values["project"] = _attribute(instance, f"{tag}owner/{tag}project", "uuid")
-            values["user"] = _attribute(instance, f"{tag}owner/{tag}user", "uuid")
-            values["image"] = _image(instance.find(f"{tag}root"))
-            break
+            return instance, f"{{{namespace}}}"
+    return None
+
+
+def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
+    values = dict.fromkeys(METADATA_KEYS, "")
+    found = _nova_instance(root)
+    if found is not None:
+        instance, tag = found
+        values["name"] = instance.findtext(f"{tag}name", "")
+        values["flavor"] = _attribute(instance, f"{tag}flavor", "name")
+        values["project"] = _attribute(instance, f"{tag}owner/{tag}project", "uuid")
+        values["user"] = _attribute(instance, f"{tag}owner/{tag}user", "uuid")
+        values["image"] = _image(instance.find(f"{tag}root"))
     return types.MappingProxyType(values)
 
 

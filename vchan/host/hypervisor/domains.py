@@ -27,8 +27,10 @@ A domain's channel is in one of four phases:
                        +-------------Hush----|----------------+
                                              +--Release-->
 
-A paused domain is served like a running one: what we write waits in its socket, and an unconnected
-channel can wedge when the guest resumes. A reboot is invisible on the channel and changes nothing.
+A domain in rescue is not served: nova runs another image under the server's UUID, and what is sent
+to the server is not for that. A paused domain is served like a running one: what we write waits in
+its socket, and an unconnected channel can wedge when the guest resumes. A reboot is invisible on
+the channel and changes nothing.
 
     decisions = domains.receive(event, now_s=clock())
     decisions += domains.handle_timeout(now_s=clock())
@@ -44,6 +46,7 @@ from dataclasses import dataclass
 from vchan.host.hypervisor.domain_xml import DomainFacts, DomainState, Selection
 
 __all__ = [
+    "IN_RESCUE",
     "NO_CONTROLLER_CONFIGURED",
     "NO_CONTROLLER_NOVA",
     "NO_CONTROLLER_TRANSIENT",
@@ -91,6 +94,10 @@ NO_CONTROLLER_NOVA = (
 NO_CONTROLLER_TRANSIENT = (
     "the running VM has no virtio-serial controller and no next-boot configuration: "
     "start it from XML that has the channel (see libvirt/README.md)"
+)
+IN_RESCUE = (
+    "in rescue: another image runs in the server's place, and is not served; what is sent to the "
+    "server waits until it is unrescued"
 )
 
 
@@ -490,7 +497,7 @@ class Domains:
         domain.facts, domain.unread = facts, None
         level = _level(facts, announced=domain.announced)
         decisions: list[Decision] = []
-        if level is not Situation.NO_CHANNEL and domain.path not in (None, facts.channel_path):
+        if level is not Situation.NO_CHANNEL and domain.path not in (None, facts.served_path):
             # Another path is another QEMU: it was restarted, restored or reverted unseen.
             decisions += self._release(domain, Why.REPLACED)
         reaction = _ON_LEVEL.get((domain.phase, level))
@@ -557,6 +564,8 @@ class Domains:
             return False
         if domain.unread is not None:
             return False  # what is known of it may be old
+        if facts.rescued:
+            return False  # it is not served, and nova throws this definition away
         if domain.announced or facts.incoming or facts.outgoing:
             return False  # a domain takes no device while it migrates
         live = facts.active and facts.channel_path is None and facts.has_controller
@@ -575,6 +584,8 @@ class Domains:
 
     def _standing_problem(self, domain: Domain, facts: DomainFacts) -> str | None:
         """What no attach can mend."""
+        if facts.rescued:
+            return IN_RESCUE if facts.active else None
         if not facts.active or facts.channel_path is not None or facts.has_controller:
             return None
         if domain.detached_by_operator or not self._selection.matches(facts):
@@ -630,8 +641,8 @@ class Domains:
 
 
 def _path_of(domain: Domain) -> str:
-    assert domain.facts is not None and domain.facts.channel_path is not None
-    return domain.facts.channel_path
+    assert domain.facts is not None and domain.facts.served_path is not None
+    return domain.facts.served_path
 
 
 def _unread_problem(unread: Unreadable) -> str:
@@ -639,7 +650,7 @@ def _unread_problem(unread: Unreadable) -> str:
 
 
 def _level(facts: DomainFacts, *, announced: bool) -> Situation:
-    if not facts.active or facts.channel_path is None:
+    if not facts.active or facts.served_path is None:
         return Situation.NO_CHANNEL
     if facts.incoming or (announced and facts.state is DomainState.PAUSED):
         return Situation.INCOMING

@@ -43,6 +43,7 @@ from vchan.host.hypervisor.domain_xml import (
     free_alias,
 )
 from vchan.host.hypervisor.domains import (
+    IN_RESCUE,
     AttachDone,
     Changed,
     DetachDone,
@@ -389,7 +390,7 @@ class Hypervisor:
                 return replace(answer, channel_path=path)
             return answer
         assert facts is not None
-        self._sockets.note(uuid, domain.ID(), facts.channel_path)
+        self._sockets.note(uuid, domain.ID(), facts.served_path)
         return facts
 
     def _unread(self, conn: Any, uuid: str, name: str, error: Exception) -> Unreadable | Gone:
@@ -606,6 +607,8 @@ def attach_channel(domain: Any, target_name: str = TARGET_NAME) -> AttachDone:
         libvirt.libvirtError: The domain cannot be read.
     """
     facts = read_facts(domain, target_name)
+    if facts.rescued:
+        return AttachDone(facts.uuid, live=False, config=False, problem=IN_RESCUE)
     problems: list[str] = []
     config = facts.persistent and not facts.configured
     if config:
