@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -379,6 +380,42 @@ def test_channel_is_attached_and_detached(host: Host) -> None:
         watcher.hypervisor.attach(uuid)
         watcher.wait_effect(Speak(uuid), count=2)
         assert watcher.of(other.UUIDString()) == []  # not selected
+
+
+QGA = "org.qemu.guest_agent.0"
+QGA_CHANNEL = (
+    f"<channel type='unix'><source mode='bind'/><target type='virtio' name='{QGA}'/></channel>"
+)
+
+
+def test_a_channel_is_never_attached_ahead_of_the_guest_agents(host: Host) -> None:
+    """masakari's monitor of guest agents takes the first channel of the XML for theirs."""
+    kinds = (0, libvirt.VIR_DOMAIN_XML_INACTIVE, libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+
+    def order(domain: Any) -> list[list[str]]:
+        targets = [
+            ElementTree.fromstring(domain.XMLDesc(kind)).iterfind("devices/channel/target")
+            for kind in kinds
+        ]
+        return [[target.get("name", "") for target in each] for each in targets]
+
+    with (
+        Watcher(host.uri, ["*"]) as watcher,
+        host.guest("qga", define=True, channel=QGA_CHANNEL) as domain,
+    ):
+        uuid = domain.UUIDString()
+        watcher.wait_effect(Speak(uuid))
+        watcher.settle(uuid)
+        assert order(domain) == [[QGA, TARGET_NAME]] * len(kinds)
+        watcher.hypervisor.detach(uuid)
+        watcher.wait_effect(Release(uuid, Why.DETACHED))
+        watcher.hypervisor.attach(uuid)
+        watcher.wait_effect(Speak(uuid), count=2)
+        assert order(domain) == [[QGA, TARGET_NAME]] * len(kinds)
+        domain.destroy()
+        domain.create()
+        watcher.wait_effect(Speak(uuid), count=3)
+        assert order(domain) == [[QGA, TARGET_NAME]] * len(kinds)
 
 
 def test_channel_without_our_alias_is_detached_too(host: Host) -> None:

@@ -1,7 +1,9 @@
-"""What nova does to a domain, done by libvirt's own calls: rescue."""
+"""What nova does to a domain, done by libvirt's own calls: rescue, and the definition that is away
+while a volume is swapped."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +18,9 @@ MISSING = missing_for_rabbit() or missing_for_libvirt()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 
 CASTS = 20
+DELETE_AFTER = "delete_queues_after = 1"
+DELETED_S = 8.0
+"""Over DELETE_AFTER and the time between two looks."""
 DISK_BYTES = 1024 * 1024
 
 
@@ -66,3 +71,38 @@ def test_a_rescue_image_gets_nothing_that_is_meant_for_the_server(cloud: Cloud) 
         vm.discard()
     assert (report.lost, report.duplicated, report.reordered) == (0, 0, 0), report.brief()
     assert report.casts_executed == report.casts_sent >= CASTS
+
+
+def test_a_domain_without_a_definition_is_served_and_keeps_its_queues(cloud: Cloud) -> None:
+    """nova undefines a running domain for as long as it copies a volume, which may be hours."""
+    import libvirt
+
+    with cloud.a.daemon.having(DELETE_AFTER):
+        vm = nova_vm(cloud, "swap")
+        try:
+            definition = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+            queues = queues_of(vm)
+            with vm.traffic() as traffic:
+                before = vm.status()["session"]["sessions"]
+                vm.domain.undefine()
+                assert not vm.domain.isPersistent()
+                traffic.flows()
+                time.sleep(DELETED_S)  # that nothing happens is what is tested
+                assert queues_of(vm) == queues
+                assert vm.status()["session"]["sessions"] == before
+                vm.here.daemon.restart()
+                vm.wait_ready()
+                traffic.flows()
+                vm.here.connection.defineXML(definition)
+                assert vm.domain.isPersistent()
+                traffic.flows()
+                report = traffic.finish()
+            assert queues_of(vm) == queues
+        finally:
+            vm.discard()
+    report.check()
+
+
+def queues_of(vm: Vm) -> list[str]:
+    """Its queues at the broker."""
+    return sorted(name for name in vm.cloud.rabbit.queues() if vm.uuid in name)
