@@ -1,14 +1,17 @@
-"""What nova does to a domain, done by libvirt's own calls: rescue, and the definition that is away
-while a volume is swapped."""
+"""What nova does to a domain, done by libvirt's own calls: rescue; a definition without a
+controller; and the definition that is away while a volume is swapped."""
 
 from __future__ import annotations
 
 import time
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.rig import wait_until
 from tests.rig.compute import GUEST_TIMEOUT_S
+from tests.rig.guest_image import VCHAN_PORT
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
 
 if TYPE_CHECKING:  # it needs libvirt-python, which may be what is missing
@@ -24,13 +27,27 @@ DELETED_S = 8.0
 DISK_BYTES = 1024 * 1024
 
 
-def nova_vm(cloud: Cloud, name: str) -> Vm:
+SHOWN = {
+    "server": "spawned-shown",
+    "project": "a" * 32,
+    "project_name": "a" * 32,
+    "user": "b" * 32,
+    "flavor": "m1.tiny",
+    "image": "c" * 36,
+    "host": "host1",
+}
+"""As `nova_metadata_of` has it."""
+
+
+def nova_metadata_of(name: str) -> str:
     from tests.rig.libvirtd import nova_metadata
 
-    metadata = nova_metadata(
-        name=f"{name}-shown", project="a" * 32, user="b" * 32, flavor="m1.tiny", image="c" * 36
-    )
-    return cloud.boot(name, metadata=metadata)
+    who = {key: SHOWN[key] for key in ("project", "user", "flavor", "image")}
+    return nova_metadata(name=f"{name}-shown", **who)
+
+
+def nova_vm(cloud: Cloud, name: str) -> Vm:
+    return cloud.boot(name, metadata=nova_metadata_of(name))
 
 
 def test_a_rescue_image_gets_nothing_that_is_meant_for_the_server(cloud: Cloud) -> None:
@@ -71,6 +88,52 @@ def test_a_rescue_image_gets_nothing_that_is_meant_for_the_server(cloud: Cloud) 
         vm.discard()
     assert (report.lost, report.duplicated, report.reordered) == (0, 0, 0), report.brief()
     assert report.casts_executed == report.casts_sent >= CASTS
+
+
+def test_a_server_that_nova_gives_no_controller_is_said_to_lose_its_channel(cloud: Cloud) -> None:
+    """Before, in the list, the doctor and the metrics; and afterwards, with what helps."""
+    from tests.rig.cloud import Vm
+    from tests.rig.libvirtd import domain_xml
+
+    host, identity = cloud.a, str(uuid.uuid4())
+    xml = domain_xml(
+        "spawned",
+        identity,
+        cloud.image,
+        console=host.libvirt.console_path("spawned"),
+        metadata=nova_metadata_of("spawned"),
+        channel=False,
+        controller=False,
+        shell=False,
+    )
+    vm = Vm(cloud, "spawned", identity)
+    try:
+        host.connection.defineXML(xml)
+        wait_until(
+            lambda: VCHAN_PORT in vm.domain.XMLDesc(),
+            timeout_s=GUEST_TIMEOUT_S,
+            interval_s=0.05,
+            failure=cloud.logs,
+        )
+        vm.domain.create()  # vchan-host was quicker
+        seen = vm.wait_status(lambda seen: seen["loses_channel"], "keeps its channel")
+        assert seen["state"] in ("connecting", "waiting")
+        row = next(row for row in host.cli_json("list") if row["uuid"] == identity)
+        for name, value in SHOWN.items():
+            assert row[name] == seen[name] == value
+        assert "spawned-shown" in host.cli("list", "-w", "--project", SHOWN["project"]).stdout
+        assert "1 VM loses its channel at the next hard reboot" in host.cli("doctor").stdout
+        assert "\nvchan_servers_losing_channel 1.0" in host.cli("metrics").stdout
+
+        vm.domain.destroy()
+        vm.domain.undefine()
+        host.connection.createXML(xml)  # nova was quicker
+        host.connection.defineXML(xml)
+        seen = vm.wait_status(lambda seen: "image_property" in (seen.get("problem") or ""), "")
+        assert (seen["state"], seen["loses_channel"]) == ("none", None)
+        assert "\nvchan_servers_losing_channel 0.0" in host.cli("metrics").stdout
+    finally:
+        vm.discard()
 
 
 def test_a_domain_without_a_definition_is_served_and_keeps_its_queues(cloud: Cloud) -> None:

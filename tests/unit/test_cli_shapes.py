@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,6 +157,53 @@ def test_filters(host: LocalHost, run: Run, words: tuple[str, ...], names: str) 
     status, out, _ = run("list", "-f", "value", "-c", "name", *words)
     assert (status, " ".join(out.split())) == (0, names)
     assert run("list", "--name", "")[0] == cli.EXIT_USAGE
+
+
+NOVAS: dict[str, Any] = {
+    "server": "shop front \x1b[2J",
+    "project": "7c1d0e2f3a4b5c6d7e8f9a0b1c2d3e4f",
+    "project_name": "Shop",
+    "user": "0f3b",
+    "user_name": None,
+    "flavor": "m1.small",
+    "loses_channel": "at the next hard reboot",
+}
+
+
+def test_a_server_of_novas_is_known_by_what_nova_calls_it(host: LocalHost, run: Run) -> None:
+    host.add("instance-0000002a", "u-nova", **NOVAS)
+    lines = run("list")[1].splitlines()
+    assert lines[0].split()[:4] == ["NAME", "SERVER", "PROJECT", "NAME"]
+    assert lines[1].split()[:5] == ["instance-0000002a", "shop", "front", "?[2J", "Shop"]
+    for words in (
+        ("--server", "shop front*"),
+        ("--project", "7c1d*"),
+        ("--project", "shop"),
+        ("-c", "name", "--project", "SHOP"),
+    ):
+        assert run("list", "-f", "value", *words)[1].startswith("instance-0000002a")
+        assert len(run("list", "-f", "value", *words)[1].splitlines()) == 1
+    assert run("list", "-f", "value", "--server", "other")[1] == ""
+    lines = run("status", "instance-0000002a")[1].splitlines()
+    assert "  server:              shop front ?[2J" in lines
+    assert "  project:             Shop (7c1d0e2f3a4b5c6d7e8f9a0b1c2d3e4f)" in lines
+    assert "  user:                0f3b" in lines
+    assert "  host:                h1" in lines
+    assert "  loses its channel:   at the next hard reboot" in lines
+    # A name of nova's is the tenant's choice: nothing is found by it.
+    assert run("status", "shop front \x1b[2J")[0] == cli.EXIT_FAILED
+
+
+def test_doctor_says_once_who_loses_a_channel(host: LocalHost, run: Run) -> None:
+    for number in range(12):
+        host.add(f"instance-{number:02}", f"u-{number}", **NOVAS)
+    out = run("doctor")[1]
+    assert "nova: 12 VMs lose their channels at the next hard reboot: instance-00, " in out
+    assert "instance-09 and 2 more" in out and "instance-10" not in out
+    assert "nova-manage image_property set UUID" in out
+    out = run("doctor", "instance-11")[1]
+    assert "nova: 1 VM loses its channel at the next hard reboot: instance-11\n" in out
+    assert "nova:" not in run("doctor", "vm")[1]
 
 
 def test_results_of_calls_have_shapes_too(host: LocalHost, run: Run) -> None:

@@ -11,6 +11,7 @@ from vchan.errors import ConfigError, LimitExceeded
 from vchan.host.hypervisor import domain_xml
 from vchan.host.hypervisor.domain_xml import (
     ALIAS,
+    METADATA_CHARS_MAX,
     METADATA_KEYS,
     TARGET_NAME,
     XML_CHARS_MAX,
@@ -86,6 +87,7 @@ def test_a_running_domain_with_its_channel() -> None:
         has_controller=True,
         configured=True,
         persistent=True,
+        has_own_port=True,
         metadata=NO_METADATA,
     )
 
@@ -167,7 +169,47 @@ def test_nova_metadata(version: str) -> None:
         "flavor": "m1.small",
         "image": "image-1",
         "name": "web",
+        "project_name": "shop",
+        "user_name": "alice",
     }
+
+
+def test_what_nova_wrote_is_cut() -> None:
+    written = nova("1.1").replace("web", "w" * 10_000)
+    assert facts_of(domain(metadata=written)).metadata["name"] == "w" * METADATA_CHARS_MAX
+
+
+SPICE = "<channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>"
+CONSOLE = "<console type='pty'><target type='virtio' port='1'/></console>"
+SERIAL = "<console type='pty'><target type='serial' port='0'/></console>"
+OTHERS = "<channel type='unix'><target type='virtio' name='x'/><alias name='ua-x'/></channel>"
+
+
+@pytest.mark.parametrize(
+    ("devices", "loses"),
+    [
+        (LIVE_CHANNEL, True),
+        (LIVE_CHANNEL + SERIAL + OTHERS + "<channel type='unix'/>", True),
+        (LIVE_CHANNEL + AGENT_CHANNEL, False),
+        (
+            LIVE_CHANNEL
+            + AGENT_CHANNEL.replace("</channel>", "<alias name='channel0'/></channel>"),
+            False,
+        ),
+        (LIVE_CHANNEL + SPICE, False),
+        (LIVE_CHANNEL + CONSOLE, False),
+        (LIVE_CHANNEL.replace("ua-vchan0", "channel0"), False),  # a nova that writes it
+        (AGENT_CHANNEL.replace("</channel>", "<alias name='ua-a'/></channel>"), False),  # none yet
+    ],
+)
+def test_a_server_loses_its_channel_if_nova_gives_it_no_controller(
+    devices: str, loses: bool
+) -> None:
+    xml = domain(CONTROLLER + devices, metadata=nova("1.1"))
+    assert facts_of(xml).will_lose_channel is loses
+    assert not facts_of(domain(CONTROLLER + devices)).will_lose_channel  # it is not nova's
+    off = domain_facts(xml.replace(" id='3'", ""), None, state=DomainState.SHUTOFF)
+    assert not off.will_lose_channel
 
 
 @pytest.mark.parametrize(

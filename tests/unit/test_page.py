@@ -118,6 +118,11 @@ def test_problems_come_with_what_to_do() -> None:
     assert said.text.index("transport_url") < said.text.index("too many bytes")
 
 
+def test_servers_that_lose_their_channel_are_a_problem() -> None:
+    said = read((None, look(rows=[{**row(), "loses_channel": "at the next hard reboot"}])))
+    assert "1 VM loses its channel at the next hard reboot: vm" in said.text
+
+
 def test_a_vm_that_cannot_be_told_of_is_a_problem() -> None:
     told = HostAnswers(daemon(), [row()], {}, {UUID: "InternalError: a bug"})
     assert "InternalError: a bug" in read((None, Look("s", 0.0, told))).text

@@ -164,11 +164,13 @@ def test_values_are_the_daemons(channel: Channel) -> None:
     status["totals"] = {**channel.totals(), "losses": 3}
     vm = detail(channel)
     vm["requests"] |= {"requests": 9, "open": 2}
-    found = samples(as_text(Given(status, [row(), row("waiting")], [vm])))
+    rows = [row(), {**row("waiting"), "loses_channel": "soon"}]
+    found = samples(as_text(Given(status, rows, [vm])))
     of = {name: value for (name, labels), value in found.items() if not labels}
     assert of["vchan_up"] == of["vchan_libvirt_connected"] == of["vchan_audit_ok"] == 1
     assert of["vchan_broker_connected"] == of["vchan_policy_ok"] == 0
     assert of["vchan_losses_total"] == 3
+    assert of["vchan_servers_losing_channel"] == 1
     assert of["vchan_audit_written_total"] == 5
     about_vm = frozenset({("uuid", UUID), ("name", "vm")})
     assert found["vchan_vm_requests_total", about_vm] == 9

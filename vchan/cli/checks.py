@@ -101,13 +101,15 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _examine_all(options: argparse.Namespace) -> Iterator[Finding]:
-    from vchan.host.ops.doctor import examine_daemon
+    from vchan.host.ops.doctor import examine_daemon, examine_rows
 
     yield from _examine_files(options)
     try:
         with connected(options) as host:
             yield from examine_daemon(host.ask("status"), __version__)
-            for row in host.ask("list"):
+            rows = host.ask("list")
+            yield from examine_rows(rows)
+            for row in rows:
                 host.renew(options.timeout)
                 yield from _examine_row(host, row, is_all=True)
     except LinkError as error:
@@ -116,7 +118,7 @@ def _examine_all(options: argparse.Namespace) -> Iterator[Finding]:
 
 def _examine_vm(options: argparse.Namespace) -> Iterator[Finding]:
     """One VM; and of the daemon what is wrong, which is its trouble too."""
-    from vchan.host.ops.doctor import Level, examine_daemon
+    from vchan.host.ops.doctor import Level, examine_daemon, examine_rows
 
     try:
         with connected(options) as host:
@@ -125,6 +127,7 @@ def _examine_vm(options: argparse.Namespace) -> Iterator[Finding]:
             yield from (each for each in findings if each.level is not Level.OK)
             for row in host.ask("list"):
                 if row["uuid"] == uuid:
+                    yield from examine_rows([row])
                     yield from _examine_row(host, row, is_all=False)
     except LinkError as error:
         yield _unreachable(error)

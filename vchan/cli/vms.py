@@ -12,13 +12,18 @@ from vchan.cli.failures import EXIT_OK
 from vchan.cli.host import as_known, connected, pattern, say_if_old
 from vchan.cli.output import cell, is_shaped, printable, show_record, show_rows, text_line
 
-COLUMNS: Final = ("name", "uuid", "domain", "channel", "address", "os", "topics", "problem")
+COLUMNS: Final = (
+    *("name", "server", "project_name", "uuid", "domain", "channel"),
+    *("address", "os", "topics", "problem"),
+)
 """Of `vchan list`."""
-_IF_ANY: Final = frozenset({"address", "os", "problem"})
+_IF_ANY: Final = frozenset({"server", "project_name", "address", "os", "problem"})
 """Columns that are there if one VM at least has something for them."""
 
 _FILTERS: Final = {
     "name": ("NAME", "only VMs of this name; * and ? stand for any letters"),
+    "server": ("NAME", "only servers of this name of nova's, which need not be one alone"),
+    "project": ("PROJECT", "only servers of this project: its id, or its name"),
     "domain": ("STATE", "only domains in this state of libvirt's: running, paused, shutoff ..."),
     "channel": ("STATE", "only channels in this state: ready, waiting, quarantined, none ..."),
     "topic": ("TOPIC", "only VMs whose agents serve this topic, or EXCHANGE/TOPIC"),
@@ -65,7 +70,7 @@ def _list(options: argparse.Namespace) -> int:
         rows = [{**row, **_claimed(row.pop("guest", None) or {})} for row in rows]
         say_if_old(host.ask("status"))
     rows.sort(key=lambda row: (row["name"].casefold(), row["uuid"]))
-    names = [name for name in COLUMNS if name not in _IF_ANY or any(row[name] for row in rows)]
+    names = [name for name in COLUMNS if name not in _IF_ANY or any(row.get(name) for row in rows)]
     show_rows(options, rows, names)
     return EXIT_OK
 
@@ -83,6 +88,10 @@ def _wanted(options: argparse.Namespace) -> list[Callable[[Mapping[str, Any]], b
         glob = getattr(options, name)
         if glob is not None:
             tests.append(partial(_is, name, pattern(glob)))
+    if options.server is not None:
+        tests.append(partial(_is, "server", pattern(options.server)))
+    if options.project is not None:
+        tests.append(partial(_belongs, pattern(options.project)))
     if options.topic is not None:
         tests.append(partial(_serves, pattern(options.topic)))
     if options.problems:
@@ -91,7 +100,12 @@ def _wanted(options: argparse.Namespace) -> list[Callable[[Mapping[str, Any]], b
 
 
 def _is(name: str, glob: Any, row: Mapping[str, Any]) -> bool:
-    return bool(glob.match(row[name]))
+    return bool(glob.match(row.get(name) or ""))
+
+
+def _belongs(glob: Any, row: Mapping[str, Any]) -> bool:
+    names = (row.get("project"), row.get("project_name"))
+    return any(glob.match(name) for name in names if name)
 
 
 def _serves(glob: Any, row: Mapping[str, Any]) -> bool:
@@ -151,9 +165,16 @@ def _vm_lines(status: Mapping[str, Any]) -> Iterator[str]:
     upward = requests.get("from_guest") or {}
     yield f"{status.get('name')}  {status.get('uuid')}"
     yield from _fields(
+        ("server", status.get("server")),
+        ("project", _named(status, "project")),
+        ("user", _named(status, "user")),
+        ("flavor", status.get("flavor")),
+        ("image", status.get("image")),
+        ("host", status.get("host")),
         ("domain", status.get("domain")),
         ("channel", status.get("state")),
         ("problem", status.get("problem")),
+        ("loses its channel", status.get("loses_channel")),
         ("fault", status.get("fault")),
         ("guest daemon", status.get("guest")),
         ("serves", requests.get("topics")),
@@ -171,6 +192,12 @@ def _vm_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield from _counters("its session", counters)
     yield from _counters("requests into it", requests)
     yield from _counters("requests out of it", upward)
+
+
+def _named(status: Mapping[str, Any], key: str) -> str | None:
+    """An id, with the name that people know it by."""
+    name, value = status.get(f"{key}_name"), status.get(key)
+    return f"{name} ({value})" if name and value else value
 
 
 def _denied(status: Mapping[str, Any], requests: Mapping[str, Any]) -> list[str]:

@@ -424,7 +424,24 @@ class Daemon:
             "uuid": domain.uuid,
             "name": domain.known.name,
             "domain": domain.known.state.name.lower(),
+            **self._known_by(domain.known),
             "problem": self._problem_of(domain, hosted),
+        }
+
+    def _known_by(self, facts: domains.DomainFacts) -> dict[str, Any]:
+        """What nova's operators know a server by, as nova wrote it when it defined the domain; None
+        where nova has written nothing."""
+        known = {key: value or None for key, value in facts.metadata.items()}
+        return {
+            "server": known["name"],
+            "project": known["project"],
+            "project_name": known["project_name"],
+            "user": known["user"],
+            "user_name": known["user_name"],
+            "flavor": known["flavor"],
+            "image": known["image"],
+            "host": self._home.name,
+            "loses_channel": domains.WILL_LOSE_CHANNEL if facts.will_lose_channel else None,
         }
 
     def _problem_of(self, domain: domains.Domain, hosted: HostedVm | None) -> str | None:

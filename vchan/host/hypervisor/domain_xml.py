@@ -44,7 +44,12 @@ NOVA_NAMESPACES = (
     "http://openstack.org/xmlns/libvirt/nova/1.0",
 )
 
-METADATA_KEYS = ("project", "user", "flavor", "image", "name")
+METADATA_KEYS = ("project", "user", "flavor", "image", "name", "project_name", "user_name")
+"""project, user and image are ids; the names are what people know them by. The server's and the
+project's are other people's choice: nothing is decided by them."""
+
+METADATA_CHARS_MAX = 255
+"""Of each of them: nova's own limit. At it: the rest is cut."""
 
 # nova boots a rescue image from a disk of this name, whatever its images_type: a file of the
 # instance's directory, or a logical volume or an image of Ceph's that is called UUID_disk.rescue.
@@ -78,6 +83,8 @@ class DomainFacts:
         has_controller: The live XML has a virtio-serial controller, so a channel can be plugged.
         configured: The channel is in the next-boot XML.
         persistent: There is next-boot XML.
+        has_own_port: The XML has a virtio-serial device that nobody has attached, so whoever
+            writes the definition anew writes it again, and libvirt gives it a controller.
         rescued: nova has another image running in the server's place, under its identity.
         note: What an operator should know of how this was read; '' if nothing.
         metadata: What nova wrote, by METADATA_KEYS; '' where it wrote nothing.
@@ -93,6 +100,7 @@ class DomainFacts:
     has_controller: bool = False
     configured: bool = False
     persistent: bool = False
+    has_own_port: bool = False
     rescued: bool = False
     note: str = ""
     metadata: Mapping[str, str] = field(
@@ -102,6 +110,18 @@ class DomainFacts:
     @property
     def active(self) -> bool:
         return self.state is not DomainState.SHUTOFF
+
+    @property
+    def is_novas(self) -> bool:
+        """Whether nova has made it, and makes its definition anew at each start."""
+        return any(self.metadata.values())
+
+    @property
+    def will_lose_channel(self) -> bool:
+        """Whether nova's next definition is one in which no channel can be plugged: the controller
+        is there only because a channel was attached to the definition before this one's start."""
+        is_there = self.active and self.served_path is not None
+        return is_there and self.is_novas and not self.has_own_port
 
     @property
     def served_path(self) -> str | None:
@@ -173,6 +193,7 @@ def domain_facts(
         has_controller=active and _has_controller(root),
         configured=next_channel is not None,
         persistent=next_boot_xml is not None,
+        has_own_port=_has_own_port(root),
         rescued=_is_rescued(root),
         note=note,
         metadata=_nova_metadata(root),
@@ -306,6 +327,22 @@ def _has_controller(root: ElementTree.Element) -> bool:
     )
 
 
+def _has_own_port(root: ElementTree.Element) -> bool:
+    ports = (*root.iterfind("devices/channel"), *root.iterfind("devices/console"))
+    return any(_target_type(port) == "virtio" and not _is_attached(port) for port in ports)
+
+
+def _target_type(device: ElementTree.Element) -> str:
+    target = device.find("target")
+    return target.get("type", "") if target is not None else ""
+
+
+def _is_attached(device: ElementTree.Element) -> bool:
+    """By somebody who gave it a name, as we do: nova gives none."""
+    alias = device.find("alias")
+    return alias is not None and alias.get("name", "").startswith("ua-")
+
+
 def _is_rescued(root: ElementTree.Element) -> bool:
     """Only where the domain is nova's: elsewhere a disk may be called anything."""
     return _nova_instance(root) is not None and any(
@@ -332,9 +369,12 @@ def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
         values["name"] = instance.findtext(f"{tag}name", "")
         values["flavor"] = _attribute(instance, f"{tag}flavor", "name")
         values["project"] = _attribute(instance, f"{tag}owner/{tag}project", "uuid")
+        values["project_name"] = instance.findtext(f"{tag}owner/{tag}project", "")
         values["user"] = _attribute(instance, f"{tag}owner/{tag}user", "uuid")
+        values["user_name"] = instance.findtext(f"{tag}owner/{tag}user", "")
         values["image"] = _image(instance.find(f"{tag}root"))
-    return types.MappingProxyType(values)
+    cut = {key: value[:METADATA_CHARS_MAX] for key, value in values.items()}
+    return types.MappingProxyType(cut)
 
 
 def _attribute(parent: ElementTree.Element, path: str, name: str) -> str:

@@ -50,6 +50,7 @@ __all__ = [
     "NO_CONTROLLER_CONFIGURED",
     "NO_CONTROLLER_NOVA",
     "NO_CONTROLLER_TRANSIENT",
+    "WILL_LOSE_CHANNEL",
     "Attach",
     "AttachDone",
     "Changed",
@@ -91,6 +92,10 @@ NO_CONTROLLER_NOVA = (
     "start: set hw_qemu_guest_agent=yes on images for new servers; for this one: stop it, "
     "nova-manage image_property set {uuid} --property hw_qemu_guest_agent=yes, start it"
 )
+WILL_LOSE_CHANNEL = (
+    "at the next hard reboot, stop and start, or resize: nova's definition has no virtio-serial "
+    "controller, and this one's is there only because vchan-host was quick"
+)
 NO_CONTROLLER_TRANSIENT = (
     "the running VM has no virtio-serial controller and no next-boot configuration: "
     "start it from XML that has the channel (see libvirt/README.md)"
@@ -107,7 +112,7 @@ def no_controller(facts: DomainFacts, *, configured: bool) -> str:
     Args:
         configured: Its next-boot definition has the channel.
     """
-    if any(facts.metadata.values()):
+    if facts.is_novas:
         return NO_CONTROLLER_NOVA.format(uuid=facts.uuid)
     return NO_CONTROLLER_CONFIGURED if configured else NO_CONTROLLER_TRANSIENT
 

@@ -99,6 +99,13 @@ _REPLY_REMEDY: Final = (
     "if they may: reply any {topic} allow in policy_dir before that rule; then systemctl reload "
     "vchan-host"
 )
+NAMES_MAX: Final = 10
+"""VMs that one finding names. At it: it says how many more there are."""
+_LOSING_REMEDY: Final = (
+    "before that: stop each, nova-manage image_property set UUID --property "
+    "hw_qemu_guest_agent=yes, start it; for new servers set hw_qemu_guest_agent=yes on images. "
+    "vchan --json list has them (loses_channel)"
+)
 _NO_RULE: Final = "default"
 """The rule of a verdict that no rule gave."""
 _PAUSED: Final = "the VM is paused: what is sent to it waits until it goes on"
@@ -223,6 +230,22 @@ def examine_vm(row: Mapping[str, Any], detail: Mapping[str, Any]) -> list[Findin
         text = "its agents ask for more topics than the limit allows"
         findings.append(Finding(Level.WARNING, name, text, "see limit topics in the policy"))
     return findings
+
+
+def examine_rows(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """What is true of many VMs of a host alike, said once.
+
+    Args:
+        rows: What the daemon's method `list` returns, or some of it.
+    """
+    losing = [row for row in rows if row.get("loses_channel")]
+    if not losing:
+        return []
+    names = ", ".join(row["name"] for row in losing[:NAMES_MAX])
+    more = f" and {len(losing) - NAMES_MAX} more" if len(losing) > NAMES_MAX else ""
+    verb = "VM loses its channel" if len(losing) == 1 else "VMs lose their channels"
+    text = f"{len(losing)} {verb} {losing[0]['loses_channel']}: {names}{more}"
+    return [Finding(Level.WARNING, "nova", text, _LOSING_REMEDY)]
 
 
 def works(row: Mapping[str, Any]) -> Finding:

@@ -167,7 +167,11 @@ def families(
     yield _gauge("policy_ok", text, not status["policy_problem"])
     yield from _audit(status["audit"])
     yield _gauge("domains", "Domains of this host.", status["domains"])
+    rows = list(rows)
     yield _channels(rows)
+    text = "Servers of nova's that lose their channel at the next hard reboot, or stop and start."
+    losing = sum(1 for row in rows if row.get("loses_channel"))
+    yield _gauge("servers_losing_channel", text, losing)
     totals = status["totals"]
     for name, what in COUNTERS.items():
         if name in totals:

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, tostring
 
 from vchan import __version__
 from vchan.host.ops.asking import HostAnswers
-from vchan.host.ops.doctor import Finding, Level, examine_daemon, examine_vm
+from vchan.host.ops.doctor import Finding, Level, examine_daemon, examine_rows, examine_vm
 
 REFRESH_S: Final = 10
 """From one look of a browser at the page to its next."""
@@ -141,7 +141,8 @@ def _host(before: Look | None, now: Look) -> list[Element]:
     about = f"vchan {status['version']} · {now.socket}"
     findings = {row["uuid"]: _vm_findings(row, told) for row in told.rows}
     daemon = examine_daemon(status, __version__)
-    every = [*daemon, *(finding for each in findings.values() for finding in each)]
+    of_vms = [finding for each in findings.values() for finding in each]
+    every = [*daemon, *examine_rows(told.rows), *of_vms]
     return [
         _element("h1", _bdi(status["host"])),
         _element("p", _bdi(about), {"class": "soft"}),
