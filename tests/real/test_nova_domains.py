@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -134,6 +135,45 @@ def test_a_server_that_nova_gives_no_controller_is_said_to_lose_its_channel(clou
         assert "\nvchan_servers_losing_channel 0.0" in host.cli("metrics").stdout
     finally:
         vm.discard()
+
+
+def test_a_flavors_extra_spec_selects_its_servers(cloud: Cloud) -> None:
+    """What nova 32 and later write; and who was started by an older one is told of."""
+    import libvirt
+
+    from tests.rig.cloud import Vm
+    from tests.rig.libvirtd import domain_xml
+
+    host = cloud.a
+    newer = (Path(__file__).parents[2] / "libvirt" / "nova-metadata-example.xml").read_text()
+    older = nova_metadata_of("older")
+    with host.daemon.having("select = extra-spec:vchan:enabled=true, property:os_distro=nothing"):
+        vms = [Vm(cloud, name, str(uuid.uuid4())) for name in ("newer", "older", "other")]
+        other = newer.replace('name="vchan:enabled">true', 'name="vchan:enabled">false')
+        try:
+            for vm, metadata in zip(vms, (newer, older, other), strict=True):
+                console = host.libvirt.console_path(vm.name)
+                xml = domain_xml(
+                    vm.name, vm.uuid, cloud.image, console=console, channel=False, metadata=metadata
+                )
+                host.connection.defineXML(xml)
+            for vm in reversed(vms):  # the first is the last that is waited for
+                vm.wait_status(lambda seen: seen["state"] == "none", "is not known")
+            wait_until(
+                lambda: VCHAN_PORT in vms[0].domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE),
+                timeout_s=GUEST_TIMEOUT_S,
+                interval_s=0.05,
+                failure=cloud.logs,
+            )
+            assert vms[0].status()["labels"]["extra-spec:vchan:enabled"] == "true"
+            assert VCHAN_PORT not in vms[1].domain.XMLDesc()
+            assert VCHAN_PORT not in vms[2].domain.XMLDesc()
+            assert [bool(vm.status()["unlabelled"]) for vm in vms] == [False, True, False]
+            said = host.cli("doctor").stdout
+            assert "1 VM is in no rule by extra-spec or property: nova has written no" in said
+        finally:
+            for vm in vms:
+                vm.discard()
 
 
 def test_a_domain_without_a_definition_is_served_and_keeps_its_queues(cloud: Cloud) -> None:

@@ -97,7 +97,8 @@ class HostDaemon:
         before = list(self._lines)
         try:
             self.stop()
-            self.set_options(*lines)
+            end = self._lines.index("[oslo_messaging_rabbit]")  # of two of a kind the last counts
+            self._lines[end:end] = lines
             self.use_broker(self._transport_url)
             self.start()
             yield

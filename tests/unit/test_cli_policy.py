@@ -106,6 +106,15 @@ def test_all_the_details(run: Run) -> None:
     assert (status, out.splitlines()[-1]) == (0, "conductor: 50-a.policy:1")
 
 
+def test_a_vms_extra_specs_and_properties(run: Run) -> None:
+    line = "call extra-spec:vchan:enabled=true property:os_distro=deb* e/t allow"
+    vm = "extra-spec:vchan:enabled=true,property:os_distro=debian"
+    assert run(line, "check", "--vm", vm, "call", "e/t")[0] == cli.EXIT_OK
+    status, out, _ = run(line, "check", "--vm", "flavor=vchan", "call", "e/t")
+    assert status == cli.EXIT_FAILED
+    assert "    no: extra-spec:vchan:enabled '' is not 'true'\n" in out
+
+
 def test_a_topic_alone_is_of_the_default_exchange(run: Run) -> None:
     rules = "listen any openstack/agent allow\nlisten any other/agent deny\n"
     assert run(rules, "check", "listen", "agent")[0] == cli.EXIT_OK
@@ -124,6 +133,7 @@ def test_a_topic_alone_is_of_the_default_exchange(run: Run) -> None:
         (("--vm", "color=red", "call", "a/b"), "color=: is no fact; expected uuid"),
         (("--vm", "uuid=x", "call", "a/b"), "uuid=x: is no UUID"),
         (("--vm", "name", "call", "a/b"), "expected KEY=VALUE"),
+        (("--vm", "spec:a=b", "call", "a/b"), "spec:a=: is no fact; expected uuid"),
     ],
 )
 def test_a_question_that_is_none(run: Run, words: tuple[str, ...], text: str) -> None:

@@ -206,6 +206,17 @@ def test_doctor_says_once_who_loses_a_channel(host: LocalHost, run: Run) -> None
     assert "nova:" not in run("doctor", "vm")[1]
 
 
+def test_rules_that_ask_what_nova_has_not_written_are_told_of(host: LocalHost, run: Run) -> None:
+    host.add("old", "u-old", unlabelled="nova is older")
+    host.add("new", "u-new", unlabelled=None)
+    host.details["new"] = {"labels": {"extra-spec:a": "1", "property:b": "2"}}
+    out = run("doctor")[1]
+    assert "nova: 1 VM is in no rule by extra-spec or property: nova is older: old\n" in out
+    assert "  labels:              nova is older" in run("status", "old")[1]
+    assert "  labels:              extra-spec:a=1, property:b=2" in run("status", "new")[1]
+    assert "labels" not in run("status", "vm")[1]
+
+
 def test_results_of_calls_have_shapes_too(host: LocalHost, run: Run) -> None:
     call = ("call", "vm", "agent", "echo", "n=1", 'more={"x": [1]}')
     assert run(*call, "-f", "table")[1].splitlines() == [

@@ -61,6 +61,24 @@ class TestRead:
             False,
         )
 
+    def test_a_vms_labels_are_handed_in_too(self) -> None:
+        """So that the conductor's rules may go by them. Hosts of an earlier release have none."""
+        labelled = VM._replace(labels=(("extra-spec:a", "1"), ("property:b", "2")))
+        assert read(*handed_in(facts=labelled)).facts == labelled
+        kind, context, args = handed_in()
+        del args["vm"]["labels"]
+        assert read(kind, context, args).facts == VM
+        many = {f"property:{number}": "" for number in range(admission.LABELS_MAX + 1)}
+        wrong: list[tuple[Any, str]] = [
+            ([1], "not an object"),
+            ({"property:a": 1}, "not a string"),
+            (many, "over 128 labels"),
+        ]
+        for labels, reason in wrong:
+            args["vm"]["labels"] = labels
+            with pytest.raises(EnvelopeError, match=reason):
+                read(kind, context, args)
+
     def test_no_time_and_perhaps_a_copy(self) -> None:
         context = {"vchan_redelivered": True}
         read_in = read(*handed_in(timeout_s=0, monitor_s=0, context=context))

@@ -11,6 +11,8 @@ from vchan.errors import ConfigError, LimitExceeded
 from vchan.host.hypervisor import domain_xml
 from vchan.host.hypervisor.domain_xml import (
     ALIAS,
+    LABEL_BYTES_MAX,
+    LABELS_MAX,
     METADATA_CHARS_MAX,
     METADATA_KEYS,
     TARGET_NAME,
@@ -172,6 +174,33 @@ def test_nova_metadata(version: str) -> None:
         "project_name": "shop",
         "user_name": "alice",
     }
+
+
+def test_labels_are_extra_specs_and_properties_or_nobodys_word() -> None:
+    """The XML is what nova's own test of its release 34 expects it to write."""
+    newer = (SNIPPETS / "nova-metadata-example.xml").read_text()
+    facts = facts_of(domain(metadata=newer))
+    assert facts.labels == {
+        "extra-spec:vchan:enabled": "true",
+        "extra-spec:hw_rng:allowed": "true",
+        "property:hw_qemu_guest_agent": "True",
+        "property:os_distro": "debian",
+    }
+    assert facts_of(domain(metadata=nova("1.1"))).labels is None
+    assert facts_of(domain()).labels is None
+    empty = nova("1.1").replace("</nova:flavor>", "<nova:extraSpecs/></nova:flavor>")
+    assert facts_of(domain(metadata=empty)).labels == {}
+
+
+def test_labels_are_bounded_and_never_cut() -> None:
+    spec = "<nova:extraSpec name='{}'>{}</nova:extraSpec>"
+    good = "".join(spec.format(f"n{number}", "v") for number in range(LABELS_MAX))
+    odd = spec.format("long", "v" * (LABEL_BYTES_MAX + 1)) + spec.format("", "v") + "<nova:x/>"
+    odd += spec.format("wide", "\xe9" * LABEL_BYTES_MAX) + spec.format("k" * 256, "v")
+    specs = f"<nova:extraSpecs>{odd}{good}{spec.format('late', 'v')}</nova:extraSpecs>"
+    written = nova("1.1").replace("</nova:flavor>", f"{specs}</nova:flavor>")
+    labels = facts_of(domain(metadata=written)).labels
+    assert labels == {f"extra-spec:n{number}": "v" for number in range(LABELS_MAX)}
 
 
 def test_what_nova_wrote_is_cut() -> None:
@@ -406,6 +435,7 @@ def test_nova_example() -> None:
 # --- the selection ----------------------------------------------------------------------------
 
 NOVA_VM = facts_of(domain(metadata=nova("1.1")))
+LABELLED_VM = facts_of(domain(metadata=(SNIPPETS / "nova-metadata-example.xml").read_text()))
 PLAIN_VM = facts_of(domain())
 
 
@@ -431,12 +461,41 @@ def test_rules(rule: str, nova_vm: bool, plain_vm: bool) -> None:
     assert selection.matches(PLAIN_VM) is plain_vm
 
 
+@pytest.mark.parametrize(
+    ("rule", "labelled_vm"),
+    [
+        ("extra-spec:vchan:enabled=true", True),
+        ("extra-spec:vchan:enabled=t*", True),
+        ("extra-spec:vchan:enabled=*", True),
+        ("extra-spec:vchan:enabled=True", False),
+        ("extra-spec:vchan:*=true", False),
+        ("extra-spec:vchan=true", False),
+        ("extra-spec:hw_qemu_guest_agent=True", False),
+        ("property:hw_qemu_guest_agent=True", True),
+        ("property:os_distro=[du]*", True),
+        ("property:vchan:enabled=true", False),
+    ],
+)
+def test_rules_by_what_newer_novas_write(rule: str, labelled_vm: bool) -> None:
+    selection = Selection.parse([rule])
+    assert selection.asks_labels and not Selection.parse(["flavor:x", "*"]).asks_labels
+    assert selection.matches(LABELLED_VM) is labelled_vm
+    assert not selection.matches(NOVA_VM) and not selection.matches(PLAIN_VM)
+
+
 def test_any_rule_is_enough_and_none_selects_nothing() -> None:
     assert Selection.parse(["name:nobody", "flavor:m1.small"]).matches(NOVA_VM)
     assert not Selection.parse([]).matches(NOVA_VM)
 
 
-@pytest.mark.parametrize("rule", ["", "all", "vm1", "name:", ":x", "colour:red", "**"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("", "all", "vm1", "name:", ":x", "colour:red", "**"),
+        *("extra-spec:", "extra-spec:a", "extra-spec:=b", "extra-spec:a=", "property"),
+        "extra-spec=a",
+    ],
+)
 def test_what_is_not_a_rule_is_refused(rule: str) -> None:
     with pytest.raises(ConfigError, match=r"host\.select: .* is not a rule; expected one of \*"):
         Selection.parse(["*", rule], where="host.select")

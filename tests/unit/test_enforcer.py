@@ -6,6 +6,7 @@ import json
 import logging
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,8 @@ def test_facts_of_a_domain() -> None:
     )
     assert facts_of(domain) == VM  # nova's display name is the tenant's choice
     assert facts_of(DomainFacts(UUID, "vm1", DomainState.RUNNING)) == Facts(UUID, "vm1")
+    labelled = replace(domain, labels={"property:b": "2", "extra-spec:a": "1"})
+    assert facts_of(labelled) == VM._replace(labels=(("extra-spec:a", "1"), ("property:b", "2")))
 
 
 def test_a_targets_keys_pass_with_its_requests_alone_and_what_does_not_is_told_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -51,14 +52,14 @@ class Rig:
             raise ServiceFailure("ServiceUnreachable", "as asked")
         return HttpAnswer(200, (), b"")
 
-    def ask(self, vm: str, path: str = "/", **facts: str) -> Callable[[], None] | None:
+    def ask(self, vm: str, path: str = "/", **facts: Any) -> Callable[[], None] | None:
         number = sum(map(len, self.outcomes.values())) + len(self.started)
         args = httpcall.ask_args(HttpAsk("slow", "GET", path, (), b""))
         body = encode_invocation(httpcall.METHOD, args)
         request_id = number.to_bytes(16, "big")
         request = Request(request_id, CALL, 1000, 0, *httpcall.TOPIC, "", body)
         outcomes = self.outcomes.setdefault(vm, [])
-        offer = self.proxy.offers(lambda: Facts(vm, **facts), offer_nothing)
+        offer = self.proxy.offers(lambda: Facts(vm)._replace(**facts), offer_nothing)
         return offer(request, lambda outcome, _: outcomes.append(outcome))
 
     def run_until(self, reached: Callable[[], bool]) -> None:

@@ -245,6 +245,24 @@ def test_ids_that_nova_does_not_write(who: str, is_odd: bool) -> None:
     assert (("p:1", "id") in codes(f"limit {who} topics=1")) == is_odd
 
 
+@pytest.mark.parametrize(
+    ("line", "is_odd"),
+    [
+        ("call property:os_distro=x a/b allow", True),
+        ("call property:os_distro=x flavor:m1 a/b conductor", True),
+        ("call property:os_distro=x a/b deny", False),
+        ("call property:os_distro=x project:0123* a/b allow", False),
+        ("call extra-spec:vchan:enabled=true a/b allow", False),
+        ("mode property:os_distro=x a/b call", True),
+        ("limit property:os_distro=x topics=1", True),
+        ("own property:os_distro=x a/b.{uuid}", True),
+        ("context in property:os_distro=x a/b key", True),
+    ],
+)
+def test_what_a_tenants_image_says_gives_him_something(line: str, is_odd: bool) -> None:
+    assert codes(line).count(("p:1", "tenant")) == int(is_odd)
+
+
 def test_what_is_missing() -> None:
     assert codes("call any a/b allow") == [("", "missing")]
     assert codes("listen any a/b allow") == [("", "missing")]

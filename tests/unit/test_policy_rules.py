@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vchan.errors import ConfigError
+from vchan.host.hypervisor import domain_xml
 from vchan.host.policy.rule_parser import (
     FILE_CHARS_MAX,
     FILES_MAX,
@@ -22,6 +25,7 @@ from vchan.host.policy.rules import (
     DEFAULT,
     EVERYBODYS,
     KINDS,
+    LABEL_KINDS,
     MODES,
     UNPRINTABLE,
     VMS_MAX,
@@ -32,6 +36,7 @@ from vchan.host.policy.rules import (
     Kind,
     Policy,
     Verdict,
+    make_facts,
 )
 from vchan.host.policy.vm_limits import LIMITS, Limits
 
@@ -570,6 +575,64 @@ def test_a_pattern_is_what_fnmatch_takes_it_for(pattern: str, name: str) -> None
 def test_the_words_of_the_language_are_those_of_the_types() -> None:
     assert set(KINDS) == {kind.value for kind in Kind} | {"fanout"}
     assert WHO_KEYS == ("uuid", "name", "project", "user", "flavor", "image")
+    assert Facts._fields == (*WHO_KEYS, "labels")
+    assert LABEL_KINDS == domain_xml.LABEL_KINDS
+
+
+# --- extra specs and properties ---------------------------------------------------------------
+
+LABELS = (("extra-spec:vchan:enabled", "true"), ("property:os_distro", "debian"))
+LABELLED = VM._replace(labels=LABELS)
+
+
+@pytest.mark.parametrize(
+    ("who", "matches"),
+    [
+        ("extra-spec:vchan:enabled=true", True),
+        ("extra-spec:vchan:enabled=tr?e", True),
+        ("extra-spec:vchan:enabled=*", True),
+        ("extra-spec:vchan:enabled=false", False),
+        ("extra-spec:vchan:other=*", False),
+        ("property:os_distro=debian extra-spec:vchan:enabled=true", True),
+        ("property:os_distro=debian property:os_type=linux", False),
+        ("property:os_distro=debian project:aaaa*", True),
+        ("property:os_distro=debian project:b*", False),
+    ],
+)
+def test_rules_by_extra_spec_and_property(who: str, matches: bool) -> None:
+    rules = policy(f"call {who} any allow", f"limit {who} topics=7", f"own {who} nova/t.{{uuid}}")
+    assert rules.asks_labels and not policy("call project:a any allow").asks_labels
+    assert (effect(rules, call(), LABELLED) is Effect.ALLOW) is matches
+    assert (rules.limits(LABELLED).topics == 7) is matches
+    assert rules.owns(LABELLED, "nova", f"t.{UUID}") is matches
+    for older in (VM, UNKNOWN):
+        assert effect(rules, call(), older) is Effect.DENY
+    step = rules.explain(VM, call()).steps[0]
+    assert step.mismatch is not None and "'' is not" in str(step.mismatch)
+
+
+@pytest.mark.parametrize(
+    ("who", "error"),
+    [
+        ("extra-spec:vchan", "expected extra-spec:NAME=GLOB"),
+        ("extra-spec:=true", "expected extra-spec:NAME=GLOB"),
+        ("property:os_distro=", "expected property:NAME=GLOB"),
+        ("extra-spec:a=1 extra-spec:a=2", "extra-spec:a: comes twice"),
+        ("extra-spec:a=[x", "expected a ] to each"),
+        ("extraspec:a=1", "expected who: any or uuid:, name:"),
+    ],
+)
+def test_words_that_are_no_labels(who: str, error: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(error)):
+        policy(f"call {who} any allow")
+
+
+def test_facts_with_labels_as_an_operator_writes_them() -> None:
+    facts = make_facts({"uuid": UUID, "extra-spec:vchan:enabled": "true", "property:a": "b=c"})
+    assert facts.labels == (("extra-spec:vchan:enabled", "true"), ("property:a", "b=c"))
+    assert facts.named() == {**dict.fromkeys(WHO_KEYS, ""), "uuid": UUID}
+    with pytest.raises(ConfigError, match="is no fact"):
+        make_facts({"extraspec:a": "b"})
 
 
 # --- topics that belong to one VM -------------------------------------------------------------

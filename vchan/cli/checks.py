@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
         "--vm",
         default="",
         metavar="KEY=VALUE,...",
-        help="who asks: uuid, name, project, user, flavor, image",
+        help="who asks: uuid, name, project, user, flavor, image, extra-spec:NAME, property:NAME",
     )
     check.add_argument(
         "kind",

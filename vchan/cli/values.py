@@ -51,7 +51,8 @@ def pairs(words: list[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or not key.isidentifier():
+        # The name of a flavor's extra spec may have other letters: who asked for it judges it.
+        if not equals or not (key.isidentifier() or ":" in key):
             raise ConfigError(f"argument {word!r}", "expected KEY=VALUE, KEY being a name")
         if key in values:
             raise ConfigError(f"argument {word!r}", f"{key} is given twice")

@@ -175,6 +175,7 @@ def _vm_lines(status: Mapping[str, Any]) -> Iterator[str]:
         ("channel", status.get("state")),
         ("problem", status.get("problem")),
         ("loses its channel", status.get("loses_channel")),
+        ("labels", _labels(status)),
         ("fault", status.get("fault")),
         ("guest daemon", status.get("guest")),
         ("serves", requests.get("topics")),
@@ -192,6 +193,12 @@ def _vm_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield from _counters("its session", counters)
     yield from _counters("requests into it", requests)
     yield from _counters("requests out of it", upward)
+
+
+def _labels(status: Mapping[str, Any]) -> str | list[str] | None:
+    """What rules by extra-spec and property go by; or that they have nothing to go by."""
+    labels = status.get("labels") or {}
+    return status.get("unlabelled") or [f"{name}={value}" for name, value in labels.items()]
 
 
 def _named(status: Mapping[str, Any], key: str) -> str | None:

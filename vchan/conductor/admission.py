@@ -17,7 +17,7 @@ from vchan.host.oslo_wire.envelope import ID_PATTERN, EnvelopeError, name_of
 from vchan.host.oslo_wire.upward_envelope import PRIORITIES
 from vchan.host.policy.audit_record import REFUSED, Record
 from vchan.host.policy.guest_context import HOST_KEY, INSTANCE_KEY, PROJECT_KEY
-from vchan.host.policy.rules import Ask, Effect, Facts, Kind, Policy
+from vchan.host.policy.rules import WHO_KEYS, Ask, Effect, Facts, Kind, Policy
 from vchan.host.policy.token_bucket import TokenBucket
 from vchan.rpc.bodies import REDELIVERED_KEY
 
@@ -26,6 +26,8 @@ BURST_S: Final = 2.0
 PROJECTS_MAX: Final = 10_000
 """Projects whose rates are known. At it: the one that was quiet the longest is forgotten; it has
 its whole burst again, as it would have anyway after BURST_S."""
+LABELS_MAX: Final = 128
+"""Extra specs and properties of one VM's, as a host has them. At it: the request is refused."""
 UNUSABLE_ARGS: Final = frozenset({"self", "ctxt", "method"})
 """Arguments of these names no oslo.messaging client can send."""
 
@@ -104,7 +106,14 @@ def _name(values: Mapping[str, Any], key: str) -> str:
 
 
 def _facts(vm: Mapping[str, Any]) -> Facts:
-    facts = Facts(*(name_of(vm, key) or "" for key in Facts._fields))
+    labels = vm.get("labels") or {}  # none from hosts of an earlier release
+    if not isinstance(labels, dict):
+        raise EnvelopeError("the VM's labels are not an object")
+    if len(labels) > LABELS_MAX:
+        raise EnvelopeError(f"over {LABELS_MAX} labels of a VM (LABELS_MAX)")
+    names = {key: name_of(vm, key) or "" for key in WHO_KEYS}
+    pairs = ((label, name_of(labels, label) or "") for label in labels)
+    facts = Facts(**names, labels=tuple(sorted(pairs)))
     if not facts.uuid:
         raise EnvelopeError("the VM has no uuid")
     return facts

@@ -47,8 +47,9 @@ OPTIONS: Final = [
         default=[],
         help=(
             "The domains that get a channel attached: a list of *, name:GLOB, uuid:UUID, "
-            "project:GLOB, user:GLOB, flavor:GLOB or image:GLOB. Domains whose XML has the "
-            "channel are served anyway."
+            "project:GLOB, user:GLOB, flavor:GLOB, image:GLOB, extra-spec:NAME=GLOB or "
+            "property:NAME=GLOB (these two of servers that nova 32 or later has started). Domains "
+            "whose XML has the channel are served anyway."
         ),
     ),
     cfg.StrOpt(

@@ -442,7 +442,13 @@ class Daemon:
             "image": known["image"],
             "host": self._home.name,
             "loses_channel": domains.WILL_LOSE_CHANNEL if facts.will_lose_channel else None,
+            "unlabelled": domains.NO_LABELS if self._lacks_labels(facts) else None,
         }
+
+    def _lacks_labels(self, facts: domains.DomainFacts) -> bool:
+        """Whether rules ask of it what nova has not written."""
+        asks = self._domains.selection.asks_labels or self._enforcer.policy.asks_labels
+        return asks and facts.is_novas and facts.labels is None
 
     def _problem_of(self, domain: domains.Domain, hosted: HostedVm | None) -> str | None:
         """What somebody should look at first."""
@@ -464,7 +470,9 @@ class Daemon:
             hosted = self._vms.get(domain.uuid)
             shown = hosted.summary() if hosted else {"state": "none"}
             refused = self._broker_problems(hosted) if hosted else []
-            return {**shown, "broker_problems": refused, **self._described(domain, hosted)}
+            labels = None if domain.known.labels is None else dict(domain.known.labels)
+            described = {**self._described(domain, hosted), "labels": labels}
+            return {**shown, "broker_problems": refused, **described}
         broker = self._broker_problem or "connected"
         libvirt = self._domains.hypervisor_problem or "connected"
         return {

@@ -41,6 +41,7 @@ def facts_of(domain: DomainFacts) -> Facts:
         known["user"],
         known["flavor"],
         known["image"],
+        tuple(sorted((domain.labels or {}).items())),
     )
 
 

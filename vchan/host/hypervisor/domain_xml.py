@@ -51,6 +51,18 @@ project's are other people's choice: nothing is decided by them."""
 METADATA_CHARS_MAX = 255
 """Of each of them: nova's own limit. At it: the rest is cut."""
 
+EXTRA_SPEC = "extra-spec"
+PROPERTY = "property"
+LABEL_KINDS = (EXTRA_SPEC, PROPERTY)
+"""What nova writes of a server since its release 32 (2025.2): the flavor's extra specs, and those
+of the image's properties that nova knows. A label is called KIND:NAME."""
+
+LABELS_MAX = 128
+"""Of one domain. At it: the others are left out, and no rule matches them."""
+LABEL_BYTES_MAX = 255
+"""Of a label's name, and of its value: nova's own limit. At it: the label is left out, for a part
+of it could match what it is not."""
+
 # nova boots a rescue image from a disk of this name, whatever its images_type: a file of the
 # instance's directory, or a logical volume or an image of Ceph's that is called UUID_disk.rescue.
 # The rest of the domain (UUID, name, metadata with the server's own image) stays as it was.
@@ -88,6 +100,7 @@ class DomainFacts:
         rescued: nova has another image running in the server's place, under its identity.
         note: What an operator should know of how this was read; '' if nothing.
         metadata: What nova wrote, by METADATA_KEYS; '' where it wrote nothing.
+        labels: The same of LABEL_KINDS, by KIND:NAME; None: it has not, for it is too old.
     """
 
     uuid: str
@@ -106,6 +119,7 @@ class DomainFacts:
     metadata: Mapping[str, str] = field(
         default_factory=lambda: types.MappingProxyType(dict.fromkeys(METADATA_KEYS, ""))
     )
+    labels: Mapping[str, str] | None = None
 
     @property
     def active(self) -> bool:
@@ -197,6 +211,7 @@ def domain_facts(
         rescued=_is_rescued(root),
         note=note,
         metadata=_nova_metadata(root),
+        labels=_nova_labels(root),
     )
 
 
@@ -377,6 +392,25 @@ def _nova_metadata(root: ElementTree.Element) -> Mapping[str, str]:
     return types.MappingProxyType(cut)
 
 
+def _nova_labels(root: ElementTree.Element) -> Mapping[str, str] | None:
+    found = _nova_instance(root)
+    if found is None:
+        return None
+    instance, tag = found
+    specs = instance.find(f"{tag}flavor/{tag}extraSpecs")
+    properties = instance.find(f"{tag}image/{tag}properties")
+    if specs is None and properties is None:
+        return None
+    labels: dict[str, str] = {}
+    for kind, parent in ((EXTRA_SPEC, specs), (PROPERTY, properties)):
+        for element in parent if parent is not None else ():
+            name, value = element.get("name", ""), element.text or ""
+            bytes_max = max(len(name.encode()), len(value.encode()))
+            if name and bytes_max <= LABEL_BYTES_MAX and len(labels) < LABELS_MAX:
+                labels[f"{kind}:{name}"] = value
+    return types.MappingProxyType(labels)
+
+
 def _attribute(parent: ElementTree.Element, path: str, name: str) -> str:
     element = parent.find(path)
     return element.get(name, "") if element is not None else ""
@@ -406,7 +440,8 @@ class Selection:
     guest may do there is the policy's business.
 
     Rules: `*`, `name:GLOB` (libvirt's name), `uuid:UUID`, `project:GLOB`, `user:GLOB`,
-    `flavor:GLOB`, `image:GLOB` (these four from nova's metadata; without it they never match).
+    `flavor:GLOB`, `image:GLOB`, `extra-spec:NAME=GLOB`, `property:NAME=GLOB` (these six from nova's
+    metadata; without it they never match).
     """
 
     rules: tuple[tuple[str, str], ...] = ()
@@ -426,6 +461,11 @@ class Selection:
             raise ConfigError(where, f"{len(parsed)} rules; at most {SELECTION_RULES_MAX}")
         return cls(parsed)
 
+    @property
+    def asks_labels(self) -> bool:
+        """Whether a rule goes by what older releases of nova do not write."""
+        return any(":" in key for key, _ in self.rules)
+
     def matches(self, facts: DomainFacts) -> bool:
         return any(_rule_matches(key, pattern, facts) for key, pattern in self.rules)
 
@@ -434,8 +474,14 @@ def _parse_rule(rule: str, where: str) -> tuple[str, str]:
     if rule == "*":
         return "name", "*"
     key, colon, pattern = rule.partition(":")
+    if key in LABEL_KINDS:
+        name, _, pattern = pattern.partition("=")
+        if name and pattern:
+            return f"{key}:{name}", pattern
     if not colon or not pattern or (key not in _GLOB_KEYS and key != "uuid"):
-        expected = ", ".join(["*", "uuid:UUID", *(f"{key}:GLOB" for key in sorted(_GLOB_KEYS))])
+        globs = [f"{key}:GLOB" for key in sorted(_GLOB_KEYS)]
+        labels = [f"{kind}:NAME=GLOB" for kind in LABEL_KINDS]
+        expected = ", ".join(["*", "uuid:UUID", *globs, *labels])
         raise ConfigError(where, f"{rule!r} is not a rule; expected one of {expected}")
     if key == "uuid":
         try:
@@ -448,6 +494,9 @@ def _parse_rule(rule: str, where: str) -> tuple[str, str]:
 def _rule_matches(key: str, pattern: str, facts: DomainFacts) -> bool:
     if key == "uuid":
         return facts.uuid == pattern
-    value = facts.name if key == "name" else facts.metadata.get(key, "")
+    if ":" in key:
+        value = (facts.labels or {}).get(key, "")
+    else:
+        value = facts.name if key == "name" else facts.metadata.get(key, "")
     # A missing value must not match `project:*`: that means "any project", not "none".
     return bool(value) and fnmatch.fnmatchcase(value, pattern)

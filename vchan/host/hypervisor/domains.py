@@ -50,6 +50,7 @@ __all__ = [
     "NO_CONTROLLER_CONFIGURED",
     "NO_CONTROLLER_NOVA",
     "NO_CONTROLLER_TRANSIENT",
+    "NO_LABELS",
     "WILL_LOSE_CHANNEL",
     "Attach",
     "AttachDone",
@@ -115,6 +116,12 @@ def no_controller(facts: DomainFacts, *, configured: bool) -> str:
     if facts.is_novas:
         return NO_CONTROLLER_NOVA.format(uuid=facts.uuid)
     return NO_CONTROLLER_CONFIGURED if configured else NO_CONTROLLER_TRANSIENT
+
+
+NO_LABELS = (
+    "nova has written no extra specs and image properties for rules to go by: it is older than "
+    "release 32 (2025.2), or has not started the server since"
+)
 
 
 class DomainEvent(enum.Enum):
@@ -410,6 +417,11 @@ class Domains:
         self._hypervisor_problem: str | None = "not connected to libvirtd yet"
 
     # --- reading ---
+
+    @property
+    def selection(self) -> Selection:
+        """Which domains get a channel."""
+        return self._selection
 
     @property
     def hypervisor_problem(self) -> str | None:

@@ -106,6 +106,15 @@ _LOSING_REMEDY: Final = (
     "hw_qemu_guest_agent=yes, start it; for new servers set hw_qemu_guest_agent=yes on images. "
     "vchan --json list has them (loses_channel)"
 )
+_ALIKE: Final = {
+    "loses_channel": ("1 VM loses its channel", "VMs lose their channels", _LOSING_REMEDY),
+    "unlabelled": (
+        "1 VM is in no rule by extra-spec or property:",
+        "VMs are in no rule by extra-spec or property:",
+        "select and allow them by project, flavor or image; or stop and start them under nova 32",
+    ),
+}
+"""By a field of the list's rows that says what is so: of one VM, of several, and what helps."""
 _NO_RULE: Final = "default"
 """The rule of a verdict that no rule gave."""
 _PAUSED: Final = "the VM is paused: what is sent to it waits until it goes on"
@@ -238,14 +247,17 @@ def examine_rows(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     Args:
         rows: What the daemon's method `list` returns, or some of it.
     """
-    losing = [row for row in rows if row.get("loses_channel")]
-    if not losing:
-        return []
-    names = ", ".join(row["name"] for row in losing[:NAMES_MAX])
-    more = f" and {len(losing) - NAMES_MAX} more" if len(losing) > NAMES_MAX else ""
-    verb = "VM loses its channel" if len(losing) == 1 else "VMs lose their channels"
-    text = f"{len(losing)} {verb} {losing[0]['loses_channel']}: {names}{more}"
-    return [Finding(Level.WARNING, "nova", text, _LOSING_REMEDY)]
+    rows = list(rows)
+    findings = []
+    for key, (one, many, remedy) in _ALIKE.items():
+        found = [row for row in rows if row.get(key)]
+        if found:
+            names = ", ".join(row["name"] for row in found[:NAMES_MAX])
+            more = f" and {len(found) - NAMES_MAX} more" if len(found) > NAMES_MAX else ""
+            what = one if len(found) == 1 else f"{len(found)} {many}"
+            text = f"{what} {found[0][key]}: {names}{more}"
+            findings.append(Finding(Level.WARNING, "nova", text, remedy))
+    return findings
 
 
 def works(row: Mapping[str, Any]) -> Finding:

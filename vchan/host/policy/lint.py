@@ -15,12 +15,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import translate
 from typing import Final, NamedTuple
 
-from vchan.host.policy.rules import NONE, SELF, Effect, Glob, LimitRule, Policy, Rule
+from vchan.host.policy.rules import (
+    NONE,
+    PROPERTY,
+    SELF,
+    ContextRule,
+    Effect,
+    Glob,
+    LimitRule,
+    OwnRule,
+    Policy,
+    Rule,
+)
 
 STATES_MAX: Final = 20_000
 """Of comparing two patterns. Beyond, the one is taken not to cover the other."""
 
 Who = tuple[tuple[str, Glob], ...]
+_Line = Rule | LimitRule | OwnRule | ContextRule
 
 
 class Suspicion(NamedTuple):
@@ -33,13 +45,19 @@ class Suspicion(NamedTuple):
 
 def lint(policy: Policy) -> list[Suspicion]:
     """Everything that is suspicious, in the policy's order."""
-    lines: tuple[Rule | LimitRule, ...] = (*policy.rules, *policy.limit_rules)
+    lines: tuple[_Line, ...] = (
+        *policy.rules,
+        *policy.limit_rules,
+        *policy.own_rules,
+        *policy.context_rules,
+    )
     places = {line.where: at for at, line in enumerate(lines)}
     findings = [
         *_shadowed(policy.rules),
         *_shadowed_limits(policy.limit_rules),
         *_everything(policy.rules),
         *_odd_ids(lines),
+        *_tenants_word(lines),
     ]
     findings.sort(key=lambda finding: places[finding.where])
     return [*findings, *_missing(policy.rules)]
@@ -221,7 +239,26 @@ _ID: Final = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}
 _ID_PATTERN: Final = re.compile(r"[-0-9a-f*?!\[\]]*")
 
 
-def _odd_ids(rules: Iterable[Rule | LimitRule]) -> Iterator[Suspicion]:
+_NARROW: Final = frozenset({"uuid", "name", "project", "user", "image"})
+"""What a tenant who is not meant cannot have, whatever his image says."""
+
+
+def _tenants_word(lines: Iterable[_Line]) -> Iterator[Suspicion]:
+    """Who is given something because of a property of the image's."""
+    seen: set[tuple[str, str]] = set()
+    for line in lines:
+        keys = {key for key, _ in line.who}
+        is_denied = isinstance(line, Rule) and line.effect is Effect.DENY
+        if is_denied or not _NARROW.isdisjoint(keys):
+            continue
+        for key in sorted(key for key in keys if key.startswith(f"{PROPERTY}:")):
+            if (line.where, key) not in seen:
+                seen.add((line.where, key))
+                text = f"{key} is what the image says, and any tenant may upload one that says it"
+                yield Suspicion(line.where, "tenant", text)
+
+
+def _odd_ids(rules: Iterable[_Line]) -> Iterator[Suspicion]:
     """Ids that nova does not write: such a rule matches no VM."""
     seen: set[tuple[str, str]] = set()
     for rule in rules:

@@ -26,6 +26,7 @@ from vchan.host.policy.rules import (
     DIRECTIONS,
     FANOUT_SUFFIX,
     KINDS,
+    LABEL_KINDS,
     MODES,
     NONE,
     ONE_WAY,
@@ -211,12 +212,12 @@ def _parse_kinds(line: _Line) -> frozenset[str]:
 
 
 def _parse_who(line: _Line) -> tuple[tuple[str, Glob], ...]:
-    expected = "any or " + ", ".join(f"{key}:" for key in WHO_KEYS)
+    expected = "any or " + ", ".join(f"{key}:" for key in (*WHO_KEYS, *LABEL_KINDS))
     first = line.next(f"who: {expected}")
     if first == "any":
         return ()
     line.at -= 1
-    who = dict(_parse_keys(line, WHO_KEYS))
+    who = dict(_parse_keys(line, (*WHO_KEYS, *LABEL_KINDS)))
     if not who:
         raise line.error(f"{first!r} is nobody; expected who: {expected}")
     return tuple(who.items())
@@ -229,7 +230,7 @@ def _parse_target(line: _Line) -> dict[str, Glob]:
     if ":" in word:
         raise line.error(
             f"{word!r} does not belong here; expected {expected}, after who: any or "
-            f"{_keys(WHO_KEYS, {})} each at most once"
+            f"{_keys((*WHO_KEYS, *LABEL_KINDS), {})} each at most once"
         )
     target = {}
     if word != "any":
@@ -249,6 +250,11 @@ def _parse_keys(line: _Line, keys: Sequence[str]) -> Iterator[tuple[str, Glob]]:
         key, colon, text = word.partition(":")
         if not colon or key not in keys:
             return
+        if key in LABEL_KINDS:
+            name, _, text = text.partition("=")
+            if not name or not text:
+                raise line.error(f"{word!r}; expected {key}:NAME=GLOB")
+            key = f"{key}:{name}"
         if key in seen:
             raise line.error(f"{key}: comes twice; expected one pattern, or two rules")
         seen.add(key)

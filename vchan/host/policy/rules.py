@@ -59,6 +59,18 @@ class Facts(NamedTuple):
     user: str = ""
     flavor: str = ""
     image: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    """(KIND:NAME, value) of LABEL_KINDS, as nova 32 and later write them."""
+
+    def value(self, key: str) -> str:
+        """By a key of a rule's."""
+        if ":" not in key:
+            return str(getattr(self, key))
+        return next((value for label, value in self.labels if label == key), "")
+
+    def named(self) -> dict[str, str]:
+        """By WHO_KEYS: for others."""
+        return {key: self.value(key) for key in WHO_KEYS}
 
 
 class Ask(NamedTuple):
@@ -98,7 +110,12 @@ WITHOUT_METHOD: Final = frozenset({"listen", "reply", "report"})
 CONDUCTED: Final = frozenset({"cast", FANOUT, "call", "notify"})
 """What can be sent to the conductor in the target's place."""
 
-WHO_KEYS: Final = Facts._fields
+WHO_KEYS: Final = ("uuid", "name", "project", "user", "flavor", "image")
+EXTRA_SPEC: Final = "extra-spec"
+PROPERTY: Final = "property"
+LABEL_KINDS: Final = (EXTRA_SPEC, PROPERTY)
+"""Of nova's metadata: extra specs are the flavor's, and so the operator's word; properties are the
+image's, and any tenant may upload an image."""
 TARGET_KEYS: Final = ("server", "namespace", "method")
 ONE_WAY: Final = ("one-way-cast", "one-way-call")
 MODES: Final = (*ONE_WAY, "cast", "call")
@@ -226,7 +243,7 @@ class LimitRule:
 def who_mismatch(who: tuple[tuple[str, Glob], ...], facts: Facts) -> Mismatch | None:
     """None if this is one of those VMs."""
     for key, glob in who:
-        value = getattr(facts, key)
+        value = facts.value(key)
         # Unknown is no name: `project:*` is any project, and not none.
         if not value or not glob.matches(value):
             return Mismatch(key, value, glob.text)
@@ -359,6 +376,13 @@ class Policy:
         own = None if self.problem else self._own_rule(exchange, topic)
         return own is not None and _is_owner(own, facts, exchange, topic)
 
+    @property
+    def asks_labels(self) -> bool:
+        """Whether a line goes by what older releases of nova do not write."""
+        lines = (self.rules, self.limit_rules, self.own_rules, self.context_rules)
+        asked = [line.who for group in lines for line in group]
+        return any(":" in key for who in asked for key, _ in who)
+
     def context_keys(
         self, facts: Facts, direction: str, exchange: str, topic: str
     ) -> Mapping[str, int]:
@@ -476,14 +500,19 @@ def make_facts(values: Mapping[str, str]) -> Facts:
     Raises:
         ConfigError: One is none.
     """
+    labels = tuple(
+        (key, value) for key, value in values.items() if key.partition(":")[0] in LABEL_KINDS
+    )
+    values = {key: value for key, value in values.items() if (key, value) not in labels}
     for key in values:
         if key not in WHO_KEYS:
-            raise ConfigError(f"{key}=", f"is no fact; expected {', '.join(WHO_KEYS)}")
+            expected = ", ".join((*WHO_KEYS, *(f"{kind}:NAME" for kind in LABEL_KINDS)))
+            raise ConfigError(f"{key}=", f"is no fact; expected {expected}")
     try:
         uuid = str(uuids.UUID(values.get("uuid", str(uuids.UUID(int=0)))))
     except ValueError as error:
         raise ConfigError(f"uuid={values['uuid']}", "is no UUID") from error
-    return Facts(**{**values, "uuid": uuid})
+    return Facts(**{**values, "uuid": uuid}, labels=labels)
 
 
 def make_ask(kind: str, target: str, values: Mapping[str, str]) -> Ask:

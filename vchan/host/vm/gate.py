@@ -237,7 +237,7 @@ class VmGate:
         """The conductor's method is named for the kind; its arguments say who asks for what."""
         ask = asked.ask
         args = {
-            "vm": self.facts._asdict(),
+            "vm": {**self.facts.named(), "labels": dict(self.facts.labels)},
             "request_id": request.id.hex(),
             "target": {
                 "exchange": ask.exchange,
@@ -262,7 +262,7 @@ class VmGate:
         if self._reports_to is None:
             return None
         to = Ask(Kind.NOTIFY, self._reports_to.exchange, self._reports_to.name, method=PRIORITY)
-        payload = {"vm": self.facts._asdict(), "report": report}
+        payload = {"vm": self.facts.named(), "report": report}
         args: dict[str, Any] = {"event_type": f"{EVENT_PREFIX}{what}", "payload": payload}
         args["metadata"] = {"message_id": request_id.hex()}
         return Asked(to, args, None, {})
