@@ -45,9 +45,13 @@ call,http any   any             allow
 
 
 def test_a_policy_without_errors(run: Run) -> None:
-    text = RULES + "limit any topics=1\n"
-    assert run(text, "check") == (0, "no errors; rules: 4, lines of limits: 1\n", "")
-    assert json.loads(run(text, "check", json=True)[1]) == {"rules": 4, "limits": 1}
+    text = (
+        RULES + "limit any topics=1\nown any a/b.{uuid}\nown any a/c.{uuid}\ncontext in any a/b k\n"
+    )
+    said = "no errors; rules: 4; lines of limits: 1, own: 2, context: 1\n"
+    assert run(text, "check") == (0, said, "")
+    counted = {"rules": 4, "limits": 1, "owns": 2, "contexts": 1}
+    assert json.loads(run(text, "check", json=True)[1]) == counted
 
 
 def test_an_error(run: Run) -> None:
@@ -91,6 +95,8 @@ def test_a_denied_request_is_explained(run: Run) -> None:
                 "mismatch": "kind 'fanout' is not 'listen'",
             }
         ],
+        "owner": False,
+        "context_keys": {},
     }
 
 
@@ -113,6 +119,71 @@ def test_a_vms_extra_specs_and_properties(run: Run) -> None:
     status, out, _ = run(line, "check", "--vm", "flavor=vchan", "call", "e/t")
     assert status == cli.EXIT_FAILED
     assert "    no: extra-spec:vchan:enabled '' is not 'true'\n" in out
+
+
+OWNER, OTHER = "11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555"
+OWNED = f"""\
+listen,reply any trove/*                   allow
+own          uuid:{OWNER} trove/guestagent.7
+context      in  any      trove/guest*     context
+context      in  name:db  */*              other
+cast         any trove/conductor           allow
+context      out any      trove/conductor  context=16K a-b
+context      in  any      trove/conductor  not-this
+"""
+
+
+def test_a_topic_that_belongs_to_a_vm_is_explained(run: Run) -> None:
+    """The line decides for its owner and for all others, before any rule."""
+    status, out, _ = run(OWNED, "check", "--vm", f"uuid={OWNER}", "listen", "trove/guestagent.7")
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            f"50-a.policy:2: own uuid:{OWNER} trove/guestagent.7",
+            "    yes: the topic is this VM's alone, also what is sent to it without a server",
+            "50-a.policy:3: context in any trove/guest* context",
+            "    yes",
+            "50-a.policy:4: context in name:db */* other",
+            "    no: name '' is not 'db'",
+            "50-a.policy:7: context in any trove/conductor not-this",
+            "    no: topic 'guestagent.7' is not 'conductor'",
+            "passes of its context, besides the options' keys: context",
+            "allow: 50-a.policy:2",
+        ],
+    )
+    status, out, _ = run(OWNED, "check", "--vm", f"uuid={OTHER}", "listen", "trove/guestagent.7")
+    assert (status, out.splitlines()) == (
+        cli.EXIT_FAILED,
+        [
+            f"50-a.policy:2: own uuid:{OWNER} trove/guestagent.7",
+            f"    no: uuid '{OTHER}' is not '{OWNER}'; "
+            "so the topic is another's, whatever rules say",
+            "deny: 50-a.policy:2",
+        ],
+    )
+    ask = ("listen", "trove/guestagent.7", f"server={OTHER}")
+    out = run(OWNED, "check", "--vm", f"uuid={OWNER}", *ask)[1]
+    assert f"no: server '{OTHER}' is not '@self'" in out
+    ask = ("listen", f"a/t.{OWNER}", f"server={OTHER}")
+    out = run("own any a/t.{uuid}", "check", "--vm", f"uuid={OTHER}", *ask)[1]
+    assert f"no: uuid '{OTHER}' is not '{OWNER}'" in out
+    # An answer goes by rules.
+    out = run(OWNED, "check", "--vm", f"uuid={OTHER}", "reply", "trove/guestagent.7")[1]
+    assert out.endswith("    yes\nallow: 50-a.policy:1\n")
+
+
+def test_what_passes_of_a_context_is_explained(run: Run) -> None:
+    status, out, _ = run(OWNED, "check", "cast", "trove/conductor", json=True)
+    found = json.loads(out)
+    assert (status, found["effect"], found["owner"]) == (0, "allow", False)
+    assert found["context_keys"] == {"context": 16384, "a-b": 255}
+    assert found["looked_at"][-1]["rule"] == "50-a.policy:6"
+    assert found["looked_at"][-1]["mismatch"] is None
+    found = json.loads(run(OWNED, "check", "call", "trove/conductor", json=True)[1])
+    assert (found["effect"], found["context_keys"]) == ("deny", {})
+    assert not any(row["text"].startswith("context") for row in found["looked_at"])
+    words = ("--vm", f"uuid={OWNER}", "listen", "trove/guestagent.7")
+    assert json.loads(run(OWNED, "check", *words, json=True)[1])["owner"] is True
 
 
 def test_a_topic_alone_is_of_the_default_exchange(run: Run) -> None:

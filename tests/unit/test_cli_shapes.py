@@ -383,7 +383,9 @@ def test_doctor_and_policy_look_at_what_the_daemon_has_read(
     out = run("doctor")[1]
     assert f"{file}: [vchan] selct is no option" in out
     assert f"{tmp_path}/p/50-x.policy:2" in out
-    assert run("policy", "check")[1] == "no errors; rules: 2, lines of limits: 0\n"
+    assert (
+        run("policy", "check")[1] == "no errors; rules: 2; lines of limits: 0, own: 0, context: 0\n"
+    )
     file.unlink()
     status, _, err = run("policy", "check")
     assert (status, f"{file}: no such file" in err) == (cli.EXIT_USAGE, True)

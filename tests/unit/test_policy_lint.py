@@ -270,6 +270,92 @@ def test_what_is_missing() -> None:
     assert codes("listen any a/b allow", "mode any one-way-cast") == [("", "missing")]
 
 
+BOTH = ("listen,reply any a/* allow", "cast any c/* allow")
+"""So that nothing is missing."""
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_shadowed"),
+    [
+        ("listen any a/7 deny", True),
+        ("listen uuid:{uuid} a/7 server:x allow", True),
+        (f"listen any a/t.{OTHER} allow", True),
+        ("listen any a/8 deny", False),
+        ("listen any a/t.7 deny", False),
+        ("listen any a/t.* deny", False),
+        ("listen any */7 deny", False),
+        ("listen,reply any a/7 deny", False),
+        ("reply any a/7 deny", False),
+    ],
+)
+def test_rules_of_a_topic_that_belongs_to_somebody(rule: str, is_shadowed: bool) -> None:
+    rule = rule.replace("{uuid}", UUID)
+    lines = (rule, f"own uuid:{UUID} a/7", "own any a/t.{uuid}", *BOTH)
+    assert (("p:1", "shadowed") in codes(*lines)) is is_shadowed
+    if is_shadowed:  # and it is true
+        without = policy(*lines[1:])
+        for vm, topic in product((UUID, OTHER), ("7", f"t.{OTHER}")):
+            ask = Ask(Kind.LISTEN, "a", topic)
+            decided = policy(*lines).decide(Facts(vm, "x"), ask)
+            assert decided.effect == without.decide(Facts(vm, "x"), ask).effect
+
+
+def test_a_topic_that_belongs_to_somebody_may_be_listened_to() -> None:
+    text = {finding.text for finding in lint(policy("own any a/t.{uuid}"))}
+    assert text == {
+        "listen is allowed and reply is not: every call to an agent fails; casts arrive"
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("own project:* a/t.{uuid}", {"everything"}),
+        ("own name:* a/t.{uuid}", {"everything"}),
+        ("limit flavor:* topics=1", {"everything"}),
+        ("context in project:* a/b key", {"everything"}),
+        ("own extra-spec:x=* a/t.{uuid}", set()),
+        ("own project:shop a/t.{uuid}", {"id"}),
+        ("context in image:ubuntu a/b key", {"id"}),
+        ("context in any */* key", {"everything"}),
+        ("context out any */* key", {"everything"}),
+        ("context out any c/* key", set()),
+        ("context in any a/b auth_token", {"secret"}),
+        ("context in any a/b db-password key", {"secret"}),
+        ("context in any x/y key", {"missing"}),
+        ("context out any x/y key", {"missing"}),
+        ("context out any a/b key", {"missing"}),
+        ("context in any x/* key", set()),
+        ("context in any a/b key", set()),
+        ("context out any c/b key", set()),
+    ],
+)
+def test_what_is_odd_about_own_and_context(line: str, says: set[str]) -> None:
+    assert {code for where, code in codes(line, *BOTH) if where == "p:1"} == says
+
+
+def test_an_owned_topic_is_served() -> None:
+    assert codes("context in any x/t.7 key", f"own uuid:{UUID} x/t.7", *BOTH) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "line", "is_shadowed"),
+    [
+        (["context out any c/* a=1K b"], "context out any c/d a", True),
+        (["context out any c/* a b"], "context out any c/d a=1K", False),
+        (["context out any c/* a", "context out any c/d b"], "context out any c/d a b", True),
+        (["context out any c/* a", "context out any c/e b"], "context out any c/d a b", False),
+        (["context in any c/* a"], "context out any c/d a", False),
+        (["context out name:db c/* a"], "context out any c/d a", False),
+        (["context out any c/d a"], "context out any c/* a", False),
+        (["context out any c/d a"], "context out name:db c/d a", True),
+    ],
+)
+def test_a_context_line_that_adds_nothing(before: list[str], line: str, is_shadowed: bool) -> None:
+    at = len(before) + 1
+    assert ((f"p:{at}", "shadowed") in codes(*before, line, *BOTH)) is is_shadowed
+
+
 def test_the_shipped_policy() -> None:
     rules = parse([(str(SHIPPED), SHIPPED.read_text())])
     facts = Facts(UUID, "vm")

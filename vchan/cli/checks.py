@@ -20,7 +20,7 @@ from vchan.errors import ConfigError, LinkError, RemoteError
 
 if TYPE_CHECKING:
     from vchan.host.ops.doctor import Finding
-    from vchan.host.policy.rules import Policy
+    from vchan.host.policy.rules import Policy, Step
 
 FINDING_COLUMNS: Final = ("level", "where", "text", "remedy")
 LINT_COLUMNS: Final = ("where", "code", "text")
@@ -208,11 +208,18 @@ def _policy(what: Any, options: argparse.Namespace) -> int:
 def _check(policy: Policy, options: argparse.Namespace) -> int:
     if options.kind is not None:
         return _explain_request(policy, options)
-    counted = {"rules": len(policy.rules), "limits": len(policy.limit_rules)}
+    counted = {
+        "rules": len(policy.rules),
+        "limits": len(policy.limit_rules),
+        "owns": len(policy.own_rules),
+        "contexts": len(policy.context_rules),
+    }
     if is_shaped(options):
         show_record(options, counted)
     else:
-        text_line(f"no errors; rules: {counted['rules']}, lines of limits: {counted['limits']}")
+        rules, limits, owns, contexts = counted.values()
+        lines = f"limits: {limits}, own: {owns}, context: {contexts}"
+        text_line(f"no errors; rules: {rules}; lines of {lines}")
     return EXIT_OK
 
 
@@ -238,18 +245,33 @@ def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
     if target and "/" not in target:
         target = f"{EXCHANGE}/{target}"  # as agents and their callers have it
     ask = make_ask(options.kind, target, pairs(options.details))
-    verdict, steps = policy.explain(facts, ask)
+    whose = (facts, ask.exchange, ask.topic)
+    verdict, steps, contexts, keys = policy.explain(facts, ask)
     rows = [
         {"rule": rule.where, "text": rule.text, "mismatch": str(why) if why else None}
-        for rule, why in steps
+        for rule, why in (*steps, *contexts)
     ]
     if options.format == "json" and not options.columns:
-        show_record(options, {"effect": verdict.effect, "rule": verdict.rule, "looked_at": rows})
+        told = {"effect": verdict.effect, "rule": verdict.rule, "looked_at": rows}
+        show_record(options, {**told, "owner": policy.owns(*whose), "context_keys": dict(keys)})
     elif is_shaped(options):
         show_rows(options, rows, STEP_COLUMNS)
     else:
-        for rule, why in steps:
-            text_line(printable(f"{rule.where}: {rule.text}"))
-            text_line(printable(f"    {f'no: {why}' if why else 'yes'}"))
+        for step in (*steps, *contexts):
+            text_line(printable(f"{step.rule.where}: {step.rule.text}"))
+            text_line(printable(f"    {_said_of(step)}"))
+        if keys:
+            text_line(f"passes of its context, besides the options' keys: {', '.join(keys)}")
         text_line(f"{verdict.effect}: {verdict.rule}")
     return EXIT_FAILED if verdict.effect is Effect.DENY else EXIT_OK
+
+
+def _said_of(step: Step) -> str:
+    """Whether a line matches, and if not, why."""
+    from vchan.host.policy.rules import OwnRule
+
+    if not isinstance(step.rule, OwnRule):
+        return "yes" if step.mismatch is None else f"no: {step.mismatch}"
+    if step.mismatch is None:
+        return "yes: the topic is this VM's alone, also what is sent to it without a server"
+    return f"no: {step.mismatch}; so the topic is another's, whatever rules say"

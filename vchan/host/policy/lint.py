@@ -16,6 +16,8 @@ from fnmatch import translate
 from typing import Final, NamedTuple
 
 from vchan.host.policy.rules import (
+    CONDUCTED,
+    INTO,
     NONE,
     PROPERTY,
     SELF,
@@ -26,6 +28,7 @@ from vchan.host.policy.rules import (
     OwnRule,
     Policy,
     Rule,
+    is_pattern,
 )
 
 STATES_MAX: Final = 20_000
@@ -55,12 +58,17 @@ def lint(policy: Policy) -> list[Suspicion]:
     findings = [
         *_shadowed(policy.rules),
         *_shadowed_limits(policy.limit_rules),
+        *_owned_already(policy),
+        *_said_already(policy.context_rules),
         *_everything(policy.rules),
+        *_everybody((*policy.limit_rules, *policy.own_rules, *policy.context_rules)),
+        *_wide_contexts(policy.context_rules),
+        *_unused_contexts(policy),
         *_odd_ids(lines),
         *_tenants_word(lines),
     ]
     findings.sort(key=lambda finding: places[finding.where])
-    return [*findings, *_missing(policy.rules)]
+    return [*findings, *_missing(policy)]
 
 
 # --- shadowed rules -------------------------------------------------------------------------
@@ -113,6 +121,39 @@ def _shadowed_limits(lines: Sequence[LimitRule]) -> Iterator[Suspicion]:
         if set_before >= {name for name, _ in line.values}:
             by = ", ".join(earlier.where for earlier in before)
             yield Suspicion(line.where, "shadowed", f"never decides: {by} came first")
+
+
+def _owned_already(policy: Policy) -> Iterator[Suspicion]:
+    """Rules that say who may listen to a topic that belongs to somebody."""
+    for rule in policy.rules:
+        names = (rule.exchange.text, rule.topic.text)
+        if rule.kinds == {"listen"} and not any(map(is_pattern, names)):
+            own = policy.own_rule(*names)
+            if own is not None:
+                text = f"never decides: {own.where} says whose topic {'/'.join(names)} is"
+                yield Suspicion(rule.where, "shadowed", text)
+
+
+def _said_already(lines: Sequence[ContextRule]) -> Iterator[Suspicion]:
+    """Lines of contexts that let nothing through that earlier ones do not."""
+    for at, line in enumerate(lines):
+        before = [earlier for earlier in lines[:at] if _context_covers(earlier, line)]
+        passed: dict[str, int] = {}
+        for earlier in before:
+            for key, chars in earlier.keys:
+                passed[key] = max(chars, passed.get(key, 0))
+        if all(chars <= passed.get(key, 0) for key, chars in line.keys):
+            by = ", ".join(earlier.where for earlier in before)
+            yield Suspicion(line.where, "shadowed", f"lets nothing through that {by} does not")
+
+
+def _context_covers(one: ContextRule, other: ContextRule) -> bool:
+    return (
+        one.direction == other.direction
+        and _who_covers(one.who, other.who)
+        and includes(one.exchange.text, other.exchange.text)
+        and includes(one.topic.text, other.topic.text)
+    )
 
 
 # --- patterns -------------------------------------------------------------------------------
@@ -216,7 +257,7 @@ def _everything(rules: Sequence[Rule]) -> Iterator[Suspicion]:
         for word in rule.text.split():
             key, colon, pattern = word.partition(":")
             if colon and includes(pattern, "*"):
-                yield Suspicion(rule.where, "everything", _matches_everything(key, rule))
+                yield Suspicion(rule.where, "everything", _matches_everything(key, rule.kinds))
         # To answer is no more than to be asked, and a report goes no further than this host.
         opened = sorted(rule.kinds - {"reply", "report"})
         is_open = includes(rule.topic.text, "*") and includes(rule.exchange.text, "*")
@@ -227,8 +268,54 @@ def _everything(rules: Sequence[Rule]) -> Iterator[Suspicion]:
             yield Suspicion(rule.where, "everything", text)
 
 
-def _matches_everything(key: str, rule: Rule) -> str:
-    if key == "server" and "listen" in rule.kinds:
+def _everybody(lines: Iterable[LimitRule | OwnRule | ContextRule]) -> Iterator[Suspicion]:
+    for line in lines:
+        for key, glob in line.who:
+            if includes(glob.text, "*") and ":" not in key:
+                text = _matches_everything(key, frozenset())
+                yield Suspicion(line.where, "everything", text)
+
+
+_SECRETS: Final = ("token", "password", "secret")
+
+
+def _wide_contexts(lines: Iterable[ContextRule]) -> Iterator[Suspicion]:
+    """Keys that pass with everything, and keys that nobody's tenant should read."""
+    for line in lines:
+        keys = [key for key, _ in line.keys]
+        if includes(line.exchange.text, "*") and includes(line.topic.text, "*"):
+            way = "into guests" if line.direction == INTO else "out of guests"
+            text = f"lets {', '.join(keys)} {way} with requests for every topic"
+            yield Suspicion(line.where, "everything", text)
+        secrets = [key for key in keys if any(word in key for word in _SECRETS)]
+        if line.direction == INTO and secrets:
+            text = f"{', '.join(secrets)}: what enters a guest its tenant can read"
+            yield Suspicion(line.where, "secret", text)
+
+
+def _unused_contexts(policy: Policy) -> Iterator[Suspicion]:
+    """Of targets that no rule lets a guest serve, or send to."""
+    for line in policy.context_rules:
+        names = (line.exchange.text, line.topic.text)
+        if any(map(is_pattern, names)):
+            continue
+        is_in = line.direction == INTO
+        kinds = frozenset({"listen"}) if is_in else CONDUCTED
+        is_used = (is_in and policy.own_rule(*names) is not None) or any(
+            rule.effect is not Effect.DENY
+            and not kinds.isdisjoint(rule.kinds)
+            and rule.exchange.matches(names[0])
+            and rule.topic.matches(names[1])
+            for rule in policy.rules
+        )
+        if not is_used:
+            what = "serve" if is_in else "send to"
+            text = f"of no use: no rule lets a guest {what} {'/'.join(names)}"
+            yield Suspicion(line.where, "missing", text)
+
+
+def _matches_everything(key: str, kinds: frozenset[str]) -> str:
+    if key == "server" and "listen" in kinds:
         return "server:* lets a VM listen under any name, other VMs' UUIDs among them"
     if key in ("server", "namespace", "method"):
         return f"{key}:* matches any, and none: leave it out"
@@ -279,8 +366,10 @@ def _is_id_pattern(text: str) -> bool:
     return any(c in text for c in "*?[") and _ID_PATTERN.fullmatch(text) is not None
 
 
-def _missing(rules: Sequence[Rule]) -> Iterator[Suspicion]:
-    allowed = {kind for rule in rules if rule.effect is Effect.ALLOW for kind in rule.kinds}
+def _missing(policy: Policy) -> Iterator[Suspicion]:
+    allowed = {kind for rule in policy.rules if rule.effect is Effect.ALLOW for kind in rule.kinds}
+    if policy.own_rules:
+        allowed.add("listen")
     if "listen" not in allowed:
         yield Suspicion("", "missing", "no rule allows listen: no agent can serve a topic")
     elif "reply" not in allowed:

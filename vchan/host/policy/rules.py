@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import uuid as uuids
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import translate
@@ -310,19 +310,38 @@ class ContextRule:
     topic: Glob
     keys: tuple[tuple[str, int], ...]
 
+    def mismatch(self, facts: Facts, exchange: str, topic: str) -> Mismatch | None:
+        """None if its keys pass with requests for this target."""
+        if not self.exchange.matches(exchange):
+            return Mismatch("exchange", exchange, self.exchange.text)
+        if not self.topic.matches(topic):
+            return Mismatch("topic", topic, self.topic.text)
+        return who_mismatch(self.who, facts)
+
 
 class Step(NamedTuple):
-    """A rule that was looked at, and why it did not match; None for the one that did."""
+    """A line that was looked at, and why it did not match; None for one that did.
 
-    rule: Rule
+    An `own` line is looked at alone: it decides whether it matches or not.
+    """
+
+    rule: Rule | OwnRule | ContextRule
     mismatch: Mismatch | None
 
 
 class Explanation(NamedTuple):
-    """How a verdict came about."""
+    """How a verdict came about, and what passes with the request.
+
+    Attributes:
+        contexts: The `context` lines of the request's direction; all that match count. None of a
+            request that is denied.
+        keys: What these let through, as `Policy.context_keys` has it.
+    """
 
     verdict: Verdict
     steps: tuple[Step, ...]
+    contexts: tuple[Step, ...] = ()
+    keys: Mapping[str, int] = {}
 
 
 class Policy:
@@ -363,8 +382,8 @@ class Policy:
         if ask.exchange.endswith(FANOUT_SUFFIX) or ask.exchange.startswith(BROKER_PREFIX):
             return Verdict(Effect.DENY, EVERYBODYS)
         kind, ask = _normal(facts, ask)
-        if kind == Kind.LISTEN and (own := self._own_rule(ask.exchange, ask.topic)) is not None:
-            is_owner = ask.server == facts.uuid and _is_owner(own, facts, ask.exchange, ask.topic)
+        if kind == Kind.LISTEN and (own := self.own_rule(ask.exchange, ask.topic)) is not None:
+            is_owner = _listener_mismatch(own, facts, ask) is None
             return Verdict(Effect.ALLOW if is_owner else Effect.DENY, own.where)
         for rule in self._of(facts)[0]:
             if rule.mismatch(kind, facts, ask) is None:
@@ -373,8 +392,8 @@ class Policy:
 
     def owns(self, facts: Facts, exchange: str, topic: str) -> bool:
         """Whether a topic is this VM's alone: also what is sent to no server of it is the VM's."""
-        own = None if self.problem else self._own_rule(exchange, topic)
-        return own is not None and _is_owner(own, facts, exchange, topic)
+        own = None if self.problem else self.own_rule(exchange, topic)
+        return own is not None and _owner_mismatch(own, facts, exchange, topic) is None
 
     @property
     def asks_labels(self) -> bool:
@@ -390,18 +409,14 @@ class Policy:
         and characters that their values may have."""
         keys: dict[str, int] = {}
         for rule in () if self.problem else self.context_rules:
-            if (
-                rule.direction == direction
-                and rule.topic.matches(topic)
-                and rule.exchange.matches(exchange)
-                and who_mismatch(rule.who, facts) is None
-            ):
+            if rule.direction == direction and rule.mismatch(facts, exchange, topic) is None:
                 for key, chars in rule.keys:
                     keys[key] = max(chars, keys.get(key, 0))
         return keys
 
-    def _own_rule(self, exchange: str, topic: str) -> OwnRule | None:
-        """The line that gives a topic to somebody; one that names it goes first."""
+    def own_rule(self, exchange: str, topic: str) -> OwnRule | None:
+        """The line that gives a topic to somebody, and so decides who listens to it; one that names
+        it goes first."""
         named = self._owned.get((exchange, topic))
         if named is not None:
             return named
@@ -409,16 +424,32 @@ class Policy:
         return next(alike, None)
 
     def explain(self, facts: Facts, ask: Ask) -> Explanation:
-        """The same verdict, with every rule that was looked at on the way."""
+        """The same verdict, with every line that was looked at on the way."""
         verdict = self.decide(facts, ask)
         kind, ask = _normal(facts, ask)
-        steps = []
+        steps = tuple(self._steps(kind, facts, ask))
+        direction = INTO if kind == Kind.LISTEN else OUT_OF if kind in CONDUCTED else None
+        if verdict.effect is Effect.DENY or direction is None:
+            return Explanation(verdict, steps)
+        contexts = tuple(
+            Step(rule, rule.mismatch(facts, ask.exchange, ask.topic))
+            for rule in self.context_rules
+            if rule.direction == direction
+        )
+        keys = self.context_keys(facts, direction, ask.exchange, ask.topic)
+        return Explanation(verdict, steps, contexts, keys)
+
+    def _steps(self, kind: str, facts: Facts, ask: Ask) -> Iterator[Step]:
+        """Up to the line that decides."""
+        own = self.own_rule(ask.exchange, ask.topic) if kind == Kind.LISTEN else None
+        if own is not None:
+            yield Step(own, _listener_mismatch(own, facts, ask))
+            return
         for rule in self.rules:
             mismatch = who_mismatch(rule.who, facts) or rule.mismatch(kind, facts, ask)
-            steps.append(Step(rule, mismatch))
+            yield Step(rule, mismatch)
             if mismatch is None:
-                break
-        return Explanation(verdict, tuple(steps))
+                return
 
     def limits(self, facts: Facts) -> Limits:
         """This VM's limits. For each, the first line that names it decides."""
@@ -483,8 +514,19 @@ class Policy:
         return replace(limits, reassembly_bytes=max(limits.reassembly_bytes, limits.message_bytes))
 
 
-def _is_owner(own: OwnRule, facts: Facts, exchange: str, topic: str) -> bool:
-    return own.names(exchange, topic) in ("", facts.uuid) and who_mismatch(own.who, facts) is None
+def _owner_mismatch(own: OwnRule, facts: Facts, exchange: str, topic: str) -> Mismatch | None:
+    """None if the topic is this VM's, which the line gives to somebody."""
+    uuid = own.names(exchange, topic)
+    if uuid not in ("", facts.uuid):
+        return Mismatch("uuid", facts.uuid, uuid or "")
+    return who_mismatch(own.who, facts)
+
+
+def _listener_mismatch(own: OwnRule, facts: Facts, ask: Ask) -> Mismatch | None:
+    """The same of who wants to listen: an owner does so under its own name alone."""
+    if ask.server != facts.uuid:
+        return Mismatch("server", ask.server, SELF)
+    return _owner_mismatch(own, facts, ask.exchange, ask.topic)
 
 
 def _normal(facts: Facts, ask: Ask) -> tuple[str, Ask]:
