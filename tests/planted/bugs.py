@@ -1396,6 +1396,50 @@ BUGS: Final = (
         Test("tests/unit/test_policy_rules.py::test_each_vm_owns_the_topic_with_its_uuid"),
     ),
     Bug(
+        "a rescue image is given what is sent to the server",
+        Patch(
+            _DOMAIN_XML,
+            "return None if self.rescued else self.channel_path",
+            "return self.channel_path",
+        ),
+        Test(
+            "tests/unit/test_domains.py::"
+            "test_a_server_in_rescue_is_not_served_and_nothing_is_attached"
+        ),
+        was_real=True,
+    ),
+    Bug(
+        "a shelved server's queues are deleted",
+        Patch(
+            "vchan/host/config.py",
+            '"delete_queues_after",\n        default=0,',
+            '"delete_queues_after",\n        default=600,',
+        ),
+        Test("tests/unit/test_host_config.py::test_the_defaults"),
+        was_real=True,
+    ),
+    Bug(
+        "the controller that our own channel has brought counts as nova's",
+        Patch(
+            _DOMAIN_XML,
+            '_target_type(port) == "virtio" and not _is_attached(port)',
+            '_target_type(port) == "virtio"',
+        ),
+        Test(
+            "tests/unit/test_domain_xml.py::"
+            "test_a_server_loses_its_channel_if_nova_gives_it_no_controller"
+        ),
+    ),
+    Bug(
+        "an unknown extra spec matches any pattern",
+        Patch(
+            "vchan/host/policy/rules.py",
+            "        if not value or not glob.matches(value):",
+            "        if not glob.matches(value):",
+        ),
+        Test("tests/unit/test_policy_rules.py::test_rules_by_extra_spec_and_property"),
+    ),
+    Bug(
         "a topic that a reload gives to a VM is not consumed as its own",
         Patch(
             _DOWNWARD,
