@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -96,12 +98,14 @@ class Control:
         openstack.make_accounts()
 
     def _keep(self) -> None:
-        new = self._kept.with_name("databases.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        for directory in (self._data, self._keys):
-            shutil.move(directory, new / directory.name)
-        new.rename(self._kept)
+        # Renamed when complete: another run may make them at the same time, and be first.
+        with tempfile.TemporaryDirectory(dir=self._kept.parent) as holder:
+            new = Path(holder) / "new"
+            new.mkdir()
+            for directory in (self._data, self._keys):
+                shutil.move(directory, new / directory.name)
+            with contextlib.suppress(OSError):
+                new.rename(self._kept)
 
     def start(self, transport_url: str) -> None:
         """Start everything, from databases that are kept, and wait until it answers."""
