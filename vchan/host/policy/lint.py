@@ -35,7 +35,7 @@ STATES_MAX: Final = 20_000
 """Of comparing two patterns. Beyond, the one is taken not to cover the other."""
 
 Who = tuple[tuple[str, Glob], ...]
-_Line = Rule | LimitRule | OwnRule | ContextRule
+_AnyRule = Rule | LimitRule | OwnRule | ContextRule
 
 
 class Suspicion(NamedTuple):
@@ -48,7 +48,7 @@ class Suspicion(NamedTuple):
 
 def lint(policy: Policy) -> list[Suspicion]:
     """Everything that is suspicious, in the policy's order."""
-    lines: tuple[_Line, ...] = (
+    lines: tuple[_AnyRule, ...] = (
         *policy.rules,
         *policy.limit_rules,
         *policy.own_rules,
@@ -330,7 +330,7 @@ _NARROW: Final = frozenset({"uuid", "name", "project", "user", "image"})
 """What a tenant who is not meant cannot have, whatever his image says."""
 
 
-def _tenants_word(lines: Iterable[_Line]) -> Iterator[Suspicion]:
+def _tenants_word(lines: Iterable[_AnyRule]) -> Iterator[Suspicion]:
     """Who is given something because of a property of the image's."""
     seen: set[tuple[str, str]] = set()
     for line in lines:
@@ -345,7 +345,7 @@ def _tenants_word(lines: Iterable[_Line]) -> Iterator[Suspicion]:
                 yield Suspicion(line.where, "tenant", text)
 
 
-def _odd_ids(rules: Iterable[_Line]) -> Iterator[Suspicion]:
+def _odd_ids(rules: Iterable[_AnyRule]) -> Iterator[Suspicion]:
     """Ids that nova does not write: such a rule matches no VM."""
     seen: set[tuple[str, str]] = set()
     for rule in rules:
