@@ -19,7 +19,10 @@ def echo(end: socket.socket) -> None:
     selector.register(end, selectors.EVENT_READ)
     while True:
         selector.select()
-        end.send(end.recv(4096))
+        received = end.recv(4096)
+        if not received:  # the other has ended
+            return
+        end.send(received)
 
 
 def relay(port: int, end: socket.socket) -> None:
@@ -49,9 +52,11 @@ def main() -> None:
     port = opened(sys.argv[1])
     mine, other = socket.socketpair()
     if os.fork():
+        other.close()
         relay(port, mine)
     else:
         os.close(port)
+        mine.close()
         echo(other)
 
 

@@ -16,8 +16,8 @@ back, in order, all that was not acknowledged; and a channel's error touches tha
     events             what is posted
     config             where the broker is
 
-Everything but `Broker`'s public methods runs on the broker's thread, and nothing there waits, but
-for the handshake of a new connection.
+What stands below "any thread" in `Broker` is for any thread. Everything else runs on the broker's
+thread, and nothing there waits, but for the handshake of a new connection.
 """
 
 from __future__ import annotations
