@@ -345,8 +345,8 @@ BUGS: Final = (
         "a program speaks for another's stream",
         Patch(
             "vchan/streams/switchboard.py",
-            "        if self._routes.get(stream) != number:",
-            "        if stream not in self._routes:",
+            "        if route is None or route.number != number:",
+            "        if route is None:",
         ),
         Test("tests/unit/test_byte_streams_switchboard.py"),
     ),

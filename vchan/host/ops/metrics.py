@@ -232,7 +232,14 @@ def _of_vms(vms: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
                 gauges[name].add_metric(labels, value)
         requests = vm["requests"]
         _add_measured(measured, labels, vm.get("measured"))
-        values = {**vm["session"], **vm["channel"], **requests["from_guest"], **requests}
+        streams = vm.get("streams", {})  # an earlier daemon has none
+        values = {
+            **streams,
+            **vm["session"],
+            **vm["channel"],
+            **requests["from_guest"],
+            **requests,
+        }
         for name, counter in counters.items():
             if name in values:
                 counter.add_metric(labels, values[name])
