@@ -259,17 +259,16 @@ class Asking:
     def _unclear_until_s(self, vm: Vm) -> float:
         """Until when a host that got no note could not know what was published before."""
         losses = [(at_s, "lost") for at_s in self._broker.losses]
-        moves = [
-            (at_s, "comes" if comes else "goes")
-            for at_s, uuid, comes in self._broker.moves
-            if uuid == vm.uuid
-        ]
+        moves = [(at_s, what) for at_s, uuid, what in self._broker.moves if uuid == vm.uuid]
         until_s = 0.0
+        stands_still = False  # its time does not run while the guest is silent
         for at_s, what in sorted(losses + moves):
             if what == "lost" or (what == "goes" and at_s <= until_s):
-                until_s = math.inf
-            elif what == "comes" and at_s <= until_s:
-                until_s = at_s + SETTLED_S + 0.1
+                until_s, stands_still = math.inf, False
+            elif what == "silent" and at_s <= until_s < math.inf:
+                until_s, stands_still = math.inf, True
+            elif at_s <= until_s and (what == "comes" or (what == "heard" and stands_still)):
+                until_s, stands_still = at_s + SETTLED_S + 0.1, False
         return until_s
 
     def _check_order(self, ask: Ask, server: str) -> None:

@@ -405,8 +405,8 @@ class Broker:
         """Guests' requests whose time was up by a host's clock; theirs may have stood still."""
         self.losses: list[float] = []
         """When a host's daemon, its connection or its note was lost."""
-        self.moves: list[tuple[float, str, bool]] = []
-        """When a VM's guest began to talk to a host (True), or ended (False)."""
+        self.moves: list[tuple[float, str, str]] = []
+        """When a VM's guest "comes" to a host, "goes", is "silent", is "heard" again."""
         self._services: dict[tuple[str, str], list[Fifo]] = {}  # by exchange and routing key
         self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
         self._published: Counter[tuple[bytes, str]] = Counter()

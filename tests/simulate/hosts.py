@@ -181,14 +181,22 @@ class HostDaemon:
         """Note when the guest comes and goes."""
         host_upward: Any = channel.downward.upward
         opened, suspend, release = host_upward.opened, host_upward.suspend, host_upward.release
+        silent = host_upward.silent
+
+        def note(what: str) -> None:
+            self._server.moves.append((self._world.now_s, channel.vm, what))
 
         def noted_opened(**how: Any) -> None:
-            if not (how["resumed"] and host_upward._history.stay) or host_upward._suspended:
-                self._server.moves.append((self._world.now_s, channel.vm, True))
+            is_here = how["resumed"] and host_upward._history.stay and not host_upward._suspended
+            note("heard" if is_here else "comes")
             opened(**how)
 
+        def noted_silent() -> None:
+            note("silent")
+            silent()
+
         def noted_suspend(now_s: float) -> None:
-            self._server.moves.append((self._world.now_s, channel.vm, False))
+            note("goes")
             suspend(now_s)
 
         def noted_release() -> None:
@@ -204,7 +212,7 @@ class HostDaemon:
 
         host_upward._drop = noted_drop
         host_upward.opened, host_upward.suspend = noted_opened, noted_suspend
-        host_upward.release = noted_release
+        host_upward.release, host_upward.silent = noted_release, noted_silent
 
     def _on_broker(self, event: sim_broker.Event) -> None:
         """As Daemon._on_broker."""
