@@ -134,8 +134,10 @@ class _Victim:
         assert session._sender.in_flight == cost <= IN_FLIGHT_BYTES_MAX
         assert session._sender.tail == session._sender.base + len(session._sender._sent)
         assert session._sender.base <= session._sender.cursor <= session._sender.tail
-        waiting = sum(len(m) for s in session._sender._streams for m in s.messages)
-        assert session._sender.backlog == waiting - sum(s.offset for s in session._sender._streams)
+        waiting = sum(len(m) for s in session._sender._streams.values() for m in s.messages)
+        assert session._sender.backlog == waiting - sum(
+            s.offset for s in session._sender._streams.values()
+        )
         assert not session._events
 
     def check_work(self, waits: int) -> None:

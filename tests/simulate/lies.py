@@ -78,7 +78,7 @@ def lie(session: AnySession, rng: random.Random, said: Callable[[], object]) -> 
         data: bytes = honest(*args, **kwargs)
         sender = session._sender
         is_open = session.state is State.OPEN and sender.cursor == sender.tail
-        if not is_open or any(each.offset for each in sender._streams):
+        if not is_open or any(each.offset for each in sender._streams.values()):
             return data
         be_honest(session)
         said()

@@ -44,7 +44,8 @@ class Pairs:
         sender, receiver = session._sender, session._receiver
         in_flight = sum(len(each.payload) + OVERHEAD_BYTES for each in sender._sent)
         queued = sum(
-            sum(map(len, outgoing.messages)) - outgoing.offset for outgoing in sender._streams
+            sum(map(len, outgoing.messages)) - outgoing.offset
+            for outgoing in sender._streams.values()
         )
         large = sum(len(sender._streams[stream].messages[0]) for stream in sender._large)
         begun = sum(partial.total for partial in receiver._partials.values())

@@ -56,7 +56,7 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         (vchan.host.vm.channel, "os", fake_os),
         (vchan.io.link, "hangup_watch", hangup_watch),
         (vchan.io.local_socket, "os", fake_os),
-        (vchan.io.local_socket, "listen_unix", lambda path, _mode: network.listen(world, path)),
+        (vchan.io.local_socket, "bind_unix", lambda path, _mode: network.listen(world, path)),
         (vchan.io.local_socket, "SocketStream", lambda connected, *_: connected),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]

@@ -437,7 +437,8 @@ def check_limits(session: Session) -> None:
     assert session._decoder._held < FRAME_BYTES_MAX
     assert len(session._decoder._chunks) <= session._decoder._held
     unsent = sum(
-        sum(map(len, outgoing.messages)) - outgoing.offset for outgoing in session._sender._streams
+        sum(map(len, outgoing.messages)) - outgoing.offset
+        for outgoing in session._sender._streams.values()
     )
     assert session.backlog_bytes == unsent
     large = [session._sender._streams[stream] for stream in session._sender._large]

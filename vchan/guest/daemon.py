@@ -34,7 +34,6 @@ from vchan.io.local_socket import LocalServer, takes_raw
 from vchan.io.loop import Alarm, Loop, Timer
 from vchan.io.service_manager import ServiceManager
 from vchan.io.streams import Stream
-from vchan.io.targets import AllowedTargets
 from vchan.rpc.messages import Topic
 from vchan.session import (
     Config,
@@ -171,7 +170,7 @@ def parse_options(arguments: list[str]) -> Options:
         raise ConfigError(f"{port.where}: {error.where}", error.problem) from error
     if not absence.value.isdecimal():
         raise absence.wrong("expected a whole number of seconds")
-    parsed = ((allow, Allowed), (values["report"], parse_report), (forward, AllowedTargets))
+    parsed = ((allow, Allowed), (values["report"], parse_report), (forward, _check_targets))
     for option, parse in parsed:
         try:
             parse(option.value)
@@ -212,6 +211,13 @@ def parse_report(text: str) -> dict[str, int]:
             raise ValueError(f"{word!r}: expected {known}")
         wanted[what] = int(seconds) if is_timed else 0
     return wanted
+
+
+def _check_targets(text: str) -> None:
+    if text:
+        from vchan.io.targets import AllowedTargets  # here: it costs start-up time
+
+        AllowedTargets(text)
 
 
 def _access(users: Given, groups: Given) -> Access | None:
@@ -383,6 +389,7 @@ class Daemon:
         """A host offers byte streams: it has a program that wants some."""
         if self._forwards is None:
             from vchan.guest.forwards import Forwards
+            from vchan.io.targets import AllowedTargets
 
             self._forwards = Forwards(
                 self.loop,

@@ -1,7 +1,8 @@
 """What moves bytes: the event loop, the streams, and the link that binds a session to a stream.
 
 `loop` waits for `streams` and `pipes`; `green_loop` does so where eventlet has replaced threads.
-`link` runs one session on one stream. `local_socket` is a daemon's unix socket: each peer that
-`access` admits has a session. `targets` are what byte streams are connected to in a guest.
-`service_manager` tells systemd how the process is. No module of this room knows what a request is.
+`unix_socket` is what both stand on. `link` runs one session on one stream. `local_socket` is a
+daemon's unix socket: each peer that `access` admits has a session. `targets` are what byte streams
+are connected to in a guest. `service_manager` tells systemd how the process is. No module of this
+room knows what a request is.
 """

@@ -1,8 +1,8 @@
 """Who at a local socket may do what: users and groups, by the kernel's word for them."""
 
 import os
-import socket
 import struct
+from _socket import SO_PEERCRED, SOL_SOCKET, socket
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -25,12 +25,12 @@ class Credentials(NamedTuple):
     """Its further groups."""
 
 
-def credentials_of(connected: socket.socket) -> Credentials:
+def credentials_of(connected: socket) -> Credentials:
     """Who is at the other end of a unix socket."""
-    raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    raw = connected.getsockopt(SOL_SOCKET, SO_PEERCRED, _CREDENTIALS.size)
     groups: frozenset[int] = frozenset()
     try:
-        listed = connected.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
+        listed = connected.getsockopt(SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
         groups = frozenset(struct.unpack(f"{len(listed) // 4}I", listed))
     except OSError:
         pass  # an older kernel, or too many: the main group must do

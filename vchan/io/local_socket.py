@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from vchan.io.access import Access, Credentials, credentials_of
 from vchan.io.link import Link
 from vchan.io.loop import Loop
-from vchan.io.streams import LOCAL_READ_BYTES, SocketStream, listen_unix
+from vchan.io.streams import LOCAL_READ_BYTES, SocketStream, bind_unix
 from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
 from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_BODIES
 
@@ -48,7 +48,7 @@ class LocalServer:
         access: Who may connect; None: whoever may open the socket.
 
     Raises:
-        LinkError: The socket cannot be made; see `streams.listen_unix`.
+        LinkError: The socket cannot be made; see `streams.bind_unix`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LocalServer:
         self._links: dict[int, Link] = {}
         self._opened: set[int] = set()
         self._keys = count(1)
-        self._server = listen_unix(path, mode)
+        self._server = bind_unix(path, mode)
         loop.add_reader(self._server.fileno(), self._accept)
 
     def _accept(self) -> None:

@@ -11,11 +11,11 @@ for us, so that nobody we start speaks in our name.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import MutableMapping
 from typing import Final
 
 from vchan.io.loop import Loop, Timer
+from vchan.io.unix_socket import SOCK_DGRAM, UnixSocket
 
 FEEDS_PER_TIMEOUT: Final = 3
 """The watchdog is fed so often within its time-out: one feed may come late, or get lost."""
@@ -64,9 +64,9 @@ class ServiceManager:
             return
         # "@" stands for the zero byte of a name in Linux's abstract namespace.
         address = "\0" + self._path[1:] if self._path[0] == "@" else self._path
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         try:
-            with socket.socket(socket.AF_UNIX, kind) as sender:
+            with UnixSocket(SOCK_DGRAM) as sender:
+                sender.setblocking(False)
                 sender.sendto(state.encode(), address)
         except OSError:
             pass  # the manager is away or busy: that is no reason to stop serving

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
+from _socket import SO_SNDBUF, SOL_SOCKET, socket
 from functools import partial
 from select import EPOLLET, EPOLLIN, EPOLLOUT, epoll
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vchan.errors import LinkError, NotAPort, PortAbsent, PortBusy, PortDenied
+from vchan.io.unix_socket import UnixSocket
+
+if TYPE_CHECKING:
+    import socket as standard
 
 READ_BYTES = 64 * 1024
 """One read."""
@@ -59,7 +63,7 @@ class SocketStream:
 
     ends_at_hangup = True
 
-    def __init__(self, connected: socket.socket, path: str, read_bytes: int = READ_BYTES) -> None:
+    def __init__(self, connected: socket, path: str, read_bytes: int = READ_BYTES) -> None:
         connected.setblocking(False)
         self.path = path
         self._socket = connected
@@ -94,12 +98,12 @@ def connect_unix(path: str, read_bytes: int = READ_BYTES) -> SocketStream:
         NotAPort: The path is no socket.
     """
     try:
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        client = UnixSocket()
     except OSError as error:  # no descriptors left
         raise explain(path, error, "socket") from error
     client.setblocking(False)
     try:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        client.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
         client.connect(path)
     except OSError as error:
         client.close()
@@ -107,7 +111,15 @@ def connect_unix(path: str, read_bytes: int = READ_BYTES) -> SocketStream:
     return SocketStream(client, path, read_bytes)
 
 
-def listen_unix(path: str, mode: int) -> socket.socket:
+def listen_unix(path: str, mode: int) -> standard.socket:
+    """`bind_unix`, for who needs a socket of the standard library's."""
+    bound = bind_unix(path, mode)
+    import socket as standard  # here: it costs start-up time
+
+    return standard.socket(fileno=bound.detach())
+
+
+def bind_unix(path: str, mode: int) -> UnixSocket:
     """Listen on a unix socket, replacing a dead one that a killed daemon left.
 
     Args:
@@ -121,7 +133,7 @@ def listen_unix(path: str, mode: int) -> socket.socket:
         LinkError: Anything else.
     """
     directory = os.path.dirname(path)
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    server = UnixSocket()
     server.setblocking(False)
     try:
         try:
@@ -159,7 +171,7 @@ class Listener:
 
     def __init__(self, mode: int) -> None:
         self._mode = mode
-        self._server: socket.socket | None = None
+        self._server: UnixSocket | None = None
         self._path = ""
 
     def open(self, path: str) -> SocketStream:
@@ -169,12 +181,12 @@ class Listener:
             LinkError: There is none yet, or nobody can listen there.
         """
         if self._server is None:
-            self._server, self._path = listen_unix(path, self._mode), path
+            self._server, self._path = bind_unix(path, self._mode), path
         try:
             connected, _ = self._server.accept()
         except BlockingIOError:
             raise PortAbsent(path, "the other end has not connected yet") from None
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        connected.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
         return SocketStream(connected, path)
 
     def close(self) -> None:

@@ -51,6 +51,15 @@ class _Outgoing:
         self.ring = 0  # 0: in none, else _SMALL or _LARGE
 
 
+class _Streams(dict[int, _Outgoing]):
+    """By stream; made at its first message: an empty deque takes 0.6 KiB, and most VMs are idle."""
+
+    def __missing__(self, stream: int) -> _Outgoing:
+        assert 0 <= stream < STREAMS
+        outgoing = self[stream] = _Outgoing()
+        return outgoing
+
+
 class Sender:
     """What we send. `base`, `cursor` and `tail` are frame numbers: base <= cursor <= tail.
 
@@ -87,7 +96,7 @@ class Sender:
         self._config = config
         self._counters = counters
         self._in_flight_max = config.in_flight_bytes_max
-        self._streams = [_Outgoing() for _ in range(STREAMS)]
+        self._streams = _Streams()
         self._rewind_not_before_s = float("-inf")
         self.reset()
 
@@ -100,10 +109,7 @@ class Sender:
         self.in_flight = 0  # bytes of _sent, with their frames' overhead
         self._tx_cost = 0  # the same, of all that was ever sent
         self.credit = 0  # what _tx_cost may grow to, by the peer's word
-        for outgoing in self._streams:
-            outgoing.messages.clear()
-            outgoing.offset = 0
-            outgoing.ring = 0
+        self._streams.clear()
         self._small: deque[int] = deque()  # streams whose next message fits one frame
         self._waiting: deque[int] = deque()  # ... does not, and has not begun
         self._large: deque[int] = deque()  # ... has a place in the peer's reassembly memory
