@@ -169,13 +169,15 @@ def test_it_goes_on_through_cuts_and_restarts_of_the_hosts_daemon(
     fresh: Forwarding, server: Server
 ) -> None:
     _, where = fresh.forward(f"0:{server.target}")
-    transfer = Transfer(where, 24 * MIB)
+    transfer = Transfer(where, 1024 * MIB)
     for number in range(6):
-        transfer.wait_for((number + 1) * 3 * MIB)
+        transfer.wait_for(transfer.received + 3 * MIB)
         if number % 3 == 2:
             fresh.host.restart()
         else:
             fresh.cut()
+    transfer.wait_for(transfer.received + 3 * MIB)
+    transfer.end_early()  # behind all of that: its end is on record with the last daemon
     assert transfer.finish() == []
     (end,) = wait_ended(fresh, 1)
     assert end["reason"] == "both ends were done"
