@@ -276,7 +276,6 @@ class Daemon:
             self._handle,
             self._note,
             self._is_full if goes_one_way(options.port) else None,
-            self._refill,
         )
         self._router = Router(
             self._port.send, methods, self.loop.time(), self._port.flush, self._on_host_serves
@@ -398,11 +397,9 @@ class Daemon:
                 self._port.wake,
                 self._note,
             )
+            self._port.refill_with(self._forwards.refill)
             self._forwards.host_opened(takes_streams=True)
         return self._forwards
-
-    def _refill(self) -> bool:
-        return self._forwards is not None and self._forwards.refill()
 
     # ---------------------------------------------------------------- agents
 

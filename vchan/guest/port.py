@@ -151,7 +151,7 @@ class Port:
     Args:
         open_stream: Opens it; raises LinkError.
         log: Told what an operator may want to know, once for each change.
-        hold, refill: See `Link`.
+        hold: See `Link`.
     """
 
     def __init__(
@@ -162,9 +162,8 @@ class Port:
         on_event: Callable[[Event], object],
         log: Callable[[str], object],
         hold: Callable[[], bool] | None = None,
-        refill: Callable[[], object] | None = None,
     ) -> None:
-        self._refill = refill
+        self._refill: Callable[[], object] | None = None
         self._loop = loop
         self._open_stream = open_stream
         self._session = session
@@ -226,6 +225,12 @@ class Port:
             self.link.send(message, stream)
         else:
             self._session.send(message, stream)
+
+    def refill_with(self, refill: Callable[[], object]) -> None:
+        """See `Link.refill`. Only where there is use for it: it costs something each write."""
+        self._refill = refill
+        if self.link is not None:
+            self.link.refill = refill
 
     def wake(self) -> None:
         """Write soon what there is to write."""

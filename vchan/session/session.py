@@ -247,7 +247,9 @@ class Session:
         sender = self._sender
         acknowledged = False
         if sender.backlog or sender.cursor < sender.tail:
-            room = (limit or self._write_bytes_max) - sum(map(len, parts))
+            room = limit or self._write_bytes_max
+            if parts:
+                room -= sum(map(len, parts))
             acknowledged = self._add_data_frames(parts, room, frames_max)
         if not acknowledged and self._ack_due():
             parts.append(self._seal(layout.KIND_ACK))

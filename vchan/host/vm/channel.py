@@ -308,7 +308,7 @@ class Channel:
             silent=self._domain.phase is not Phase.SERVING,
             meter=self._meter,
         )
-        self._link.refill = self._refill
+        self._link.refill = self._refill if self.streams.is_used else None
 
     def _plan_reconnect(self) -> None:
         delays_s = self._end.reconnect_s
@@ -359,7 +359,8 @@ class Channel:
         return fill(self._session, self.streams.next_for_guest)
 
     def _wake_link(self) -> None:
-        if self._link is not None:
+        if self._link is not None and self.streams.is_used:
+            self._link.refill = self._refill
             self._link.wake()
 
     def _on_stream_message(self, message: bytes, now_s: float) -> None:

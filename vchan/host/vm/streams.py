@@ -78,6 +78,8 @@ class VmStreams:
         self._programs: dict[int, Program] = {}
         self.guest_takes = False
         """The guest says so in its greeting: it may be sent messages of the family."""
+        self.is_used = False
+        """A program has been attached: there may be something for the guest."""
         self.counters = {
             "streams": 0,  # opened here
             "streams_refused": 0,
@@ -95,6 +97,7 @@ class VmStreams:
             LimitExceeded: Too many are attached.
         """
         self._board.attach(number)
+        self.is_used = True
         self._programs[number] = program
         self._settle()
 
