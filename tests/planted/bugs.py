@@ -181,6 +181,16 @@ BUGS: Final = (
     ),
     # ---------------------------------------------------------------- forwards
     Bug(
+        "the end of the output ends the command, whatever is left to be said",
+        Patch(
+            "vchan/cli/forward.py",
+            "if self._is_over and self._is_written:",
+            "if self._is_written:",
+        ),
+        Test("tests/unit/test_forward.py::test_what_is_said_behind_the_others_last_word_arrives"),
+        was_real=True,
+    ),
+    Bug(
         "a guest of an earlier release is sent streams",
         Patch(
             _SWITCHBOARD, "self._guest_offer_due = takes_streams", "self._guest_offer_due = True"

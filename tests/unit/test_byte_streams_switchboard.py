@@ -25,7 +25,13 @@ from vchan.streams.messages import (
     decode,
     encode,
 )
-from vchan.streams.switchboard import PROGRAMS_MAX, ROUTES_MAX, WAY_BYTES_MAX, Switchboard
+from vchan.streams.switchboard import (
+    PROGRAMS_MAX,
+    ROUTES_MAX,
+    WAY_BYTES_MAX,
+    Over,
+    Switchboard,
+)
 
 TAG = b"the tag!"
 OFFER = StreamOffer(VERSION, VERSION)
@@ -189,6 +195,8 @@ def test_limits_of_programs_and_routes() -> None:
         daemon.says(1, opening(number))
         daemon.says(1, Progress(0, ident(0), TAG, 0, 0))  # is not quiet
     assert len(daemon.switchboard._routes) == ROUTES_MAX
+    over = [each for each in daemon.switchboard.take_events() if isinstance(each, Over)]
+    assert [each.text for each in over] == [f"{ROUTES_MAX} streams pass here (ROUTES_MAX)"]
     assert ident(0) in daemon.switchboard._routes and ident(1) not in daemon.switchboard._routes
     daemon.switchboard.detach(1)
     daemon.switchboard.detach(1)

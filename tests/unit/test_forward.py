@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +22,7 @@ pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip ins
 pytest.importorskip("amqp", reason="py-amqp is not installed")
 
 from tests.rig import tail, wait_until
-from tests.rig.forwarding import WAIT_S, Forwarding, Part, Server, Transfer, connect
+from tests.rig.forwarding import ROOT, WAIT_S, Forwarding, Part, Server, Transfer, connect
 from vchan.cli.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from vchan.splices import UNTAKEN_BYTES_MAX
 from vchan.streams.ends import IDLE_S, STREAMS_MAX
@@ -160,6 +164,90 @@ def test_standard_input_and_output(world: Forwarding, server: Server) -> None:
     assert (done.returncode, done.stderr) == (EXIT_OK, b"")
     assert len(done.stdout) == len(said)
     assert (done.stdout == said) is True
+
+
+class Deaf(Server):
+    """Says something, and ends its half; then hears to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def serve(self, connected: socket.socket) -> None:
+        connected.sendall(b"said first")
+        connected.shutdown(socket.SHUT_WR)
+        sum_of_all = hashlib.sha256()
+        try:
+            while data := connected.recv(65536):
+                sum_of_all.update(data)
+            self.heard.append(sum_of_all.hexdigest())
+        except OSError as error:
+            self.heard.append(str(error))
+
+
+@pytest.fixture
+def deaf() -> Iterator[Deaf]:
+    with Deaf() as server:
+        yield server
+
+
+def test_what_is_said_behind_the_others_last_word_arrives(world: Forwarding, deaf: Deaf) -> None:
+    said = bytes(range(256)) * 16384
+    done = world.cli("forward", "--stdio", "vm", deaf.target, stdin=said)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_OK, b"said first", b"")
+    assert deaf.heard == [hashlib.sha256(said).hexdigest()]
+
+
+@contextlib.contextmanager
+def stdio(world: Forwarding, target: str, out: Any) -> Iterator[subprocess.Popen[bytes]]:
+    words = [sys.executable, *world.cli_words("forward", "--stdio", "vm", target)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=out, stderr=pipe) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_heard(deaf: Deaf) -> None:
+    failure = lambda: f"the guest's server has heard {deaf.heard}"  # noqa: E731
+    wait_until(lambda: bool(deaf.heard), timeout_s=WAIT_S, interval_s=0.02, failure=failure)
+
+
+def test_the_end_of_the_output_is_seen_while_there_is_input(world: Forwarding, deaf: Deaf) -> None:
+    with stdio(world, deaf.target, subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.read() == b"said first"
+        assert process.poll() is None and deaf.heard == []
+        process.stdin.write(b"and more")
+        process.stdin.close()
+        assert process.wait(WAIT_S) == EXIT_OK
+    assert deaf.heard == [hashlib.sha256(b"and more").hexdigest()]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, EXIT_OK), (signal.SIGHUP, EXIT_OK)],
+)
+def test_a_signal_is_heard_of_in_the_guest(
+    world: Forwarding, deaf: Deaf, number: signal.Signals, status: int
+) -> None:
+    with stdio(world, deaf.target, subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == b"said first"
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == status
+    wait_heard(deaf)
+    assert "reset" in deaf.heard[0]
+
+
+def test_an_output_that_is_full(world: Forwarding, deaf: Deaf) -> None:
+    with Path("/dev/full").open("wb") as full, stdio(world, deaf.target, full) as process:
+        assert process.wait(WAIT_S) == EXIT_FAILED
+        assert process.stderr is not None
+        assert b"standard output: No space left on device" in process.stderr.read()
+    wait_heard(deaf)
+    assert "reset" in deaf.heard[0]
 
 
 # ---------------------------------------------------------------- it goes on

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -359,6 +360,8 @@ class Forward:
         self._is_listening = False
         self._is_ending = False
         self._has_begun = False
+        self._is_over = False  # the stream of `only`, at both ends
+        self._is_written = False  # all that came of it
         ends = StreamEnds(os.urandom, asks_max=None, offer_s=None)
         self._splices = Splices(loop, ends, self._wake, self._on_event)
         self._way = Way(
@@ -367,7 +370,7 @@ class Forward:
 
     def run(self) -> None:
         """Until there is a signal, or no way to the VM any more."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         self._way.connect()
         try:
@@ -436,11 +439,16 @@ class Forward:
             case Ended(_, reason, text):
                 if reason and not self._is_ending:
                     say(printable(f"{self._what}: a connection is reset: {text or 'closed'}"))
-                if self._only is not None and reason:
+                if self._is_ending:
+                    return
+                if self._only is None:
+                    self._listen_on()
+                elif reason:
                     self.status = EXIT_FAILED
                     self._loop.stop()
-                elif not self._is_ending:
-                    self._listen_on()
+                else:
+                    self._is_over = True
+                    self._end_if_done()
             case Fault(reason):
                 say(printable(f"{self._what}: the guest broke the protocol: {reason}"))
             case _:
@@ -448,11 +456,26 @@ class Forward:
 
     # ---------------------------------------------------------------- the end
 
-    def _on_signal(self, number: int, _: object) -> None:
-        self._loop.call_soon_threadsafe(partial(self._end, number))
+    def written(self, problem: str) -> None:
+        """All that comes of `only` is written where it is to be, or cannot be."""
+        if problem:
+            say(f"standard output: {problem}")
+            self._end(EXIT_FAILED)
+        else:
+            self._is_written = True
+            self._end_if_done()
 
-    def _end(self, number: int) -> None:
-        self.status = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_OK
+    def _end_if_done(self) -> None:
+        if self._is_over and self._is_written:
+            self._loop.stop()
+
+    def _on_signal(self, number: int, _: object) -> None:
+        status = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_OK
+        self._loop.call_soon_threadsafe(partial(self._end, status))
+
+    def _end(self, status: int) -> None:
+        """Reset what there is, and have the guest hear of it."""
+        self.status = status
         if self._is_ending:
             self._loop.stop()
             return
@@ -468,6 +491,8 @@ def _forward(options: argparse.Namespace) -> int:
     local, target = parse_what(options.what)
     if options.stdio and local is not None:
         raise ConfigError(repr(options.what), "with --stdio nobody listens: expected no LOCAL")
+    if options.stdio and sys.stdout is None:
+        raise ConfigError("--stdio", "standard output is closed")
     if local is None and not options.stdio:
         local = Local(port=int(target.name) if target.kind == TCP else 0)
     uuid, sockets = find(options.vm, [options.socket, *options.also], options.timeout)
@@ -477,7 +502,10 @@ def _forward(options: argparse.Namespace) -> int:
             ours, theirs = socket.socketpair() if options.stdio else (None, None)
             forward = Forward(loop, options.vm, uuid, target, sockets, options.look, listener, ours)
             if theirs is not None:
-                Stdio(theirs, lambda: loop.call_soon_threadsafe(loop.stop)).start()
+                Stdio(
+                    theirs,
+                    lambda problem: loop.call_soon_threadsafe(partial(forward.written, problem)),
+                ).start()
             forward.run()
     finally:
         if listener is not None:
@@ -494,12 +522,12 @@ class Stdio:
 
     Args:
         joined: Gets what is read, and gives what is written.
-        over: Called when everything is written, from another thread.
+        written: Called when everything is written, or cannot be (why), from another thread.
     """
 
-    def __init__(self, joined: socket.socket, over: Callable[[], object]) -> None:
+    def __init__(self, joined: socket.socket, written: Callable[[str], object]) -> None:
         self._socket = joined
-        self._over = over
+        self._written = written
 
     def start(self) -> None:
         """Begin; the threads end with the process."""
@@ -519,7 +547,15 @@ class Stdio:
             while data := self._socket.recv(65536):
                 while data:
                     data = data[os.write(1, data) :]
-        except OSError:
-            self._socket.close()  # who reads standard output has gone: the stream ends with that
+            _close_stdout()  # who reads it may be waiting for that, and we for his end
+        except OSError as error:
+            self._written(os.strerror(error.errno or 0))
         else:
-            self._over()
+            self._written("")
+
+
+def _close_stdout() -> None:
+    """Close what is behind it; the number stays taken, so that nothing else is written there."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

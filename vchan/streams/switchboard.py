@@ -21,6 +21,7 @@ from vchan.streams.messages import (
     ASK,
     CLOSED,
     END,
+    FORGOTTEN,
     NO_TAG,
     REFUSED,
     VERSION,
@@ -299,7 +300,9 @@ class Switchboard:
         self._events.append(Began(opened.id, number, opened.target))
         if len(self._routes) > ROUTES_MAX:
             quiet = next(iter(self._routes))
-            del self._routes[next((i for i, each in self._routes.items() if each.is_over), quiet)]
+            gone = next((i for i, each in self._routes.items() if each.is_over), quiet)
+            text = f"{ROUTES_MAX} streams pass here (ROUTES_MAX)"
+            self._over(self._routes.pop(gone), FORGOTTEN, text)
         return route
 
     def from_guest(self, data: bytes) -> str | None:
