@@ -88,6 +88,12 @@ def test_a_wrong_argument_of_a_request_is_named(
         assert "is not" in str(raised.value)
 
 
+@pytest.mark.parametrize("data", ["text", 5, None, [1], memoryview(b"abcd")[::2]])
+def test_data_that_is_no_bytes_is_named(caller: Any, data: object) -> None:
+    with pytest.raises(ConfigError, match=r"^data: .* is not bytes"):
+        caller.call_raw("agent", "echo", data)
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -281,7 +281,8 @@ class Way:
 
     def _changed(self, is_up: bool, reason: str) -> None:
         if not is_up:
-            self._leave(LinkDown(self._sockets[self._at], reason))
+            path = self._sockets[self._at]
+            self._leave(LinkDown(path, reason.removeprefix(f"{path}: ")))
         elif not self._is_attached and self._connection is not None:
             self._splices.connected()
             body = invocation_body(OPEN_STREAMS, self._args, None, None, None)

@@ -121,6 +121,8 @@ def check_bytes(what: str, data: object) -> None:
     """Bytes, in any form that Python has for them."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise wrong(what, data, "bytes")
+    if isinstance(data, memoryview) and not data.c_contiguous:
+        raise wrong(what, data, "bytes that stand in a row: bytes(...) makes such")
 
 
 RawMethod = TypeVar("RawMethod", bound=Callable[..., Any])
