@@ -66,6 +66,11 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
         {'vchan_channels{state="refused"}': "0x9", 'vchan_channels{state="waiting"}': "9x9"},
         "6m",
     ),
+    "VchanServersLosingChannel": (
+        {"vchan_servers_losing_channel": "1x90"},
+        {"vchan_servers_losing_channel": "1x30 0 1x59"},
+        "70m",
+    ),
     "VchanChannelNotOpened": (
         {'vchan_channels{state="connecting"}': "1x9"},
         {'vchan_channels{state="connecting"}': "1 0 1 0 1 0 1 0 1"},
