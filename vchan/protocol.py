@@ -91,7 +91,7 @@ GreetingHead = Struct(
     "message_bytes_max" / Int32ub,
     "reassembly_bytes_max" / Int32ub,
 )
-Features = FlagsEnum(Int32ub, RAW_BODIES=1, PLAIN_PAYLOADS=2, BYTE_STREAMS=4)
+Features = FlagsEnum(Int32ub, RAW_BODIES=1, PLAIN_PAYLOADS=2, BYTE_STREAMS=4, RAW_CASTS=8)
 Greeting = Struct(
     "head" / GreetingHead,
     "name" / PascalString(Byte, "utf8"),  # who I am: a host's or a guest's name
@@ -104,7 +104,7 @@ MessageKind = Enum(
 )
 ByteStreamKind = Enum(Byte, OFFER=32, OPEN=33, PROGRESS=34, PART=35, RESET=36)
 """Kinds of messages as well, of their own family: docs/protocol.md, section 14."""
-ProgressFlags = FlagsEnum(Byte, ASK=1, ANSWER=2, REWIND=4)
+ProgressFlags = FlagsEnum(Byte, ASK=1, ANSWER=2, REWIND=4, DONE=8)
 PartFlags = FlagsEnum(Byte, END=1)
 ResetReason = Enum(
     Byte,
@@ -119,7 +119,15 @@ ResetReason = Enum(
     RELEASED=9,
 )
 RequestFlags = FlagsEnum(
-    Byte, CALL=1, FANOUT=2, NOTIFICATION=4, REDELIVERED=8, OUT_OF_TURN=16, LOCAL=32, RAW=64
+    Byte,
+    CALL=1,
+    FANOUT=2,
+    NOTIFICATION=4,
+    REDELIVERED=8,
+    OUT_OF_TURN=16,
+    LOCAL=32,
+    RAW=64,
+    IN_PLACE=128,
 )
 ReplyFlags = FlagsEnum(Byte, FINAL=1, FAILURE=2, RAW=4)
 ReturnReason = Enum(

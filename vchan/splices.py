@@ -27,6 +27,9 @@ from vchan.streams.messages import CLOSED
 UNTAKEN_BYTES_MAX: Final = 32 * 1024
 """Read from a socket and not taken by its stream, or the other way round. At it: no more is read
 until it is."""
+TICK_S: Final = 0.1
+"""How late a question may come. To ask the ends for their next timeout after every message would
+cost a fourteenth of all work."""
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 
 
@@ -84,21 +87,37 @@ class Splices:
 
     def receive(self, message: bytes) -> None:
         """Take a message of the family."""
+        spent_s = self._loop.spent()
         self.ends.receive(message, self._loop.time())
         self.settle()
+        self._worked(spent_s)
+
+    def give_way(self) -> None:
+        """A request has come, or its answer goes: see `StreamEnds.give_way`."""
+        self.ends.give_way(self._loop.time())
+
+    def _worked(self, spent_s: float) -> None:
+        """The processor has worked for streams since it had worked for so long."""
+        took_s = self._loop.spent() - spent_s
+        self._alarm.set(self.ends.worked(took_s, self._loop.time()))
 
     def refill(self, session: AnySession) -> bool:
         """Queue what there is to say on the session, as far as there is room."""
-        now_s = self._loop.time()
+        now_s, spent_s = self._loop.time(), self._loop.spent()
         has_queued = fill(session, lambda: self.ends.next_message(now_s))
         if has_queued:
-            self._alarm.set(self.ends.next_timeout())  # what was sent asks for an answer
+            self._set_alarm()  # what was sent asks for an answer
+            self._worked(spent_s)
         return has_queued
 
     def settle(self) -> None:
         """Heed what has happened at the ends. To be called after they were told anything."""
-        if self._is_settling:
-            return
+        if not self._is_settling:
+            self._heed_all()
+            self._set_alarm()
+            self._wake()
+
+    def _heed_all(self) -> None:
         self._is_settling = True
         try:
             while events := self.ends.take_events():
@@ -106,12 +125,16 @@ class Splices:
                     self._heed(event)
         finally:
             self._is_settling = False
-        self._alarm.set(self.ends.next_timeout())
-        self._wake()
+
+    def _set_alarm(self) -> None:
+        """The ends may have a new timeout: look at it within TICK_S."""
+        self._alarm.set(self._loop.time() + TICK_S)
 
     def _timed_out(self) -> None:
         self.ends.handle_timeout(self._loop.time())
-        self.settle()
+        self._heed_all()
+        self._alarm.set(self.ends.next_timeout())
+        self._wake()
 
     def close(self) -> None:
         """Reset every socket, and watch nothing any more. The streams are not told."""
@@ -121,24 +144,32 @@ class Splices:
 
     # ---------------------------------------------------------------- sockets
 
-    def open(self, joined: socket.socket, target: str) -> bytes:
+    def open(self, joined: socket.socket, target: str, facts: str) -> bytes:
         """Open a stream for a socket that is connected; returns its id.
+
+        Args:
+            facts: See `StreamEnds.open`.
 
         Raises:
             LimitExceeded: Too many are open. The socket is still the caller's.
         """
-        stream = self.ends.open(target, "", self._loop.time())
+        stream = self.ends.open(target, facts, self._loop.time())
         self.join(stream, joined)
         self.settle()
         return stream
 
-    def join(self, stream: bytes, joined: socket.socket) -> None:
-        """Join a connected socket, which is ours from now on, to a stream."""
+    def join(self, stream: bytes, joined: socket.socket, first: bytes = b"") -> None:
+        """Join a connected socket, which is ours from now on, to a stream.
+
+        Args:
+            first: What was read from the socket before.
+        """
         joined.setblocking(False)
         if joined.family != socket.AF_UNIX:
             joined.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         joint = self._joints[stream] = _Joint(stream, joined)
-        self._read_on(joint)
+        joint.for_stream = first
+        self._offer(joint)
 
     def _heed(self, event: StreamEvent) -> None:
         joint = self._joints.get(event.id) if isinstance(event, _OF_STREAMS) else None
@@ -170,6 +201,7 @@ class Splices:
             self._loop.remove_reader(joint.socket.fileno())
 
     def _readable(self, joint: _Joint) -> None:
+        spent_s = self._loop.spent()
         try:
             data = joint.socket.recv(UNTAKEN_BYTES_MAX)
         except BlockingIOError:
@@ -184,6 +216,7 @@ class Splices:
             self._stop_reading(joint)
             self.ends.finish(joint.id)
         self.settle()
+        self._worked(spent_s)
 
     def _offer(self, joint: _Joint) -> None:
         """Hand to the stream what was read; read on when it has taken it."""

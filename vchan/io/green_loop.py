@@ -8,6 +8,7 @@ one native thread to another. Rules and methods are `Loop`'s.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import eventlet
 import greenlet
@@ -15,25 +16,27 @@ from eventlet import hubs
 
 from vchan.io.loop import EVENTS_MAX, Loop
 
+if TYPE_CHECKING:
+    from select import epoll  # eventlet takes it away from there
 
-class GreenLoop(Loop):
-    """For a green thread of the process that made it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._pid = os.getpid()
+def green_loop() -> Loop:
+    """For a green thread of the process that makes it."""
+    pid = os.getpid()
 
-    def _ready(self, wait_s: float | None) -> list[tuple[int, int]]:
+    def wait(descriptors: epoll, for_s: float | None) -> list[tuple[int, int]]:
         """A green thread that a fork has copied ends: its descriptors are its parent's."""
-        ready = self._epoll.poll(0, EVENTS_MAX)
-        if ready or wait_s == 0:
+        ready = descriptors.poll(0, EVENTS_MAX)
+        if ready or for_s == 0:
             eventlet.sleep(0)  # the others' turn, however busy we are
         else:
             try:
-                hubs.trampoline(self._epoll.fileno(), read=True, timeout=wait_s)
+                hubs.trampoline(descriptors.fileno(), read=True, timeout=for_s)
             except eventlet.Timeout:
                 pass
-            ready = self._epoll.poll(0, EVENTS_MAX)
-        if os.getpid() != self._pid:
+            ready = descriptors.poll(0, EVENTS_MAX)
+        if os.getpid() != pid:
             raise greenlet.GreenletExit
         return ready
+
+    return Loop(wait)

@@ -28,10 +28,10 @@ TURN_FRAMES: Final = 32
 others have their turn."""
 LAST_READS_MAX: Final = 64
 """Turns of reading what the other end wrote before it went."""
-STALL_S: Final = 15.0
+STALL_S = 15.0
 """A stream that takes no bytes for so long, while its other end is there, is opened anew: wake-ups
 on virtio-serial get lost."""
-STALL_RETRY_S: Final = 1.0
+STALL_RETRY_S = 1.0
 """Until then, writing is tried again this often, whatever readiness says."""
 HOLD_S: Final = 0.02
 """How often who holds up reading is asked again."""
@@ -41,7 +41,7 @@ much, instead of giving it back to the kernel and asking for it again with each 
 costs more than all else that is done with one. (glibc's rule; others have no such trouble.)"""
 bytes(FREED_BYTES_KEPT)
 
-HANGUP_POLL_S: Final = 1.0
+HANGUP_POLL_S = 1.0
 """While the other end is away it is looked for this often, should its coming wake nobody."""
 
 
@@ -345,7 +345,7 @@ class Link:
             if data:
                 self._write(data)
         if not self._down:
-            self._alarm.set(self.session.next_timeout())
+            self._alarm.move(self.session.next_timeout())
 
     def _next_data(self) -> bytes:
         if self.refill is not None:

@@ -8,19 +8,18 @@ from typing import Final, Protocol
 from vchan.io.access import Access, Credentials, credentials_of
 from vchan.io.link import Link
 from vchan.io.loop import Loop
-from vchan.io.streams import LOCAL_READ_BYTES, SocketStream, bind_unix
+from vchan.io.streams import LOCAL_READ_BYTES, Acceptor, SocketStream, bind_unix
+from vchan.io.unix_socket import UnixSocket
 from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
-from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_BODIES
+from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_REQUESTS
 
-ACCEPT_RETRY_S: Final = 1.0
-"""When the process has no descriptor left, peers are accepted again after this."""
 PEERS_MAX: Final = 128
 """Connections to one local socket at a time. At it: the next one is closed at once, and logged."""
 
 
-def takes_raw(link: Link) -> bool:
-    """Whether a peer whose session is open takes requests whose bodies are bytes."""
-    return link.session.peer is not None and link.session.peer.takes_raw
+def takes_raw(link: Link) -> int:
+    """See `Peer.takes_raw`: that of a peer whose session is open."""
+    return link.session.peer.takes_raw if link.session.peer is not None else 0
 
 
 class Peers(Protocol):
@@ -32,8 +31,13 @@ class Peers(Protocol):
     def peer_message(self, key: int, data: bytes) -> None:
         """A message of a peer whose session is open."""
 
-    def peer_closed(self, key: int) -> None:
-        """Only for peers that were opened."""
+    def peer_closed(self, key: int, *, is_gone: bool) -> None:
+        """Only for peers that were opened.
+
+        Args:
+            is_gone: It has closed its connection, or has ended; otherwise this end has closed it,
+                or the peer begins anew.
+        """
 
 
 class LocalServer:
@@ -70,7 +74,7 @@ class LocalServer:
             name,
             frame_bytes_max=LOCAL_FRAME_BYTES_MAX,
             # The kernel keeps what it takes, whole and in order.
-            features=PLAIN_PAYLOADS | RAW_BODIES,
+            features=PLAIN_PAYLOADS | RAW_REQUESTS,
         )
         self._peers = peers
         self._log = log
@@ -78,19 +82,12 @@ class LocalServer:
         self._links: dict[int, Link] = {}
         self._opened: set[int] = set()
         self._keys = count(1)
-        self._server = bind_unix(path, mode)
-        loop.add_reader(self._server.fileno(), self._accept)
+        self._acceptor = Acceptor(
+            loop, bind_unix(path, mode), self._accepted, lambda why: log(f"{path}: {why}")
+        )
+        self._acceptor.resume()
 
-    def _accept(self) -> None:
-        try:
-            connected, _ = self._server.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # no descriptors left: those who wait must wait on
-            self._log(f"{self.path}: cannot accept a connection: {error.strerror}")
-            self._loop.remove_reader(self._server.fileno())
-            self._loop.call_later(ACCEPT_RETRY_S, self._accept_again)
-            return
+    def _accepted(self, connected: UnixSocket, _: object) -> None:
         if len(self._links) >= PEERS_MAX:
             self._log(f"{self.path}: refused a connection: {PEERS_MAX} are open (PEERS_MAX)")
             connected.close()
@@ -106,12 +103,8 @@ class LocalServer:
             Session(self._config, os.urandom),
             SocketStream(connected, self.path, LOCAL_READ_BYTES),
             lambda event: self._handle(key, event, who),
-            lambda _: self._forget(key),
+            lambda _: self._forget(key, is_gone=True),
         )
-
-    def _accept_again(self) -> None:
-        if self._server.fileno() >= 0:
-            self._loop.add_reader(self._server.fileno(), self._accept)
 
     def _handle(self, key: int, event: Event, who: Credentials) -> None:
         match event:
@@ -121,7 +114,9 @@ class LocalServer:
                 if key in self._opened:
                     if resumed:  # it greeted again because we were slow to answer: no news
                         return
-                    self._peers.peer_closed(key)  # it began anew on the same connection
+                    self._peers.peer_closed(
+                        key, is_gone=False
+                    )  # it began anew on the same connection
                 self._opened.add(key)
                 self._peers.peer_opened(key, self._links[key], who)
             case Refused(reason):
@@ -137,16 +132,15 @@ class LocalServer:
             link.close()
             self._forget(key)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, *, is_gone: bool = False) -> None:
         self._links.pop(key, None)
         if key in self._opened:
             self._opened.discard(key)
-            self._peers.peer_closed(key)
+            self._peers.peer_closed(key, is_gone=is_gone)
 
     def close(self) -> None:
         """Close every connection and remove the socket."""
-        self._loop.remove_reader(self._server.fileno())
-        self._server.close()
+        self._acceptor.close()
         for key in list(self._links):
             self._links[key].close()
             self._forget(key)

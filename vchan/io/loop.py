@@ -23,6 +23,9 @@ from typing import Any, Protocol
 
 Callback = Callable[[], object]
 
+Poll = Callable[[epoll, float | None], list[tuple[int, int]]]
+"""Gives (descriptor, events) of those that are ready, at the latest after so many seconds."""
+
 EVENTS_MAX = 64
 """Descriptors served in one turn; the others have theirs in the next."""
 _CANCELLED_MAX = 64
@@ -91,35 +94,50 @@ class Scheduler(Protocol):
 
 
 class Alarm:
-    """Calls `ring` once, at the earliest of the times that it is set to; then it can be set again.
+    """Calls `ring` once, at the time that it is set to; then it can be set again.
 
-    A time that is put off meanwhile costs a call that comes too early, and no new timer. So `ring`
-    looks at what is due, and sets the alarm to what is due next.
+    To put it off costs nothing: its timer comes, and goes on to the later time.
     """
 
-    __slots__ = ("_loop", "_ring", "_timer")
+    __slots__ = ("_at_s", "_loop", "_ring", "_timer")
 
     def __init__(self, loop: Scheduler, ring: Callback) -> None:
         self._loop = loop
         self._ring = ring
         self._timer: Timer | None = None
+        self._at_s: float | None = None  # when to ring: not before the timer comes
 
     def set(self, at_s: float | None) -> None:
-        """Ring at `at_s` on the loop's clock, or before; None asks for nothing."""
+        """Ring at `at_s` on the loop's clock, or when it was to ring, if that is earlier. None asks
+        for nothing."""
+        if at_s is not None and (self._at_s is None or at_s < self._at_s):
+            self.move(at_s)
+
+    def move(self, at_s: float | None) -> None:
+        """Ring at `at_s`, whatever it was set to; None: do not."""
+        self._at_s = at_s
         if at_s is None or (self._timer is not None and self._timer.at_s <= at_s):
             return
-        self.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = self._loop.call_at(at_s, self._rings)
 
     def cancel(self) -> None:
         """Do not ring. Harmless when it is not set."""
+        self._at_s = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _rings(self) -> None:
-        self._timer = None
-        self._ring()
+        at_s, self._timer = self._at_s, None
+        if at_s is None:
+            return
+        if at_s > self._loop.time():
+            self._timer = self._loop.call_at(at_s, self._rings)
+        else:
+            self._at_s = None
+            self._ring()
 
 
 class _Watch:
@@ -136,15 +154,24 @@ class _Watch:
         return (EPOLLIN if self.reader else 0) | (EPOLLOUT if self.writer else 0)
 
 
+def _wait(descriptors: epoll, for_s: float | None) -> list[tuple[int, int]]:
+    return descriptors.poll(for_s, EVENTS_MAX)
+
+
 class Loop:
-    """See the top of this file."""
+    """See the top of this file.
 
-    time = staticmethod(monotonic)
-    """Seconds; they stand still while the machine sleeps."""
-    spent = staticmethod(thread_time)
-    """Seconds that the processor worked for this thread: what else the machine does not count."""
+    Args:
+        wait: How this thread waits, if not in the kernel.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Poll | None = None) -> None:
+        self.time: Callable[[], float] = monotonic
+        """Seconds; they stand still while the machine sleeps."""
+        self.spent: Callable[[], float] = thread_time
+        """Seconds that the processor worked for this thread: what else the machine does not
+        count."""
+        self._wait = wait or _wait
         self._epoll = epoll()
         self._watches: dict[int, _Watch] = {}
         self._timers: list[tuple[float, int, Timer]] = []
@@ -156,6 +183,9 @@ class Loop:
         # Held around each use of the pipe: a number that was closed is somebody else's a moment
         # later. A signal handler may find it held by its own thread, and may take it all the same.
         self._wake_lock = RLock()
+        self._is_woken = (
+            False  # there is a byte in the pipe, or `_from_threads` is about to be read
+        )
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.add_reader(self._wake_read, self._drain_wakeups)
 
@@ -198,10 +228,9 @@ class Loop:
             if self._wake_write < 0:
                 return
             self._from_threads.append(callback)
-            try:
+            if not self._is_woken:  # one byte for all that come meanwhile
+                self._is_woken = True
                 write(self._wake_write, b"\0")
-            except BlockingIOError:
-                pass  # it is full of wake-ups already
 
     # ---------------------------------------------------------------- readiness
 
@@ -265,7 +294,7 @@ class Loop:
         # the same number. The events are not the newcomer's.
         ready = [
             (watches[fd], events)
-            for fd, events in self._ready(self._patience(wait_s))
+            for fd, events in self._wait(self._epoll, self._patience(wait_s))
             if fd in watches
         ]
         for watch, events in ready:
@@ -285,10 +314,6 @@ class Loop:
                 return
             soon.popleft()()
 
-    def _ready(self, wait_s: float | None) -> list[tuple[int, int]]:
-        """(descriptor, events) of those that are ready, at the latest after so many seconds."""
-        return self._epoll.poll(wait_s, EVENTS_MAX)
-
     def _patience(self, wait_s: float | None) -> float | None:
         if self._soon or self._from_threads or self._stopping:
             return 0
@@ -307,6 +332,7 @@ class Loop:
             read(self._wake_read, 4096)
         except BlockingIOError:
             pass
+        self._is_woken = False  # before what is there is taken: what comes from here on wakes anew
         while self._from_threads:
             self._soon.append(self._from_threads.popleft())
 

@@ -8,25 +8,17 @@ import stat
 from typing import Final
 
 from vchan.errors import LinkError, NotAPort, PortAbsent
-from vchan.io.streams import explain
+from vchan.io.streams import FileStream, explain
 
 PIPE_MODE: Final = 0o660
 PIPE_READ_BYTES: Final = 16 * 1024
 """One read: who is slowed down must not have taken too much already."""
 
 
-class PipeReader:
+class PipeReader(FileStream):
     """The end that reads."""
 
     ends_at_hangup = True
-
-    def __init__(self, fd: int, path: str) -> None:
-        self.path = path
-        self._fd = fd
-
-    def fileno(self) -> int:
-        """The pipe's descriptor."""
-        return self._fd
 
     def read(self) -> bytes:
         """What has arrived."""
@@ -40,14 +32,8 @@ class PipeReader:
         """
         raise OSError(errno.EBADF, "this end of the pipe is for reading")
 
-    def close(self) -> None:
-        """Close it; harmless twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
-
-class PipeWriter:
+class PipeWriter(FileStream):
     """The end that writes.
 
     It holds the other end open as well, without reading: so what is in the pipe stays there while
@@ -57,13 +43,8 @@ class PipeWriter:
     ends_at_hangup = True
 
     def __init__(self, fd: int, anchor_fd: int, path: str) -> None:
-        self.path = path
-        self._fd = fd
+        super().__init__(fd, path)
         self._anchor_fd = anchor_fd
-
-    def fileno(self) -> int:
-        """The descriptor that is written to."""
-        return self._fd
 
     def read(self) -> bytes:
         """Nothing comes this way.
@@ -73,16 +54,11 @@ class PipeWriter:
         """
         raise BlockingIOError
 
-    def write(self, data: bytes) -> int:
-        """Hand over bytes."""
-        return os.write(self._fd, data)
-
     def close(self) -> None:
         """Close it; harmless twice."""
         if self._fd >= 0:
-            os.close(self._fd)
             os.close(self._anchor_fd)
-            self._fd = -1
+        super().close()
 
 
 def open_pipe_reader(path: str) -> PipeReader:

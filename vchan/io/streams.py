@@ -14,16 +14,23 @@ import errno
 import os
 import stat
 from _socket import SO_SNDBUF, SOL_SOCKET, socket
+from collections.abc import Callable
 from functools import partial
+from io import BufferedReader, FileIO
 from select import EPOLLET, EPOLLIN, EPOLLOUT, epoll
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from vchan.errors import LinkError, NotAPort, PortAbsent, PortBusy, PortDenied
+from vchan.io.loop import Scheduler
 from vchan.io.unix_socket import UnixSocket
 
 if TYPE_CHECKING:
     import socket as standard
 
+S_co = TypeVar("S_co", covariant=True)
+
+ACCEPT_RETRY_S = 1.0
+"""When the process has no descriptor left, connections are accepted again after this."""
 READ_BYTES = 64 * 1024
 """One read."""
 LOCAL_READ_BYTES = 128 * 1024
@@ -200,6 +207,79 @@ class Listener:
                 pass
 
 
+class Accepting(Protocol[S_co]):
+    """A socket that listens, and never blocks."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+    def accept(self) -> tuple[S_co, Any]:
+        """The next connection, and where it comes from."""
+
+    def close(self) -> object:
+        """Listen no more."""
+
+
+class Acceptor(Generic[S_co]):
+    """Accepts who connects, from `resume` on. Others wait in the kernel's queue: when there is no
+    room, until `resume`; when this process has no descriptor left, until then or for
+    ACCEPT_RETRY_S.
+
+    Args:
+        accepted: Given each connection, and where it comes from.
+        failed: Told why one could not be accepted.
+        has_room: Whether one more may be.
+    """
+
+    def __init__(
+        self,
+        loop: Scheduler,
+        listener: Accepting[S_co],
+        accepted: Callable[[S_co, Any], object],
+        failed: Callable[[str], object] = lambda _: None,
+        has_room: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._accepted = accepted
+        self._failed = failed
+        self._has_room = has_room
+        self._is_accepting = False
+        self._is_over = False
+
+    def resume(self) -> None:
+        """Accept. Harmless when that is done already, or it is closed."""
+        if not self._is_accepting and not self._is_over:
+            self._is_accepting = True
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _pause(self) -> None:
+        if self._is_accepting:
+            self._is_accepting = False
+            self._loop.remove_reader(self._listener.fileno())
+
+    def close(self) -> None:
+        """Accept no more, and close the socket."""
+        self._pause()
+        self._is_over = True
+        self._listener.close()
+
+    def _accept(self) -> None:
+        if not self._has_room():
+            self._pause()
+            return
+        try:
+            connected, address = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # it is gone already
+        except OSError as error:
+            self._failed(f"cannot accept a connection: {error.strerror}")
+            self._pause()
+            self._loop.call_later(ACCEPT_RETRY_S, self.resume)
+            return
+        self._accepted(connected, address)
+
+
 def _remove_dead_socket(path: str) -> None:
     """Remove what a killed daemon left, and nothing else: the path may be a mistake."""
     if os.path.lexists(path):
@@ -217,32 +297,51 @@ def _make_directory(path: str) -> None:
         pass
 
 
-class PortStream:
-    """A virtio-serial port, or another character device that needs no terminal settings."""
-
-    ends_at_hangup = False
+class FileStream:
+    """A descriptor of a file, and its path: what devices and pipes share."""
 
     def __init__(self, fd: int, path: str) -> None:
         self.path = path
         self._fd = fd
 
     def fileno(self) -> int:
-        """The device's descriptor."""
+        """The descriptor."""
         return self._fd
 
-    def read(self) -> bytes:
-        """What has arrived; b"": no host is connected."""
-        return os.read(self._fd, PORT_READ_BYTES)
-
     def write(self, data: bytes) -> int:
-        """Hand over bytes; virtio-console takes 32 KiB at a time."""
+        """Hand over bytes. A device of virtio-console takes 32 KiB at a time."""
         return os.write(self._fd, data)
 
     def close(self) -> None:
-        """Close the device."""
+        """Close it; harmless twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class PortStream(FileStream):
+    """A virtio-serial port, or another character device that needs no terminal settings."""
+
+    ends_at_hangup = False
+
+    def __init__(self, fd: int, path: str) -> None:
+        super().__init__(fd, path)
+        # Without a buffer of its own: nothing may lie in one that readiness does not tell of.
+        self._reader = BufferedReader(FileIO(fd, closefd=False), 1)
+        self._is_behind = False  # more lay there than the last read gave
+
+    def read(self) -> bytes:
+        """What has arrived; b"": no host is connected."""
+        if not self._is_behind:
+            data = os.read(self._fd, PORT_READ_BYTES)
+            self._is_behind = len(data) == PORT_READ_BYTES
+            return data
+        # It asks the device again and again, which gives 4 KiB at a time, in C and into one place.
+        many: bytes | None = self._reader.read(READ_BYTES)
+        self._is_behind = many is not None and len(many) == READ_BYTES
+        if many is None:
+            raise BlockingIOError
+        return many
 
 
 def open_port(path: str) -> PortStream:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 from vchan.errors import ConfigError, LimitExceeded
 from vchan.rpc.messages import NAME_BYTES_MAX
+from vchan.rpc.reports import PRODUCT_CHARS_MAX, is_product
 
 TIMEOUT_S_MAX: Final = 86400.0
 """The longest time of a request: a day. A longer one is most likely a mistake of unit."""
@@ -23,6 +24,7 @@ DAEMONS_TOPICS: Final = ("vchan.guest", "vchan.host")
 """What the daemons answer themselves: an agent that served it would never be asked."""
 
 _RAW_MARK: Final = "vchan_raw"
+_QUICK_MARK: Final = "vchan_quick"
 _GENERATOR: Final = 0x20 | 0x200  # of code objects' flags, as `inspect` has them: it starts slowly
 _COROUTINE: Final = 0x80 | 0x100
 _NO_ENDPOINTS: Final = (str, bytes, int, float, list, tuple, dict, set, frozenset, type(None))
@@ -81,6 +83,17 @@ def check_version(version: object) -> None:
         raise wrong("version", version, "MAJOR.MINOR, as in 1.0")
 
 
+def check_product(product: object) -> None:
+    """What an agent says that it is; None: nothing.
+
+    Raises:
+        ConfigError: It is no NAME/VERSION.
+    """
+    if product is not None and not (isinstance(product, str) and is_product(product)):
+        expected = f"NAME/VERSION of {PRODUCT_CHARS_MAX} printable characters at most, no space"
+        raise wrong("product", product, expected)
+
+
 def check_mapping(what: str, given: object) -> None:
     """A method's arguments, or a context: by name, or None."""
     if given is None:
@@ -125,25 +138,50 @@ def check_bytes(what: str, data: object) -> None:
         raise wrong(what, data, "bytes that stand in a row: bytes(...) makes such")
 
 
-RawMethod = TypeVar("RawMethod", bound=Callable[..., Any])
+AMethod = TypeVar("AMethod", bound=Callable[..., Any])
 
 
-def raw(method: RawMethod) -> RawMethod:
+def raw(method: AMethod) -> AMethod:
     """Declares that a method takes bytes and returns bytes: `call_raw` calls it, and nobody else.
 
     @raw
     def store(self, data, name):
         return b""
     """
+    return _marked(method, _RAW_MARK)
+
+
+def quick(method: AMethod) -> AMethod:
+    """Declares that a method never waits, and returns in less than a millisecond: what is answered
+    before it may wait for it. The answers of quick methods that were asked together go out
+    together.
+
+    @quick
+    def position(self):
+        return self._position
+    """
+    return _marked(method, _QUICK_MARK)
+
+
+def _marked(method: AMethod, mark: str) -> AMethod:
     function = getattr(method, "__func__", method)  # of a staticmethod, say
-    setattr(function, _RAW_MARK, True)
+    setattr(function, mark, True)
     return method
 
 
 def raw_methods(endpoint: object) -> frozenset[str]:
     """The names of an endpoint's methods that are declared `raw`."""
+    return _methods_marked(endpoint, _RAW_MARK)
+
+
+def quick_methods(endpoint: object) -> frozenset[str]:
+    """The names of an endpoint's methods that are declared `quick`."""
+    return _methods_marked(endpoint, _QUICK_MARK)
+
+
+def _methods_marked(endpoint: object, mark: str) -> frozenset[str]:
     return frozenset(
-        name for name, method in public_methods(endpoint) if getattr(method, _RAW_MARK, False)
+        name for name, method in public_methods(endpoint) if getattr(method, mark, False)
     )
 
 

@@ -54,7 +54,9 @@ def _make_chunks() -> Callable[[Any, int], Iterable[str]]:
     if make is None:
         return lambda value, _: _encoder.iterencode(value)
     text = json.encoder.encode_basestring
-    no_markers, no_indent, no_sorting, no_skipping, allow_nan = None, None, False, False, True
+    no_markers: Any = None
+    no_indent: Any = None
+    no_sorting, no_skipping, allow_nan = False, False, True
     chunks: Callable[[Any, int], Iterable[str]] = make(
         no_markers, _encoder.default, text, no_indent, ":", ",", no_sorting, no_skipping, allow_nan
     )
@@ -64,6 +66,14 @@ def _make_chunks() -> Callable[[Any, int], Iterable[str]]:
 _chunks = _make_chunks()
 
 
+def json_text(value: Any) -> str:
+    """Compact JSON: see `encode_json`."""
+    try:
+        return "".join(_chunks(value, 0))
+    except RecursionError as error:
+        raise ValueError("refers to itself, or is nested too deep") from error
+
+
 def encode_json(value: Any) -> bytes:
     """Compact UTF-8 JSON.
 
@@ -71,11 +81,7 @@ def encode_json(value: Any) -> bytes:
         TypeError: `value` holds something JSON cannot say.
         ValueError: `value` refers to itself, or is nested too deep.
     """
-    try:
-        text = "".join(_chunks(value, 0))
-    except RecursionError as error:
-        raise ValueError("refers to itself, or is nested too deep") from error
-    return text.encode("utf-8", "surrogatepass")
+    return json_text(value).encode("utf-8", "surrogatepass")
 
 
 def decode_json(data: bytes) -> Any:
@@ -151,15 +157,17 @@ def decode_raw(body: bytes) -> tuple[bytes, bytes]:
     return body[start:stop], body[stop:]
 
 
-def mark_redelivered(body: bytes) -> bytes:
+def mark_redelivered(body: bytes, *, is_raw: bool = False) -> bytes:
     """A request's body, with a word to its method: it may have run before. What is no request's
     body stays as it is: no method will see it."""
     try:
-        asked = decode_invocation(body)
+        invocation, data = decode_raw(body) if is_raw else (body, b"")
+        asked = decode_invocation(invocation)
     except BadBody:
         return body
     context = {**asked.context, REDELIVERED_KEY: True}
-    return encode_json({**asked._asdict(), "context": context})
+    marked = encode_json({**asked._asdict(), "context": context})
+    return encode_raw(marked, data) if is_raw else marked
 
 
 def encode_failure(

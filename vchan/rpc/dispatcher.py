@@ -11,11 +11,11 @@ Rules of this file
 3. Truth lives in the servers, not here: one that reattaches says which ids it holds, and copies of
    those requests go to it and to no other.
 4. What waits for a topic is a line: what comes later waits behind it.
-5. `subscribe`, `hold` and `detach` change what is known of the servers; `release` then gives to
-   them what waits. Between the two, a caller can say what must be said first.
+5. `subscribe`, `hold` and `detach` change what is known of the servers; `hand_out` then gives
+   to them what waits. Between the two, a caller can say what must be said first.
 
     dispatcher.attach(key, send, now_s)
-    dispatcher.hold(key, ids); dispatcher.subscribe(key, topics, now_s); dispatcher.release(now_s)
+    dispatcher.hold(key, ids); dispatcher.subscribe(key, topics, now_s); dispatcher.hand_out(now_s)
     dispatcher.offer(request, topic, told, now_s)      # told(outcome, now_s), at once or later
     dispatcher.receive(key, message, now_s)            # Receipt, Reply, Returned
 """
@@ -52,11 +52,11 @@ from vchan.rpc.messages import (
     with_time_left,
 )
 
-LINGER_S: Final = 5.0
+LINGER_S = 5.0
 """A topic whose last server went away is waited for so long: agents and programs restart."""
-RESTART_GRACE_S: Final = 2.0
+RESTART_GRACE_S: Final = 5.0
 """After this daemon's start, what was handed out before waits so long for a server that holds it to
-come back."""
+come back: it looks for the daemon each second, and on a busy machine is not quick to be let in."""
 RETRY_S: Final = 0.5
 """A request that its server has handed back is offered again after this, where nobody else does
 so."""
@@ -203,10 +203,13 @@ class Dispatcher:
         """Requests that no server has."""
         return len(self._later) + sum(map(len, self._lines.values()))
 
-    def is_waiting(self, request_id: bytes) -> bool:
-        """It is open, and no server has it."""
+    def may_be_given(self, request_id: bytes) -> bool:
+        """It is open, and no server has it; or it is a cast that none has taken yet, for who has
+        that may go away."""
         served = self._open.get(request_id)
-        return served is not None and not served.owners
+        if served is None or served.is_taken:
+            return False
+        return not served.owners or not served.request.is_call
 
     def offer(
         self,
@@ -311,7 +314,8 @@ class Dispatcher:
 
     def unserved(self, request_id: bytes, topic: Topic) -> HandedBack:
         """What is said of a request that nobody serves."""
-        text = f"no {self._manner.server}{self._manner.place} serves topic {topic.name}"
+        who, what = f"{self._manner.server}{self._manner.place}", f"{topic.exchange}/{topic.name}"
+        text = f"no {who} serves topic {what}"
         return HandedBack(request_id, NO_AGENT, text)
 
     def cancel(self, request_id: bytes) -> None:
@@ -347,21 +351,21 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- servers
 
-    def attach(self, key: int, send: Send, now_s: float, *, takes_raw: bool = False) -> None:
+    def attach(self, key: int, send: Send, now_s: float, *, takes_raw: int = 0) -> None:
         """A server is there, or somebody who may be one; `send` queues messages to it.
 
         Args:
-            takes_raw: It takes RAW requests.
+            takes_raw: See `Peer.takes_raw`.
         """
         assert key not in self._servers
         server = self._servers[key] = _Server(send, is_timed=not self._asker_remembers)
-        server.requester.opened(now_s, no_raw="" if takes_raw else self._no_raw)
+        server.requester.opened(now_s, takes_raw=takes_raw, no_raw=self._no_raw)
 
     def __contains__(self, key: int) -> bool:
         return key in self._servers
 
     def subscribe(self, key: int, topics: Iterable[Topic], now_s: float) -> None:
-        """These are all the topics it serves. See `release`."""
+        """These are all the topics it serves. See `hand_out`."""
         server = self._servers[key]
         wanted = tuple(dict.fromkeys(topics))  # it may have named one twice
         for topic in server.topics:
@@ -389,11 +393,11 @@ class Dispatcher:
         while len(self._by_topic) + len(self._linger_until_s) > self._manner.topics_max:
             topic = next(iter(self._linger_until_s))
             del self._linger_until_s[topic]
-            self._release_line(topic, now_s)
+            self._hand_out_line(topic, now_s)
 
     def hold(self, key: int, ids: tuple[bytes, ...]) -> str:
         """It says that it has taken these before. Returns why to refuse it, or nothing. See
-        `release`."""
+        `hand_out`."""
         held = self._servers[key].held
         if len(held.union(ids)) > HOLDING_MAX:
             return f"holds more than {HOLDING_MAX} ids (HOLDING_MAX)"
@@ -440,7 +444,7 @@ class Dispatcher:
         return True
 
     def detach(self, key: int, now_s: float) -> None:
-        """It is gone, and with it the calls that it was running. See `release`."""
+        """It is gone, and with it the calls that it was running. See `hand_out`."""
         server = self._servers.pop(key)
         for request_id in server.held:
             if self._holders.get(request_id) == key:
@@ -497,18 +501,18 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- waiting and time
 
-    def release(self, now_s: float) -> None:
+    def hand_out(self, now_s: float) -> None:
         """Give what waits to who can have it now; give up what nobody serves any more."""
         for request_id in [each for each, at_s in self._later.items() if at_s <= now_s]:
             del self._later[request_id]
             served = self._open[request_id]
             self._lines.setdefault(served.topic, deque()).append(served)
         for topic in list(self._lines):
-            self._release_line(topic, now_s)
+            self._hand_out_line(topic, now_s)
 
-    def _release_line(self, topic: Topic, now_s: float) -> None:
+    def _hand_out_line(self, topic: Topic, now_s: float) -> None:
         if self._holders:
-            self._release_held(topic, now_s)
+            self._hand_out_held(topic, now_s)
         while (
             topic in self._by_topic and (line := self._lines.get(topic)) and not line[0].after_grace
         ):
@@ -517,7 +521,7 @@ class Dispatcher:
         if topic not in self._by_topic and self._grace_until_s is None:
             self._give_up(topic, now_s)
 
-    def _release_held(self, topic: Topic, now_s: float) -> None:
+    def _hand_out_held(self, topic: Topic, now_s: float) -> None:
         for served in list(self._lines.get(topic, ())):
             holder = self._holder_of(served.request)
             if holder is not None:
@@ -546,7 +550,7 @@ class Dispatcher:
         return self._grace_until_s is not None
 
     def end_grace(self, now_s: float) -> bool:
-        """Whether the grace ends now. What waited for that is given out by the next `release`."""
+        """Whether the grace ends now. What waited for that is given out by the next `hand_out`."""
         if self._grace_until_s is None or now_s < self._grace_until_s:
             return False
         self._grace_until_s = None
@@ -583,7 +587,7 @@ class Dispatcher:
         for topic in expired:
             del self._linger_until_s[topic]
         if self._lines or self._later:
-            self.release(now_s)
+            self.hand_out(now_s)
         return bool(expired)
 
     def _expire(self, now_s: float) -> None:

@@ -28,8 +28,10 @@ from vchan.rpc.messages import (
     EXPIRED,
     FAILURE,
     FINAL,
+    IN_PLACE,
     LOCAL,
     NO_AGENT,
+    OUT_OF_TURN,
     RAW,
     RAW_REPLY,
     REDELIVERED,
@@ -52,6 +54,7 @@ from vchan.rpc.messages import (
     with_time_left,
 )
 from vchan.session import CONTROL
+from vchan.wire.frames import RAW_CASTS
 
 Send = Callable[[bytes, int], None]
 """Queues a message on a stream of the session."""
@@ -65,7 +68,7 @@ counted."""
 RETENTION_S: Final = 3600.0
 """An id that nobody says is settled is remembered for so long. At it: it is forgotten, and
 counted."""
-SETTLED_MAX: Final = 2048
+SETTLED_MAX = 2048
 """Settled ids a responder still recognises. At it: the oldest is forgotten."""
 SETTLED_KEEP_S: Final = 600.0
 """A settled id is recognised for so long. A caller that lost its connection before the broker
@@ -73,10 +76,13 @@ confirmed publishes the same request again: the broker has then forgotten the fi
 out the second. At it: the id is forgotten."""
 HEARTBEAT_S: Final = 0.5
 """Heartbeats of one call are passed on this often at most: callers ask for one in some seconds."""
-REPLY_BYTES_MAX: Final = 16 * 1024 * 1024
+REPLY_BYTES_MAX = 16 * 1024 * 1024
 """Bodies of answers a responder keeps to give them again. At it: the oldest is dropped."""
 NO_RAW: Final = "the peer takes no raw bodies: upgrade its vchan, or call with JSON"
 """What is said of a RAW request if nobody knows it better."""
+NO_RAW_CASTS: Final = (
+    "the next on its way takes raw calls, but no raw casts: upgrade its vchan, or cast with JSON"
+)
 COMES_AGAIN: Final = frozenset({NO_AGENT, BUSY, RELEASED})
 """A cast that is handed back so has not run, and comes again, at another time or elsewhere."""
 
@@ -106,6 +112,11 @@ class Heartbeat(NamedTuple):
     id: bytes
 
 
+def doubted(text: str) -> str:
+    """Why it was refused, where nobody can say any more that it has not run."""
+    return f"{text}; it may have run before"
+
+
 class HandedBack(NamedTuple):
     """The request has ended without an answer; `outcomes` says by the reason if it may have run."""
 
@@ -115,7 +126,7 @@ class HandedBack(NamedTuple):
 
     def doubted(self) -> "HandedBack":
         """The same where nobody can say any more that it has not run."""
-        return HandedBack(self.id, AGENT_GONE, f"{self.text}; it may have run before")
+        return HandedBack(self.id, AGENT_GONE, doubted(self.text))
 
 
 class Overdue(NamedTuple):
@@ -156,7 +167,11 @@ class _Outstanding:
 
 def earliest(*times_s: float | None) -> float | None:
     """The first of these times; None is no time."""
-    return min((at_s for at_s in times_s if at_s is not None), default=None)
+    first: float | None = None
+    for at_s in times_s:
+        if at_s is not None and (first is None or at_s < first):
+            first = at_s
+    return first
 
 
 class _Deadlines:
@@ -202,7 +217,7 @@ class Requester:
         send: Queues a message to the peer.
         grace_s: Our deadlines come so much later than those that the peer is told: it knows better
             what became of a request.
-        repeat_flags: What a request is marked with when it is sent again.
+        marks_turns: The peer is told of what it gets out of its turn, too.
         is_timed: Give up what is past its time. False: who submits it sees to that, and cancels it.
     """
 
@@ -211,18 +226,20 @@ class Requester:
         send: Send,
         *,
         grace_s: float = 0.0,
-        repeat_flags: int = REDELIVERED,
+        marks_turns: bool = False,
         is_timed: bool = True,
     ) -> None:
         self._send = send
         self._is_timed = is_timed
-        self._repeat_flags = repeat_flags
+        self._again_flags = REDELIVERED | OUT_OF_TURN if marks_turns else REDELIVERED
+        self._late_flags = OUT_OF_TURN | IN_PLACE if marks_turns else 0
         self._grace_s = grace_s
         self._open: dict[bytes, _Outstanding] = {}
         self._deadlines = _Deadlines()
         self._untaken: list[bytes] = []  # too large for the peer we have now
         self._untaken_s = 0.0
-        self._no_raw = ""  # why the peer takes no RAW request
+        self._no_raw = ""  # why the peer takes no RAW call
+        self._no_raw_cast = ""  # likewise, no RAW cast
         self.connected = False
         self._holds = False  # the peer cannot be reached for now
         self.unmatched = 0  # answers to nothing we asked
@@ -237,7 +254,9 @@ class Requester:
         """What is not over, in the order it was submitted."""
         return [item.request for item in self._open.values()]
 
-    def opened(self, now_s: float, *, is_known: bool = False, no_raw: str = NO_RAW) -> None:
+    def opened(
+        self, now_s: float, *, is_known: bool = False, takes_raw: int = 0, no_raw: str = NO_RAW
+    ) -> None:
         """A new session began: repeat, in order, what is not over.
 
         A resumed session needs no word: it loses nothing. What this peer cannot take is handed
@@ -246,9 +265,11 @@ class Requester:
         Args:
             is_known: The peer is the run that everything was sent to so far: it knows what it has
                 had, and what it does not know never came. Nothing is marked for that.
-            no_raw: Why it takes no RAW request, and what to do; "": it takes them.
+            takes_raw: See `Peer.takes_raw`.
+            no_raw: Why it takes no RAW request, if it takes none, and what to do.
         """
-        self._no_raw = no_raw
+        self._no_raw = "" if takes_raw else no_raw
+        self._no_raw_cast = self._no_raw or ("" if takes_raw & RAW_CASTS else NO_RAW_CASTS)
         self.connected = True
         self._holds = False
         for item in self._open.values():
@@ -291,9 +312,13 @@ class Requester:
 
     def _transmit_late(self, item: _Outstanding, now_s: float, *, is_known: bool = False) -> None:
         request = item.request
-        if request.flags & REDELIVERED or (item.sent and not is_known):
-            request = request._replace(flags=request.flags | self._repeat_flags)
-            item.request = request
+        flags = request.flags
+        if item.sent and not is_known:
+            flags = (flags | self._again_flags) & ~IN_PLACE
+        elif flags & REDELIVERED and not flags & OUT_OF_TURN:
+            flags |= self._late_flags
+        if flags != request.flags:
+            request = item.request = request._replace(flags=flags)
         try:
             self._transmit(item, with_time_left(request, item.deadline_s, now_s))
         except (LimitExceeded, Rejected) as error:
@@ -302,8 +327,10 @@ class Requester:
             self._untaken_s = now_s
 
     def _transmit(self, item: _Outstanding, request: Request) -> None:
-        if request.flags & RAW and self._no_raw:
-            raise Rejected(self._no_raw)
+        if request.flags & RAW:
+            no_raw = self._no_raw if request.flags & CALL else self._no_raw_cast
+            if no_raw:
+                raise Rejected(no_raw)
         self._send(encode_request(request), item.stream)
         item.sent = True
         item.problem = ""

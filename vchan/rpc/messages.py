@@ -37,6 +37,8 @@ TOPICS_MAX: Final = 64
 """Topics one peer may serve. At it: the peer is disconnected, with the reason in the log."""
 IDS_MAX: Final = 1000
 """Ids in one Settled or Holding: so many fit one frame."""
+MILLISECONDS_MAX: Final = 0xFFFF_FFFF
+"""The longest time that a Request's field holds. At it: what is longer is cut."""
 
 _KINDS: Final = frozenset(
     {
@@ -55,6 +57,12 @@ _SUBSCRIPTION: Final = Struct(layout.SUBSCRIPTION)
 _CHARGE: Final = Struct(">BLQ")
 _SUBSCRIBE: Final = bytes([layout.MESSAGE_SUBSCRIBE])
 _REQUEST_KIND: Final = bytes([layout.MESSAGE_REQUEST])
+_OUTCOMES: Final[tuple[bytes, ...]] = tuple(
+    [
+        bytes([kind])
+        for kind in (layout.MESSAGE_RECEIPT, layout.MESSAGE_REPLY, layout.MESSAGE_RETURNED)
+    ]
+)
 SUBSCRIBE_BYTES_MAX: Final = _ID_LIST.size + TOPICS_MAX * (_SUBSCRIPTION.size + 2 * NAME_BYTES_MAX)
 """The largest Subscribe: TOPICS_MAX topics with the longest names."""
 
@@ -66,6 +74,9 @@ REDELIVERED: Final = layout.REQUEST_FLAG_REDELIVERED
 OUT_OF_TURN: Final = layout.REQUEST_FLAG_OUT_OF_TURN
 """It does not come as its queue handed it out: neither its place among the others nor the time it
 has left says when it was made."""
+IN_PLACE: Final = layout.REQUEST_FLAG_IN_PLACE
+"""Though it is OUT_OF_TURN, it has kept its place among the others: it was never sent before, only
+later than it was handed out."""
 LOCAL: Final = layout.REQUEST_FLAG_LOCAL
 """It comes from a program on the host: not out of the broker's queue."""
 RAW: Final = layout.REQUEST_FLAG_RAW
@@ -74,7 +85,7 @@ FINAL: Final = layout.REPLY_FLAG_FINAL
 FAILURE: Final = layout.REPLY_FLAG_FAILURE
 RAW_REPLY: Final = layout.REPLY_FLAG_RAW
 """The result of a RAW call."""
-_RAW_CALL: Final = RAW | CALL
+_RAW_FOR_SEVERAL: Final = FANOUT | NOTIFICATION
 
 NO_AGENT: Final = layout.REASON_NO_AGENT
 AGENT_GONE: Final = layout.REASON_AGENT_GONE
@@ -190,9 +201,14 @@ Queue = tuple[str, int]
 QUEUE_KINDS: Final = (0, FANOUT, LOCAL, FANOUT | LOCAL)
 
 
-def milliseconds(seconds: float) -> int:
+def milliseconds(seconds: float | None) -> int:
     """A time as a request has it: at least 1, for 0 says that there is none."""
-    return max(1, int(seconds * 1000))
+    if seconds is None:
+        return 0
+    wanted_ms = seconds * 1000
+    if wanted_ms < 1:
+        return 1
+    return int(wanted_ms) if wanted_ms < MILLISECONDS_MAX else MILLISECONDS_MAX
 
 
 def deadline_of(request: Request, now_s: float) -> float | None:
@@ -306,8 +322,8 @@ def _decode_request(data: bytes) -> Request | BadMessage:
     if len(data) < _REQUEST.size:
         return BadMessage("Request: too short")
     _, flags, request_id, timeout_ms, monitor_ms, a, b, c = _REQUEST.unpack_from(data)
-    if flags & _RAW_CALL == RAW:
-        return BadMessage("Request: RAW, and no call")
+    if flags & RAW and flags & _RAW_FOR_SEVERAL and not flags & CALL:
+        return BadMessage("Request: RAW, and neither a call nor a cast to one")
     a += _REQUEST_BYTES
     b += a
     c += b
@@ -331,6 +347,11 @@ def _decode_ids(data: bytes) -> tuple[bytes, ...] | None:
 def is_request(data: bytes) -> bool:
     """Whether it may be a Request, without a look into it."""
     return data[:1] == _REQUEST_KIND
+
+
+def is_outcome(data: bytes) -> bool:
+    """Whether it may be a Receipt, Reply or Returned, without a look into it."""
+    return data[:1] in _OUTCOMES
 
 
 def is_subscribe(data: bytes) -> bool:

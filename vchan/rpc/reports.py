@@ -31,6 +31,17 @@ READY: Final = "ready"
 ENDING: Final = "ending"
 PHASES: Final = (BOOTING, READY, ENDING)
 
+PRODUCT_CHARS_MAX: Final = 64
+"""Of what an agent says that it is, `NAME/VERSION`, as the name in its greeting. At it: the agent
+does not start; a guest's daemon passes over a longer one."""
+
 REPORT_BYTES_MAX: Final = 16 * 1024
 """A report with its envelope: 32 addresses and 64 units are half of it. At it: the guest's daemon
 leaves out what is least needed, and says how much; a host refuses a longer one."""
+
+
+def is_product(text: str) -> bool:
+    """Whether a program says by this what it is, and its version. Nobody decides by it."""
+    name, slash, version = text.partition("/")
+    fits = len(text) <= PRODUCT_CHARS_MAX and text.isprintable() and " " not in text
+    return bool(name and slash and version and fits)

@@ -10,7 +10,9 @@ contract    what all sessions share: methods, events, configuration, limits
 """
 
 from vchan.session.contract import (
+    ASK_TICK_S,
     BACKLOG_BYTES_MAX,
+    CHANNEL_ACK_DELAY_S,
     CONTROL,
     IN_FLIGHT_BYTES_MAX,
     MESSAGE_BYTES_MAX,
@@ -37,11 +39,14 @@ from vchan.session.contract import (
     Silent,
     State,
     Violation,
+    printable,
 )
 from vchan.session.session import Session
 
 __all__ = [
+    "ASK_TICK_S",
     "BACKLOG_BYTES_MAX",
+    "CHANNEL_ACK_DELAY_S",
     "CONTROL",
     "IN_FLIGHT_BYTES_MAX",
     "MESSAGE_BYTES_MAX",
@@ -69,4 +74,5 @@ __all__ = [
     "Silent",
     "State",
     "Violation",
+    "printable",
 ]

@@ -14,7 +14,7 @@ import enum
 from typing import Final, NamedTuple, Protocol
 
 from vchan.wire import layout
-from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES, RAW_BODIES
+from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES, RAW_REQUESTS
 
 VERSION: Final = 1
 """The session protocol's newest version this code speaks, and (so far) its oldest."""
@@ -44,6 +44,15 @@ WRITE_BYTES_MAX: Final = 32 * 1024
 """What one virtio-console write takes: two frames. Where frames are larger, it is two of these."""
 WRITE_FRAMES_MAX: Final = WRITE_BYTES_MAX // OVERHEAD_BYTES
 """More do not fit."""
+ACK_DELAY_S: Final = 0.02
+"""A frame is acknowledged by the next frame that goes its sender's way, or after this."""
+CHANNEL_ACK_DELAY_S = 0.5
+"""The same on a VM's channel, where a frame of its own costs a host with many VMs a timer and a
+write for each message. Nobody there waits for an acknowledgement but who may send no more, and that
+one comes at once; a sender asks after a second."""
+ASK_TICK_S: Final = 0.25
+"""A host asks all idle guests whose time falls within this at once, before it is over: one wake-up
+for many. At it: a guest is asked up to two of these early, and so never asks itself."""
 PING_IDLE_S: Final = 5.0
 """Wake-ups on virtio-serial get lost: say something at least this often."""
 SILENCE_S: Final = 10.0
@@ -80,9 +89,9 @@ class Peer(NamedTuple):
     """What it can do: RAW_BODIES, PLAIN_PAYLOADS."""
 
     @property
-    def takes_raw(self) -> bool:
-        """It takes requests whose bodies are bytes."""
-        return self.features & RAW_BODIES != 0
+    def takes_raw(self) -> int:
+        """Which requests it takes whose bodies are bytes: RAW_BODIES (calls), RAW_CASTS."""
+        return self.features & RAW_REQUESTS
 
 
 class Opened(NamedTuple):
@@ -149,28 +158,35 @@ class Config(NamedTuple):
     frame_bytes_max: int = FRAME_BYTES_MAX
     features: int = 0
     """RAW_BODIES, PLAIN_PAYLOADS."""
+    ack_delay_s: float = ACK_DELAY_S
+    ask_tick_s: float = 0.0
+    """An idle peer is asked at a whole multiple of this, ahead of its time; 0: at its time."""
+
+
+COUNTED: Final = (
+    "bad_payloads",
+    "bytes_skipped",
+    "duplicates",
+    "frames_lost",
+    "frames_received",
+    "frames_resent",
+    "frames_sent",
+    "greetings",
+    "losses",
+    "messages_received",
+    "messages_sent",
+    "pings_sent",
+    "resumptions",
+    "sessions",
+    "violations",
+)
+"""The names of a session's counters."""
 
 
 class Counters:
     """What happened, since the session object was made."""
 
-    __slots__ = (
-        "bad_payloads",
-        "bytes_skipped",
-        "duplicates",
-        "frames_lost",
-        "frames_received",
-        "frames_resent",
-        "frames_sent",
-        "greetings",
-        "losses",
-        "messages_received",
-        "messages_sent",
-        "pings_sent",
-        "resumptions",
-        "sessions",
-        "violations",
-    )
+    __slots__ = COUNTED
 
     def __init__(self) -> None:
         self.sessions = 0  # begun at zero
@@ -191,7 +207,7 @@ class Counters:
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in COUNTED}
 
 
 class AnySession(Protocol):
@@ -244,6 +260,11 @@ class AnySession(Protocol):
         """So many complete what has begun to arrive: one frame at most."""
 
 
-def printable(text: str) -> str:
-    """A peer's text, fit for a log line."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def printable(text: str, besides: str = "") -> str:
+    """A peer's text, fit for a log line or a terminal: without what could end the one, or steer the
+    other.
+
+    Args:
+        besides: What may stand in it all the same.
+    """
+    return "".join(c if c.isprintable() or c in besides else "?" for c in text)

@@ -27,7 +27,7 @@ from vchan.wire.frames import (
     session_keys,
 )
 
-HELLO_RETRY_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+HELLO_RETRY_S: Final[tuple[float, ...]] = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Between HELLOs that are not answered: most are lost in a boot or a migration."""
 REASON_BYTES_MAX: Final = 800
 """The text of a REFUSE. With two names of 255 bytes in it, it still says what to do."""
@@ -206,12 +206,17 @@ class Handshake:
     # ---------------------------------------------------------------- what is agreed
 
     def can_resume(self, mine: Greeting, peer: Greeting) -> bool:
-        """The same session of the same two instances, and neither has lost what the other needs."""
+        """The same session of the same two instances, and neither has lost what the other needs.
+
+        The peer decides alike, by what the greetings say: a HELLO that waited for its answer does
+        not say what we have sent since, so that does not count here either.
+        """
+        assert self._sender.tail >= mine.send_next or mine.session != self.session_id
         return (
             mine.session == peer.session == self.session_id != ZERO_ID
             and peer.instance == self._peer_instance
             and _limits(peer) == self._peer_limits
-            and self._sender.base <= peer.recv_next <= self._sender.tail
+            and self._sender.base <= peer.recv_next <= mine.send_next
             and peer.send_base <= mine.recv_next <= peer.send_next
         )
 

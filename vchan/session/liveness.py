@@ -75,11 +75,28 @@ class Liveness:
         if self.check_at_s is not None and self.check_at_s > now_s + PROBE_S:
             self.check_at_s = now_s + PROBE_S
 
-    def answered(self) -> bool:
-        """The peer that was asked has spoken. Whether it had been told to be silent."""
+    def answered(self, *, waiting: bool) -> bool:
+        """The peer that was asked has spoken. Whether it had been told to be silent.
+
+        Args:
+            waiting: See `check`.
+        """
         self.asked_s = None
+        if not waiting:
+            self.check_at_s = self._ahead_of(self.heard_s + self._config.ping_idle_s)
         was_silent, self.was_silent = self.was_silent, False
         return was_silent
+
+    def _ahead_of(self, at_s: float) -> float:
+        """When to ask an idle peer that would be asked at `at_s`, and would ask us then: at a tick
+        that is past by then, with room for the peer to hear it."""
+        tick_s = self._config.ask_tick_s
+        return (at_s // tick_s - 1.0) * tick_s if tick_s else at_s
+
+    def _silent_look_s(self, at_s: float) -> float:
+        """When to look whether a peer is still silent at `at_s`: at the tick that comes then."""
+        tick_s = self._config.ask_tick_s
+        return -(-at_s // tick_s) * tick_s if tick_s else at_s
 
     def silent_at(self) -> float:
         """When silence is to be told next."""
@@ -117,7 +134,7 @@ class Liveness:
         self.check_at_s = due_s
         if self.asked_s is None:
             return Asking(ping, greet, None)
-        self.check_at_s = min(due_s, now_s + self._config.silence_s)
+        self.check_at_s = min(due_s, self._silent_look_s(now_s + self._config.silence_s))
         return Asking(ping, greet, self.silence(now_s))
 
     def _due_s(self, idle_s: float, *, waiting: bool) -> float:
@@ -126,4 +143,6 @@ class Liveness:
             return self.asked_s + min(idle_s * factor, 6 * PING_IDLE_S)
         self._pings_unanswered = 0
         assert self.progress_s is not None
-        return (self.progress_s if waiting else self.heard_s) + idle_s
+        if waiting:
+            return self.progress_s + idle_s
+        return self._ahead_of(self.heard_s + idle_s)

@@ -8,6 +8,8 @@ Rules of this file
    whole against the reassembly limit.
 """
 
+from typing import Final
+
 from vchan.session.contract import (
     BACKLOG_BYTES_MAX,
     STREAMS,
@@ -23,6 +25,10 @@ from vchan.wire.frames import OVERHEAD_BYTES, Frame
 
 _WHOLE = layout.FLAG_FIRST | layout.FLAG_LAST
 
+PART_BYTES_MIN: Final = 1024
+"""A fragment of half the least frame that a peer must take, which is kept as an object of its own:
+that costs 50 bytes besides what is in it. At it: smaller ones are put together."""
+
 _new_tuple = tuple.__new__
 """Makes a NamedTuple in half the time that its own constructor takes."""
 
@@ -30,11 +36,34 @@ _new_tuple = tuple.__new__
 class _Partial:
     """A message that has begun to arrive."""
 
-    __slots__ = ("data", "total")
+    __slots__ = ("_parts", "_small", "received", "total")
 
     def __init__(self, total: int, payload: bytes) -> None:
         self.total = total
-        self.data = bytearray(payload)  # not a list: tiny fragments would cost 50 bytes each
+        self.received = 0  # bytes
+        self._parts: list[bytes] = []
+        self._small = bytearray()  # behind them
+        self.add(payload)
+
+    def add(self, payload: bytes) -> None:
+        """The next fragment. Only what is large stays an object of its own."""
+        size = len(payload)
+        self.received += size
+        if size < PART_BYTES_MIN:
+            self._small += payload
+        else:
+            self._end_small()
+            self._parts.append(payload)
+
+    def _end_small(self) -> None:
+        if self._small:
+            self._parts.append(bytes(self._small))
+            self._small = bytearray()
+
+    def whole(self) -> bytes:
+        """All of it: one copy, where each that makes a bytearray longer may be another."""
+        self._end_small()
+        return b"".join(self._parts)
 
 
 class Receiver:
@@ -123,8 +152,8 @@ class Receiver:
         partial = self._partials.get(frame.stream)
         if partial is None:
             return "a fragment of no message"
-        partial.data += frame.payload
-        received = len(partial.data)
+        partial.add(frame.payload)
+        received = partial.received
         if not frame.payload or received > partial.total:
             return "fragments longer than their message, or empty"
         if frame.flags & layout.FLAG_LAST:
@@ -134,7 +163,7 @@ class Receiver:
             self.reassembly -= partial.total
             assert self.reassembly == sum(each.total for each in self._partials.values())
             self._counters.messages_received += 1
-            events.append(Received(frame.stream, bytes(partial.data)))
+            events.append(Received(frame.stream, partial.whole()))
         return ""
 
     def _begin_message(self, frame: Frame) -> str:

@@ -56,8 +56,6 @@ from vchan.wire.frames import (
     encode_frame,
 )
 
-ACK_DELAY_S: Final = 0.02
-"""A frame is acknowledged by the next frame that goes its sender's way, or after this."""
 REFUSED_RETRY_S: Final = 30.0
 """A peer that cannot be talked to is greeted again after this: it may have been upgraded."""
 REGREET_S: Final = 1.0
@@ -146,6 +144,7 @@ class Session:
         self.state = State.CLOSED
         self.peer: Peer | None = None
         self._write_bytes_max = 2 * config.frame_bytes_max
+        self._ack_delay_s = config.ack_delay_s
         self._decoder = Decoder(config.frame_bytes_max)
         self._sender = Sender(config, self.counters)
         self._receiver = Receiver(config, self.counters)
@@ -299,10 +298,10 @@ class Session:
     def _control_frames(self) -> list[bytes]:
         parts = []
         dues, handshake = self._dues, self._handshake
-        if dues & _FLUSH:
-            parts.append(FLUSH)
         if dues & _HELLO and handshake.hello is not None:
             parts.append(_seal_greeting(layout.KIND_HELLO, handshake.hello.encode()))
+        if dues & _FLUSH:  # behind it: who is in no half frame hears the HELLO four reads earlier
+            parts.append(FLUSH)
         if dues & _WELCOME and handshake.welcome is not None:
             parts.append(_seal_greeting(layout.KIND_WELCOME, handshake.welcome.encode()))
         if dues & _REFUSE:
@@ -360,7 +359,7 @@ class Session:
         if not self._on_any(frame):
             return
         if self._ack_at_s is None:
-            self._ack_at_s = self._now_s + ACK_DELAY_S
+            self._ack_at_s = self._now_s + self._ack_delay_s
         receiver = self._receiver
         if frame.seq == receiver.next:
             problem = receiver.take(frame, self._events)
@@ -391,7 +390,7 @@ class Session:
     def _was_answered(self) -> None:
         self._handshake.hello = None  # it has our key after all
         self._dues &= ~_HELLO
-        if self._liveness.answered():
+        if self._liveness.answered(waiting=self._is_waiting):
             self._events.append(Heard())
 
     def _on_ack(self, frame: Frame) -> None:
@@ -541,9 +540,14 @@ class Session:
         # Not later than silence is to be told: a wedged channel is cured only then.
         self._hello_at_s = min(now_s + retry_s, self._liveness.silent_at())
 
+    @property
+    def _is_waiting(self) -> bool:
+        """For an acknowledgement, or for credit."""
+        sender = self._sender
+        return sender.base < sender.tail or sender.backlog > 0
+
     def _check_peer(self, now_s: float) -> None:
-        waiting = bool(self.unacknowledged) or self._sender.backlog > 0
-        asking = self._liveness.check(now_s, waiting=waiting)
+        asking = self._liveness.check(now_s, waiting=self._is_waiting)
         if asking.ping:
             self._dues |= _PING
             self.counters.pings_sent += 1

@@ -32,6 +32,7 @@ from vchan.streams.messages import (
     BUSY,
     CHUNK_BYTES_MAX,
     CLOSED,
+    DONE,
     END,
     FACTS_BYTES_MAX,
     FORGOTTEN,
@@ -57,12 +58,31 @@ from vchan.streams.messages import (
 STREAMS_MAX: Final = 32
 """Streams that one end has opened, and as many that it was asked for: with WINDOW_BYTES and
 SEND_BYTES_MAX each, 8 MiB for a VM. At it: LimitExceeded here, Reset (BUSY) for the peer."""
-IN_FLIGHT_BYTES_MAX: Final = 96 * 1024
-"""Bytes of all streams that are sent and not acknowledged: half of what a session has in flight, so
-that a request always finds room beside them. At it: streams wait, requests do not."""
+IN_FLIGHT_BYTES_MAX: Final = 2 * CHUNK_BYTES_MAX
+"""Bytes of all streams that are sent and not acknowledged: two messages, one on its way and one
+being handled. A request waits behind them in a slow guest; fewer would cost more messages for as
+many bytes. At it: streams wait, requests do not."""
+HELD_UP_S: Final = 0.25
+"""What a stream has under way and nobody acknowledged for so long counts for it alone: its program
+may be stopped, and is no reason for others to wait. At it: the others go on."""
+UNDER_WAY_BYTES_MAX: Final = 3 * IN_FLIGHT_BYTES_MAX
+"""Bytes that are sent and not acknowledged, with those of streams that stand still: less than a
+daemon between the ends keeps for one program. At it: streams wait, until UNHEARD_ASKS."""
+GIVE_WAY_S: Final = 0.1
+"""Since the last word of a request: so long streams leave most of the processor to those who answer
+it. At it: they go on as fast as they can."""
+REST_TIMES: Final = 4
+"""While they give way, streams rest so many times as long as an end was busy with them: they keep a
+fifth of its time, or what little a slow one has in REST_S_MAX."""
+REST_S_MAX: Final = 0.1
+"""The longest rest: far below PROBE_S, so that nobody asks where bytes are. At it: they go on."""
 ENDED_MAX: Final = 256
 """Streams that are over, and what a late message of theirs is answered. At it: the oldest is
 forgotten; its peer, if it did not hear the end, gets a Reset (FORGOTTEN)."""
+DOUBTS_MAX: Final = 64
+"""Streams that were opened here and are over, of which the other end may not know yet: as many as
+a daemon keeps in mind. At it: nothing is said of the oldest until the other end asks, and that one
+gives it up (SILENT) if a daemon between them was restarted."""
 REPLIES_MAX: Final = 64
 """Answers about streams that this end does not have, not yet carried. At it: dropped and counted;
 who waits for one asks again."""
@@ -72,6 +92,10 @@ ASK_S_MAX: Final = 30.0
 """The longest time between two questions of an end that waits."""
 IDLE_S: Final = 60.0
 """An end that waits for nothing asks after this whether the other end still has the stream."""
+UNHEARD_ASKS: Final = 2
+"""Questions without an answer, in some three seconds, after which what a stream has under way is
+taken for lost: its program may be killed without a word, and others are to go on. At it: no more of
+its bytes are sent until its peer is heard."""
 REWIND_S: Final = 0.25
 """A stream's bytes are sent again at most this often."""
 OFFER_S: Final = 5.0
@@ -143,6 +167,7 @@ class StreamCounters:
         "opened",
         "replies_dropped",
         "resets",
+        "rests",
         "rewinds",
     )
 
@@ -150,6 +175,7 @@ class StreamCounters:
         self.opened = 0
         self.accepted = 0
         self.resets = 0  # streams that ended with a reason
+        self.rests = 0  # times that requests went before them
         self.rewinds = 0
         self.asks = 0
         self.bad_messages = 0
@@ -165,7 +191,8 @@ class _StreamEnd:
 
     __slots__ = (
         "asked_s", "asked_sent", "asks", "credit_told", "due", "facts", "heard_s", "id",
-        "incoming", "is_opener", "outgoing", "phase", "rewind_s", "tag", "target", "wants_room",
+        "incoming", "is_opener", "is_stuck", "is_told", "outgoing", "phase", "rewind_s", "tag",
+        "target", "wants_room",
     )  # fmt: skip
 
     def __init__(self, stream_id: bytes, target: str, facts: str, phase: StreamPhase, now_s: float):
@@ -185,6 +212,8 @@ class _StreamEnd:
         self.asked_sent = 0  # what had been sent when the last question went out
         self.asks = 0  # since the peer was heard
         self.rewind_s = float("-inf")
+        self.is_stuck = False  # of what is under way nothing was heard for HELD_UP_S
+        self.is_told = False  # the peer has answered since its END arrived: it knows that it did
 
     def owe(self, flags: int = 0) -> None:
         self.due = (self.due or 0) | flags
@@ -195,6 +224,17 @@ class _StreamEnd:
         return self.phase is StreamPhase.OPENING or not self.outgoing.is_idle
 
     @property
+    def is_unheard(self) -> bool:
+        """The peer may be gone."""
+        return self.asks >= UNHEARD_ASKS
+
+    @property
+    def stuck_at_s(self) -> float:
+        """When it holds up others no more, if the peer is not heard before."""
+        is_under_way = self.outgoing.in_flight and not self.is_stuck
+        return max(self.heard_s, self.asked_s) + HELD_UP_S if is_under_way else float("inf")
+
+    @property
     def ask_at_s(self) -> float:
         """When to ask, if the peer is not heard before."""
         if self.phase is StreamPhase.ASKED:
@@ -203,6 +243,20 @@ class _StreamEnd:
         if not self.waits and not self.asks:
             wait_s = IDLE_S
         return max(self.heard_s, self.asked_s) + wait_s
+
+
+class _Doubt:
+    """A stream that was opened here and is over, of which the other end may not know yet."""
+
+    __slots__ = ("is_done", "is_due", "question", "was_asked")
+
+    def __init__(self, stream: _StreamEnd, *, is_done: bool) -> None:
+        incoming = stream.incoming
+        numbers = (stream.id, stream.tag, incoming.received, incoming.credit)
+        self.question = encode(Open(*numbers, stream.target, stream.facts))
+        self.is_done = is_done  # both halves were; otherwise it was reset
+        self.is_due = not is_done  # a Reset is not answered, the last Progress is
+        self.was_asked = False  # in a later session: its daemon takes it for open
 
 
 class StreamEnds:
@@ -230,11 +284,14 @@ class StreamEnds:
         self._asks_max = asks_max
         self._streams: dict[bytes, _StreamEnd] = {}  # whose turn it is stands first
         self._ended: dict[bytes, bytes] = {}  # what a late message is answered
+        self._doubts: dict[bytes, _Doubt] = {}  # of those that were opened here
         self._replies: dict[bytes, bytes] = {}
         self._events: list[StreamEvent] = []
         self._offer_due = False
         self._is_offered = False
         self._offer_until_s: float | None = None
+        self._gives_way_until_s = float("-inf")
+        self._rests_until_s: float | None = None
 
     # ---------------------------------------------------------------- the path
 
@@ -249,6 +306,21 @@ class StreamEnds:
         events, self._events = self._events, []
         return events
 
+    def give_way(self, now_s: float) -> None:
+        """A request has come here, or its answer goes: it is to wait for little of what streams
+        do. They rest after all that they do, for GIVE_WAY_S."""
+        self._gives_way_until_s = now_s + GIVE_WAY_S
+
+    def worked(self, took_s: float, now_s: float) -> float | None:
+        """The processor has worked so long for streams here. Until when they rest, if they do:
+        then there is a timeout."""
+        if now_s >= self._gives_way_until_s:
+            return None
+        since_s = now_s if self._rests_until_s is None else max(now_s, self._rests_until_s)
+        self.counters.rests += 1
+        self._rests_until_s = min(since_s + REST_TIMES * took_s, now_s + REST_S_MAX)
+        return self._rests_until_s
+
     def next_message(self, now_s: float) -> bytes | None:
         """The next message to carry, if there is one: what streams owe goes before their bytes."""
         if self._offer_due:
@@ -258,6 +330,12 @@ class StreamEnds:
             return None
         for stream_id in self._replies:
             return self._replies.pop(stream_id)
+        for doubt in self._doubts.values():
+            if doubt.is_due:
+                doubt.is_due = False
+                return doubt.question
+        if self._rests_until_s is not None and now_s < self._rests_until_s:
+            return None  # what is not acknowledged holds up the other end, too
         for stream in self._streams.values():
             if stream.due is not None:
                 return encode(self._progress(stream, now_s))
@@ -280,25 +358,29 @@ class StreamEnds:
         return Progress(flags, *numbers)
 
     def _next_bytes(self, now_s: float) -> bytes | None:
-        room = IN_FLIGHT_BYTES_MAX - self.in_flight
-        if room <= 0:
+        under_way = sum(each.outgoing.in_flight for each in self._streams.values())
+        left = min(IN_FLIGHT_BYTES_MAX - self.in_flight, UNDER_WAY_BYTES_MAX - under_way)
+        if left <= 0:
             return None
         for stream in self._streams.values():
-            if stream.phase is not StreamPhase.OPEN:
+            if stream.phase is not StreamPhase.OPEN or stream.is_unheard:
                 continue
-            taken = stream.outgoing.take(min(room, CHUNK_BYTES_MAX))
+            own = stream.outgoing.in_flight if stream.is_stuck else 0
+            room = min(left, IN_FLIGHT_BYTES_MAX - own)
+            taken = stream.outgoing.take(min(room, CHUNK_BYTES_MAX)) if room > 0 else None
             if taken is not None:
                 stream.asked_s = now_s
                 self._streams[stream.id] = self._streams.pop(stream.id)  # the others' turn
                 offset, data, is_end = taken
+                assert len(data) <= room, "requests find room beside streams"
                 return encode(Part(END if is_end else 0, stream.id, stream.tag, offset, data))
         return None
 
     @property
     def in_flight(self) -> int:
-        """Bytes that are sent and not acknowledged, of all streams."""
-        halves = (stream.outgoing for stream in self._streams.values())
-        return sum(half.sent - half.acknowledged for half in halves)
+        """Bytes that are sent and not acknowledged, of all streams that others wait for."""
+        halves = (each.outgoing for each in self._streams.values() if not each.is_stuck)
+        return sum(half.in_flight for half in halves)
 
     # ---------------------------------------------------------------- programs
 
@@ -392,13 +474,18 @@ class StreamEnds:
         assert reason
         self.counters.resets += 1
         self._forget(stream, encode(Reset(reason, stream.id, text)), is_due=not told_by_peer)
+        if not told_by_peer:
+            self._doubt(stream, is_done=False)
         self._events.append(Ended(stream.id, reason, text))
 
     def _finish_if_done(self, stream: _StreamEnd) -> None:
         if stream.outgoing.is_done and stream.incoming.is_done:
             incoming = stream.incoming
-            last = Progress(ANSWER, stream.id, stream.tag, incoming.received, incoming.credit)
+            numbers = (stream.id, stream.tag, incoming.received, incoming.credit)
+            last = Progress(ANSWER | DONE, *numbers)
             self._forget(stream, encode(last), is_due=True)
+            if not stream.is_told:
+                self._doubt(stream, is_done=True)
             self._events.append(Ended(stream.id, 0, ""))
 
     def _forget(self, stream: _StreamEnd, last: bytes, *, is_due: bool) -> None:
@@ -408,6 +495,27 @@ class StreamEnds:
             del self._ended[next(iter(self._ended))]
         if is_due:
             self._reply(stream.id, last)
+
+    def _doubt(self, stream: _StreamEnd, *, is_done: bool) -> None:
+        """What was said last of a stream may be lost with the daemon that had it. A new daemon
+        passes on nothing of a stream that nobody opens there, the other end's questions neither."""
+        assert stream.id not in self._streams, "one that is open asks itself"
+        if stream.is_opener and stream.tag != NO_TAG:
+            self._doubts[stream.id] = _Doubt(stream, is_done=is_done)
+            if len(self._doubts) > DOUBTS_MAX:
+                del self._doubts[next(iter(self._doubts))]
+
+    def _answered(self, stream_id: bytes) -> bool:
+        """The other end has answered for a stream that is over here. Whether our last word of it is
+        to be said again: the other end, or a daemon, did not hear it."""
+        doubt = self._doubts.get(stream_id)
+        if doubt is None:
+            return False
+        if doubt.is_done:
+            del self._doubts[stream_id]
+            return doubt.was_asked
+        doubt.is_due, doubt.was_asked = doubt.was_asked, False  # did it hear of the reset now?
+        return True
 
     def _reply(self, stream_id: bytes, message: bytes) -> None:
         if len(self._replies) >= REPLIES_MAX and stream_id not in self._replies:
@@ -438,6 +546,7 @@ class StreamEnds:
                 self._on_part(message, now_s)
             case Reset(reason, stream_id, text):
                 stream = self._streams.get(stream_id)
+                self._doubts.pop(stream_id, None)
                 if stream is not None:
                     self._end(stream, reason or CLOSED, text, told_by_peer=True)
             case Malformed(why):
@@ -458,6 +567,8 @@ class StreamEnds:
         for stream in self._streams.values():
             if stream.phase is not StreamPhase.ASKED:
                 stream.owe(ASK)
+        for doubt in self._doubts.values():
+            doubt.is_due = doubt.was_asked = True
 
     def _on_open(self, message: Open, now_s: float) -> None:
         stream = self._streams.get(message.id)
@@ -492,6 +603,7 @@ class StreamEnds:
         """The peer speaks of a stream. Whether it means the one that this end has."""
         stream.heard_s = now_s
         stream.asks = 0
+        stream.is_stuck = False
         if stream.phase is StreamPhase.OPENING and tag != NO_TAG:
             stream.phase = StreamPhase.OPEN
             stream.tag = tag
@@ -505,7 +617,7 @@ class StreamEnds:
     def _on_progress(self, message: Progress, now_s: float) -> None:
         stream = self._streams.get(message.id)
         if stream is None:
-            self._on_unknown(message.id, is_question=bool(message.flags & ASK))
+            self._on_unknown(message.id, message.flags)
             return
         if not self._known(stream, message.tag, now_s):
             return
@@ -519,6 +631,7 @@ class StreamEnds:
             self._rewind(stream, now_s)
         if message.flags & ASK:
             stream.owe(ANSWER)
+        stream.is_told |= bool(message.flags & ANSWER) and stream.incoming.end is not None
         if stream.wants_room and outgoing.room:
             stream.wants_room = False
             self._events.append(Writable(stream.id))
@@ -535,7 +648,7 @@ class StreamEnds:
     def _on_part(self, message: Part, now_s: float) -> None:
         stream = self._streams.get(message.id)
         if stream is None:
-            self._on_unknown(message.id, is_question=True)
+            self._on_unknown(message.id, ASK)
             return
         if not self._known(stream, message.tag, now_s):
             return
@@ -551,13 +664,14 @@ class StreamEnds:
             case Fit.VIOLATION:
                 self._violated(stream, "Part: beyond the credit, or beyond the end")
 
-    def _on_unknown(self, stream_id: bytes, *, is_question: bool) -> None:
+    def _on_unknown(self, stream_id: bytes, flags: int) -> None:
         """A stream that is over, or that this end has never had. What only tells is not answered:
         two ends that are done would answer each other for ever."""
+        is_again = bool(flags & ANSWER) and self._answered(stream_id)
         last = self._ended.get(stream_id)
         if last is None:
             self._reply_forgotten(stream_id)
-        elif is_question:
+        elif is_again or flags & ASK:
             self._reply(stream_id, last)
 
     def _reply_forgotten(self, stream_id: bytes) -> None:
@@ -576,12 +690,18 @@ class StreamEnds:
             if self._offer_until_s is not None and stream.phase is StreamPhase.OPENING:
                 yield self._offer_until_s
             yield stream.ask_at_s
+            yield stream.stuck_at_s
+        if self._rests_until_s is not None:
+            yield self._rests_until_s
 
     def handle_timeout(self, now_s: float) -> None:
         """Do what is due. Calling it early or late is harmless."""
         if self._offer_until_s is not None and now_s >= self._offer_until_s:
             self._refuse_unaccepted()
+        if self._rests_until_s is not None and now_s >= self._rests_until_s:
+            self._rests_until_s = None
         for stream in list(self._streams.values()):
+            stream.is_stuck |= now_s >= stream.stuck_at_s
             if now_s >= stream.ask_at_s:
                 self._ask(stream, now_s)
 
@@ -596,6 +716,8 @@ class StreamEnds:
             self._end(stream, SILENT, f"{stream.asks} questions were not answered: is it paused?")
             return
         stream.asks += 1
+        if stream.is_unheard:
+            stream.outgoing.rewind()
         stream.asked_s = now_s
         stream.owe(ASK)
         self.counters.asks += 1

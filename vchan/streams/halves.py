@@ -43,6 +43,11 @@ class OutHalf:
         return 0 if self.end is not None else SEND_BYTES_MAX - len(self._kept)
 
     @property
+    def in_flight(self) -> int:
+        """Bytes that are sent and not acknowledged."""
+        return self.sent - self.acknowledged
+
+    @property
     def is_done(self) -> bool:
         """The other end has everything, and knows that it is."""
         return self.end is not None and self.acknowledged > self.end

@@ -47,6 +47,7 @@ VERSION: Final = 1
 ASK: Final = layout.PROGRESS_FLAG_ASK
 ANSWER: Final = layout.PROGRESS_FLAG_ANSWER
 REWIND: Final = layout.PROGRESS_FLAG_REWIND
+DONE: Final = layout.PROGRESS_FLAG_DONE
 END: Final = layout.PART_FLAG_END
 
 CLOSED: Final = layout.RESET_REASON_CLOSED

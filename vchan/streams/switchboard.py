@@ -20,6 +20,7 @@ from vchan.errors import LimitExceeded
 from vchan.streams.messages import (
     ASK,
     CLOSED,
+    DONE,
     END,
     FORGOTTEN,
     NO_TAG,
@@ -50,11 +51,12 @@ Judge = Callable[[int, Open], Open | str]
 
 
 class Began(NamedTuple):
-    """A stream of a program passes here from now on."""
+    """A stream of a program passes here from now on. The facts are the program's word."""
 
     id: bytes
     number: int
     target: str
+    facts: str
 
 
 class Over(NamedTuple):
@@ -64,6 +66,7 @@ class Over(NamedTuple):
         reason: Of the Reset; 0: both halves are done; None: the program is gone, and may go on with
             it elsewhere.
         down, up: Bytes of it that have passed here, into the guest and out of it.
+        facts: As of `Began`.
     """
 
     id: bytes
@@ -73,6 +76,7 @@ class Over(NamedTuple):
     text: str
     down: int
     up: int
+    facts: str
 
 
 class _Way:
@@ -138,7 +142,7 @@ class _Flow:
 class _Route:
     """A stream that passes here."""
 
-    __slots__ = ("down", "is_over", "number", "opened", "tag", "up")
+    __slots__ = ("down", "is_done", "is_over", "number", "opened", "tag", "up")
 
     def __init__(self, number: int, opened: Open) -> None:
         self.number = number
@@ -147,6 +151,7 @@ class _Route:
         self.down = _Flow()
         self.up = _Flow()
         self.is_over = False  # as was told; late messages of it pass all the same
+        self.is_done = False  # by its program's word: then no bytes do, for they are counted
 
 
 class Switchboard:
@@ -200,15 +205,22 @@ class Switchboard:
         self._programs[number] = _Program()
         self._news.add(number)
 
-    def detach(self, number: int) -> None:
+    def detach(self, number: int, *, ended: str = "") -> None:
         """A program is gone, perhaps to another host. Its streams are not over by that: but those
-        that it has ended in going are."""
+        that it has ended in going are, and what it had received the guest is told.
+
+        Args:
+            ended: It has ended, in these words, and its streams with it: the guest is told.
+        """
         program = self._programs.pop(number, None)
         while program is not None and (message := program.down.take()) is not None:
-            if message[0] == layout.BYTE_STREAM_RESET:
+            if message[0] in (layout.BYTE_STREAM_RESET, layout.BYTE_STREAM_PROGRESS):
                 self._last_words.put(message)
         for stream in [each for each, route in self._routes.items() if route.number == number]:
-            self._over(self._routes.pop(stream), None, "")
+            route = self._routes.pop(stream)
+            if ended and not route.is_over:
+                self._last_words.put(encode(Reset(CLOSED, stream, ended)))
+            self._over(route, CLOSED if ended else None, ended)
 
     def reset_all(self, reason: int, text: str) -> None:
         """Tell programs that their streams are over: the guest is no more."""
@@ -241,11 +253,6 @@ class Switchboard:
         return news
 
     @property
-    def has_programs(self) -> bool:
-        """Somebody is attached."""
-        return bool(self._programs)
-
-    @property
     def open_streams(self) -> int:
         """Streams that pass here and are not over."""
         return sum(not route.is_over for route in self._routes.values())
@@ -254,9 +261,9 @@ class Switchboard:
         if not route.is_over:
             route.is_over = True
             counts = route.down.bytes, route.up.bytes
-            target = route.opened.target
-            over = Over(route.opened.id, route.number, target, reason, text, *counts)
-            self._events.append(over)
+            opened = route.opened
+            ended = (reason, text, *counts, opened.facts)
+            self._events.append(Over(opened.id, route.number, opened.target, *ended))
 
     # ---------------------------------------------------------------- what passes
 
@@ -268,10 +275,13 @@ class Switchboard:
             self._open(number, program, message)
         elif not isinstance(message, StreamOffer | Malformed):
             route = self._route(message.id, number)
-            if route is None:
+            if route is None or (route.is_done and isinstance(message, Part)):
                 self.dropped += 1
             elif self._put(program.down, data):
                 self._note(route, message, route.down, route.up)
+                if isinstance(message, Progress) and message.flags & DONE:
+                    route.is_done = True
+                    self._over(route, 0, "")
 
     def _open(self, number: int, program: _Program, message: Open) -> None:
         judged = self._judge(number, message)
@@ -297,7 +307,7 @@ class Switchboard:
 
     def _begin(self, number: int, opened: Open) -> _Route:
         route = self._routes[opened.id] = _Route(number, opened)
-        self._events.append(Began(opened.id, number, opened.target))
+        self._events.append(Began(opened.id, number, opened.target, opened.facts))
         if len(self._routes) > ROUTES_MAX:
             quiet = next(iter(self._routes))
             gone = next((i for i, each in self._routes.items() if each.is_over), quiet)
@@ -321,8 +331,8 @@ class Switchboard:
 
     def _to_program(self, message: Progress | Part | Reset, data: bytes) -> None:
         route = self._routes.get(message.id)
-        if route is None:
-            self.dropped += 1  # its opener has not been heard here yet: it asks
+        if route is None or (route.is_done and isinstance(message, Part)):
+            self.dropped += 1  # its opener has not been heard here yet, and asks; or is done
             return
         self._route(message.id, route.number)
         if self._put_up(route.number, data):

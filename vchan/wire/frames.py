@@ -39,7 +39,10 @@ LOCAL_FRAME_BYTES_MAX: Final = 96 * 1024
 frame, and two may be in flight. At it: messages are cut into frames."""
 
 RAW_BODIES: Final = layout.FEATURE_RAW_BODIES
-"""Of a greeting: its sender takes requests whose bodies are bytes."""
+"""Of a greeting: its sender takes calls whose bodies are bytes."""
+RAW_CASTS: Final = layout.FEATURE_RAW_CASTS
+"""Of a greeting: its sender takes casts of that kind, too."""
+RAW_REQUESTS: Final = RAW_BODIES | RAW_CASTS
 PLAIN_PAYLOADS: Final = layout.FEATURE_PLAIN_PAYLOADS
 """Of a greeting: its sender does without payloads' CRC, for the stream loses nothing."""
 BYTE_STREAMS: Final = layout.FEATURE_BYTE_STREAMS
