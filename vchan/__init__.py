@@ -15,4 +15,8 @@ Targets, exchanges, topics, servers and namespaces are oslo.messaging's; domains
 channels, target names and lifecycle events are libvirt's.
 """
 
+from vchan import builds
+
 __version__ = "0.1.0"
+
+builds.choose(builds.COMMON)

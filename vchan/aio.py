@@ -27,34 +27,30 @@ from functools import partial
 from time import monotonic, thread_time
 from typing import Any, Final, Self
 
-from vchan.client import (
-    AGENT_SOCKET,
+from vchan.client import log_to_stderr
+from vchan.errors import CallTimeout, LinkDown, VchanError
+from vchan.io.loop import Callback, Timer
+from vchan.programs.connection import AGENT_SOCKET, HOST_SOCKET, SOCKET_VARIABLE, Connection
+from vchan.programs.endpoints import endpoint_of
+from vchan.programs.requests import (
     EXCHANGE,
-    HOST_SOCKET,
     READY_S,
-    SOCKET_VARIABLE,
     TIMEOUT_S,
-    Connection,
-    TopicServer,
     invocation_body,
-    log_to_stderr,
     make_request,
     notification_body,
     path_of,
-    ran_into,
     raw_body,
     raw_result_of,
     require_taken,
     result_of,
-    returned,
 )
-from vchan.errors import CallTimeout, LinkDown, VchanError
-from vchan.io.loop import Callback, Timer
-from vchan.rpc.arguments import check_callable, check_count, raw
-from vchan.rpc.in_flight import Delivery, Heartbeat, Outcome
-from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request
+from vchan.programs.serving import Serving, ran_into, returned
+from vchan.rpc.arguments import check_callable, check_count, check_product, quick, raw
+from vchan.rpc.in_flight import Heartbeat, Outcome
+from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request, milliseconds
 
-__all__ = ["Agent", "Client", "raw"]
+__all__ = ["Agent", "Client", "quick", "raw"]
 
 TASKS: Final = 64
 """An agent's methods that run at a time, unless it says otherwise. At it: the others wait."""
@@ -67,15 +63,15 @@ they are cancelled, and their callers told that they may have run."""
 _context: ContextVar[Mapping[str, Any]] = ContextVar("vchan_context")
 
 
-class _Timer(Timer):
-    """One of asyncio's."""
+class _Handle:
+    """One of asyncio's timers, which is cancelled with ours."""
 
-    __slots__ = ("handle",)
-    handle: asyncio.TimerHandle
+    __slots__ = ("timer",)
+    timer: asyncio.TimerHandle
 
-    def cancel(self) -> None:
-        super().cancel()
-        self.handle.cancel()
+    def timer_cancelled(self) -> None:
+        """See Timer."""
+        self.timer.cancel()
 
 
 class _Scheduler:
@@ -127,12 +123,10 @@ class _Scheduler:
 
     def call_at(self, at_s: float, callback: Callback) -> Timer:
         """See Scheduler."""
-        timer = _Timer(at_s, self._guarded(callback), self)
-        timer.handle = self.loop.call_later(max(0.0, at_s - monotonic()), timer._run)
+        handle = _Handle()
+        timer = Timer(at_s, self._guarded(callback), handle)
+        handle.timer = self.loop.call_later(max(0.0, at_s - monotonic()), timer._run)
         return timer
-
-    def timer_cancelled(self) -> None:
-        """asyncio frees them itself."""
 
     def add_reader(self, fd: int, callback: Callback) -> None:
         """See Scheduler."""
@@ -244,6 +238,26 @@ class _Caller:
         request = make_request(flags, exchange, topic, server, body, timeout_s)
         require_taken(await self._outcome_of(request, timeout_s), timeout_s)
 
+    async def cast_raw(
+        self,
+        topic: str,
+        method: str,
+        data: bytes | bytearray | memoryview = b"",
+        args: Mapping[str, Any] | None = None,
+        *,
+        server: str = "",
+        timeout_s: float = TIMEOUT_S,
+        exchange: str = EXCHANGE,
+        namespace: str | None = None,
+        version: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Send bytes to a method that is declared `raw`, and wait until somebody has taken
+        responsibility for them: see `vchan.client.Client.cast_raw`."""
+        body = raw_body(invocation_body(method, args, namespace, version, context), data)
+        request = make_request(RAW, exchange, topic, server, body, timeout_s)
+        require_taken(await self._outcome_of(request, timeout_s), timeout_s)
+
     async def notify(
         self,
         topic: str,
@@ -283,7 +297,9 @@ class Client(_Caller):
     def __init__(self, path: str | os.PathLike[str] = HOST_SOCKET) -> None:
         self._path = path_of(path)
         self._scheduler = _Scheduler(self._failed)
-        self._connection = Connection(self._scheduler, self._path, "client", _refuse, self._changed)
+        self._connection = Connection(
+            self._scheduler, self._path, "client", lambda _: None, self._changed
+        )
         self._waiting = _Waiting(self._path)
         self._ready = asyncio.Event()
         self._problem = ""
@@ -327,7 +343,7 @@ class Client(_Caller):
         if self._over:
             raise LinkDown(self._path, self._over)
         left_s = max(0.001, until_s - monotonic())
-        request = request._replace(timeout_ms=max(1, int(left_s * 1000)))
+        request = request._replace(timeout_ms=milliseconds(left_s))
         return await self._waiting.ask(self._connection, request)
 
     async def close(self) -> None:
@@ -350,7 +366,7 @@ class Client(_Caller):
         await self.close()
 
 
-class Agent(_Caller, TopicServer):
+class Agent(_Caller):
     """Serves topics, as `vchan.client.Agent` does: runs the methods that the control side calls;
     and calls out itself.
 
@@ -362,6 +378,7 @@ class Agent(_Caller, TopicServer):
         path: The guest daemon's socket; by default $VCHAN_SOCKET, or else AGENT_SOCKET.
         tasks: Methods that run at a time, at most TASKS_MAX.
         log: Told what an operator may want to know, by default on standard error.
+        product: What it is: see `vchan.client.Agent`.
 
     Raises:
         ConfigError, LimitExceeded: An argument is wrong: which, and what was expected.
@@ -373,14 +390,24 @@ class Agent(_Caller, TopicServer):
         *,
         tasks: int = TASKS,
         log: Callable[[str], object] | None = None,
+        product: str | None = None,
     ) -> None:
         if path is None:
             path = os.environ.get(SOCKET_VARIABLE) or AGENT_SOCKET
         path = path_of(path)
         check_count("tasks", tasks, 1, TASKS_MAX, "TASKS_MAX")
         check_callable("log", log)
+        check_product(product)
         self._loop = _Scheduler(self._failed)
-        super().__init__(self._loop, path, log or log_to_stderr, is_async=True)
+        self._serving = Serving(
+            self._loop,
+            path,
+            log or log_to_stderr,
+            self._work,
+            cancelled=self._cancelled,
+            product=product,
+        )
+        self._connection = self._serving.connection
         self._waiting = _Waiting(path)
         self._tasks_max = tasks
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
@@ -399,8 +426,10 @@ class Agent(_Caller, TopicServer):
     ) -> None:
         """Serve a topic with an object's public methods: see `vchan.client.Agent.serve`. Before
         `run`, or on its event loop."""
-        self._add(topic, endpoint, exchange, namespace, version)
-        self._subscribe()
+        self._serving.add(
+            *endpoint_of(topic, endpoint, exchange, namespace, version, is_async=True)
+        )
+        self._serving.subscribe()
 
     async def run(self) -> None:
         """Serve until `stop`. Waits for the daemon when it is not there. To cancel it ends it at
@@ -415,7 +444,7 @@ class Agent(_Caller, TopicServer):
             raise LinkDown(self._connection.path, problem)
         self._ended = self._loop.bind().create_future()
         try:
-            self._connect()
+            self._serving.connect()
             if not self._stopping:
                 await self._ended
             await self._finish_tasks(STOP_S)
@@ -465,18 +494,19 @@ class Agent(_Caller, TopicServer):
     # ---------------------------------------------------------------- serving
 
     def _work(self) -> None:
-        while self._inbox and len(self._tasks) < self._tasks_max and not self._stopping:
-            request = self._inbox.popleft()
-            if self._may_begin(request):
+        serving = self._serving
+        while serving.inbox and len(self._tasks) < self._tasks_max and not self._stopping:
+            request = serving.inbox.popleft()
+            if serving.may_begin(request):
                 task = self._loop.loop.create_task(self._run_method(request))
                 self._tasks[request.id] = task
                 task.add_done_callback(partial(self._done, request.id))
                 if request.monitor_ms:
-                    self._beat(request)
+                    serving.beat(request)
 
     def _done(self, request_id: bytes, task: asyncio.Task[None]) -> None:
         del self._tasks[request_id]
-        self._end_beat(request_id)
+        self._serving.end_beat(request_id)
         error = None if task.cancelled() else task.exception()
         if error is not None:  # our own: what a method raises is told to its caller
             self._failed(error)
@@ -490,7 +520,7 @@ class Agent(_Caller, TopicServer):
 
     async def _run_method(self, request: Request) -> None:
         try:
-            method, invocation = self._method_for(request)
+            method, invocation, _ = self._serving.method_for(request)
             _context.set(invocation.context)
             result = method(**invocation.args)
             if isinstance(result, Awaitable):
@@ -503,8 +533,4 @@ class Agent(_Caller, TopicServer):
             ran = ran_into(request, error)
         except Exception as error:  # noqa: BLE001 - relayed to the caller
             ran = ran_into(request, error)
-        self._finish(request, ran)
-
-
-def _refuse(_: Delivery) -> None:
-    """A client serves nothing; the daemon sends it nothing."""
+        self._serving.finish(request, ran)

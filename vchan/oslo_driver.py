@@ -51,17 +51,20 @@ if not hasattr(select, "epoll"):  # eventlet takes it away; our loop waits in a 
 
     select.epoll = patcher.original("select").epoll  # type: ignore[misc]
     try:
-        from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, LATE_S, Connection
+        from vchan.client import LATE_S
+        from vchan.programs.connection import AGENT_SOCKET, HOST_SOCKET, Connection
+        from vchan.programs.requests import EXCHANGE
     finally:
         del select.epoll
 else:
-    from vchan.client import AGENT_SOCKET, EXCHANGE, HOST_SOCKET, LATE_S, Connection
+    from vchan.client import LATE_S
+    from vchan.programs.connection import AGENT_SOCKET, HOST_SOCKET, Connection
+    from vchan.programs.requests import EXCHANGE
 from vchan.errors import (
     AgentGone,
     BadBody,
     CallTimeout,
     LimitExceeded,
-    LinkError,
     NoSuchAgent,
     NoSuchDomain,
 )
@@ -89,6 +92,7 @@ from vchan.rpc.messages import (
     TOPICS_MAX,
     Request,
     Topic,
+    milliseconds,
 )
 from vchan.rpc.outcomes import ending_of
 
@@ -105,8 +109,6 @@ FAILURE_BYTES_MAX: Final = 256 * 1024
 """A serialised exception: what a host passes on. Longer ones lose their traceback."""
 CLOSE_S: Final = 10.0
 """For the driver's thread to end."""
-MILLISECONDS_MAX: Final = 0xFFFF_FFFF
-"""The longest time that a Request's field holds."""
 
 T = TypeVar("T")
 
@@ -189,7 +191,7 @@ class VchanDriver(base.BaseDriver):  # type: ignore[misc]
         body = {name: message.get(name) for name in ("method", "args", "namespace", "version")}
         request = self._make_request(flags, target, target.topic, target.server, ctxt, body)
         request = request._replace(
-            timeout_ms=_milliseconds(timeout), monitor_ms=_milliseconds(call_monitor_timeout)
+            timeout_ms=milliseconds(timeout), monitor_ms=milliseconds(call_monitor_timeout)
         )
         outcome = self._deliver(request, retry, timeout, call_monitor_timeout)
         if isinstance(outcome, Answered):
@@ -322,11 +324,6 @@ def _socket_path(url: Any) -> str:
     return "/" + str(url.virtual_host)
 
 
-def _milliseconds(seconds: float | None) -> int:
-    """For the wire: 0 means none, so what is nearly over is 1."""
-    return 0 if seconds is None else min(max(1, math.ceil(seconds * 1000)), MILLISECONDS_MAX)
-
-
 def _check_patched() -> None:
     """Raise if what this process's threads wait with is not of their kind."""
     parts = ("thread", "os", "select", "socket")
@@ -341,9 +338,9 @@ def _check_patched() -> None:
 def _make_loop() -> Loop:
     """One that waits as this process's threads do."""
     if eventletutils.is_monkey_patched("thread"):
-        from vchan.io.green_loop import GreenLoop
+        from vchan.io.green_loop import green_loop
 
-        return GreenLoop()
+        return green_loop()
     return Loop()
 
 
@@ -438,8 +435,10 @@ class _Engine:
         """The connection that requests leave by."""
         if self._sender is None:
             log = _ConnectionLog(self.path, "sender")
-            self._sender = self.connect("oslo sender", _refuse, partial(self._sender_changed, log))
-            start(self._sender)
+            self._sender = self.connect(
+                "oslo sender", lambda _: None, partial(self._sender_changed, log)
+            )
+            self._sender.start()
         return self._sender
 
     def _sender_changed(self, log: _ConnectionLog, up: bool, reason: str) -> None:
@@ -447,18 +446,6 @@ class _Engine:
         if not up:
             for sending in list(self.sendings):
                 sending.failed(reason)
-
-
-def start(connection: Connection) -> None:
-    """Connect. That the daemon is not there yet is no error: it is tried again."""
-    try:
-        connection.connect()
-    except LinkError:
-        pass  # `changed` was told
-
-
-def _refuse(_: Delivery) -> None:
-    """Who only sends is sent nothing."""
 
 
 class _ConnectionLog:
@@ -557,7 +544,7 @@ class _Sending:
             return  # it was to be sent again, and is over
         request = self._request
         if self._deadline_s != math.inf:
-            request = request._replace(timeout_ms=_milliseconds(self._deadline_s - monotonic()))
+            request = request._replace(timeout_ms=milliseconds(self._deadline_s - monotonic()))
         try:
             self._engine.sender().submit(request, self._told)
         except LimitExceeded as error:
@@ -614,9 +601,9 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
         self._stopped = False
         self._drained = False
         self._is_up = False
-        self._settled = threading.Event()  # the daemon knows what we serve, or is not there
+        self._heard = threading.Event()  # the daemon knows what we serve, or is not there
         self._connection: Connection = engine.run(lambda: self._open(tuple(topics), tuple(servers)))
-        self._settled.wait(SUBSCRIBE_S)
+        self._heard.wait(SUBSCRIBE_S)
         with self._news:
             is_up = self._is_up
         if not is_up:
@@ -654,13 +641,13 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
 
     def stop(self) -> None:
         """See PollStyleListener. What has come already is still handed out."""
-        self._settled.clear()
+        self._heard.clear()
         try:
             self._engine.run(self._unsubscribe)
         except base.TransportDriverError:
             pass  # nothing comes any more
         else:
-            self._settled.wait(SUBSCRIBE_S)
+            self._heard.wait(SUBSCRIBE_S)
         with self._news:
             self._stopped = True
             self._news.notify_all()
@@ -717,18 +704,18 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
         connection = self._engine.connect("oslo server", self._deliver, self._changed)
         self._connection = connection
         connection.subscribe(topics, servers)
-        start(connection)
+        connection.start()
         return connection
 
     def _unsubscribe(self) -> None:
         self._connection.subscribe(())
-        self._settle()
+        self._note_heard()
 
-    def _settle(self) -> None:
+    def _note_heard(self) -> None:
         if self._connection.is_up:
-            self._connection.when_acknowledged(self._settled.set)
+            self._connection.when_acknowledged(self._heard.set)
         else:
-            self._settled.set()
+            self._heard.set()
 
     def _changed(self, up: bool, reason: str) -> None:
         self._log.changed(up, reason)
@@ -736,7 +723,7 @@ class _Listener(base.PollStyleListener):  # type: ignore[misc]
             self._is_up = up
         if not up:
             self._lose(everything=False)
-        self._settle()
+        self._note_heard()
 
     def _lose(self, *, everything: bool) -> None:
         """The daemon gives what we had not acknowledged to another, or to us again.

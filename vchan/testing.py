@@ -34,21 +34,13 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any, Final, NamedTuple, Self
 
-from vchan.client import (
-    TIMEOUT_S,
-    Agent,
-    TopicServer,
-    _Caller,
-    _Pendings,
-    invocation_body,
-    make_request,
-    require_taken,
-)
+from vchan.client import Agent, _Caller
 from vchan.errors import ConfigError, LinkDown, PortAbsent, PortBusy
 from vchan.guest.port import Port
 from vchan.guest.router import AGENTS_MAX, Router
 from vchan.io.link import Link
 from vchan.io.loop import Alarm, Callback, Timer
+from vchan.programs.requests import TIMEOUT_S, invocation_body, make_request, require_taken
 from vchan.rpc.arguments import (
     TIMEOUT_S_MAX,
     check_endpoint,
@@ -58,7 +50,7 @@ from vchan.rpc.arguments import (
     raw_methods,
 )
 from vchan.rpc.bodies import decode_invocation, decode_raw, encode_failure, encode_json
-from vchan.rpc.in_flight import NO_RAW, Deliver, Heartbeat, Outcome, Requester, Responder
+from vchan.rpc.in_flight import Deliver, Heartbeat, Outcome, Requester, Responder
 from vchan.rpc.messages import (
     DEFAULT_EXCHANGE,
     FANOUT,
@@ -77,9 +69,10 @@ from vchan.rpc.messages import (
     Subscribe,
     Topic,
     decode,
+    with_time_left,
 )
 from vchan.session import Config, Event, Opened, Received, Role, Session
-from vchan.wire.frames import RAW_BODIES
+from vchan.wire.frames import RAW_REQUESTS
 
 PIPE_BYTES_MAX: Final = 128 * 1024
 """What a channel or socket here holds that nobody has read, as a real one. At it: who writes
@@ -308,14 +301,8 @@ class _FakeAgent(Agent):
 
     def __init__(self, guest: FakeGuest, log: Callable[[str], object]) -> None:
         loop: Any = guest.loop  # as much of a Loop as an agent uses
-        self.loop = loop
-        TopicServer.__init__(self, loop, "agent.sock", log, open_stream=guest._connect_agent)
-        self._running = threading.local()
-        self._is_working = False
+        self._attach(loop, "agent.sock", log, open_stream=guest._connect_agent)
         self._thread = threading.get_ident()
-        self._pendings = _Pendings(loop, "agent.sock")
-        self._stopped = False
-        self._pool = None
 
     def run(self) -> None:
         """See Agent: not here."""
@@ -331,9 +318,8 @@ class _Daemon:
     """
 
     def __init__(self, guest: FakeGuest, age_s: float = 0.0) -> None:
-        self._guest = guest
         self._loop = guest.loop
-        config = Config(Role.GUEST, os.urandom(16), "guest", features=RAW_BODIES)
+        config = Config(Role.GUEST, os.urandom(16), "guest", features=RAW_REQUESTS)
         session = Session(config, os.urandom)
         self.port = Port(self._loop, guest._open_channel, session, self._handle, lambda _: None)
         self.router = Router(
@@ -362,7 +348,7 @@ class _Daemon:
     def accept(self, stream: _End) -> None:
         """An agent connects."""
         key = next(self._keys)
-        config = Config(Role.HOST, self._instance, "guest", features=RAW_BODIES)
+        config = Config(Role.HOST, self._instance, "guest", features=RAW_REQUESTS)
         session = Session(config, os.urandom)
         self._links[key] = Link(
             self._loop,
@@ -417,7 +403,7 @@ class _Host:
     def __init__(self, guest: FakeGuest, name: str) -> None:
         self._guest = guest
         self._loop = guest.loop
-        config = Config(Role.HOST, os.urandom(16), name, features=RAW_BODIES)
+        config = Config(Role.HOST, os.urandom(16), name, features=RAW_REQUESTS)
         self.session = Session(config, os.urandom)
         self.requester = Requester(self.send)
         self.topics: frozenset[Topic] = frozenset()
@@ -457,8 +443,7 @@ class _Host:
             case Received(_, message):
                 self._receive(message)
             case Opened(peer, resumed) if not resumed:
-                no_raw = "" if peer.takes_raw else NO_RAW
-                self.requester.opened(self._loop.time(), no_raw=no_raw)
+                self.requester.opened(self._loop.time(), takes_raw=peer.takes_raw)
             case _:
                 pass
         self.wake()
@@ -542,7 +527,7 @@ class FakeGuest(_Caller):
         the test waits, in `call`, `cast` or `advance`."""
         agent = _FakeAgent(self, self.log.append)
         self._agents.append(agent)
-        agent._connection._reconnect()
+        agent._connection.start()
         self.loop.settle()
         return agent
 
@@ -561,8 +546,8 @@ class FakeGuest(_Caller):
             "it is no agent of this guest"
         )
         self._agents.remove(agent)
-        agent._stopped = True
-        agent._inbox.clear()
+        agent._worker.is_stopped = True
+        agent._serving.inbox.clear()
         agent._connection.close()
 
     def _connect_agent(self, path: str) -> _End:
@@ -616,12 +601,9 @@ class FakeGuest(_Caller):
         self._tear()
         now_s = self.loop.time()
         for request in before.requester.open_requests():
-            if (deadline_s := self._deadlines.get(request.id)) is not None:
-                left_ms = max(1, int((deadline_s - now_s) * 1000))
-            else:
-                left_ms = 0
-            again = request._replace(timeout_ms=left_ms, flags=request.flags | REDELIVERED)
-            self._host.submit(again)
+            again = request._replace(timeout_ms=0, flags=request.flags | REDELIVERED)
+            deadline_s = self._deadlines.get(request.id)
+            self._host.submit(with_time_left(again, deadline_s, now_s))
 
     def tear(self) -> None:
         """The channel breaks and is opened again, at the same host: QEMU's end went away for a

@@ -55,7 +55,8 @@ class Keeper:
         self._groups.add(group)
         if self._fd < 0:
             self._start()
-        self._tell()
+        else:
+            self._tell()
 
     def discard(self, group: int) -> None:
         """This group is over. Said before its number can belong to anybody else."""
@@ -66,6 +67,7 @@ class Keeper:
     def _start(self) -> None:
         read, self._fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._fd, False)
+        self._tell()  # before it is there: we may die as it begins
         unit = Unit("keeper", (SHELL, "-c", _KEEPER_SCRIPT))
         try:
             self._child = Child(self._loop, unit, {}, self._ended, stdin=read)
@@ -90,7 +92,6 @@ class Keeper:
         if self._groups:
             self._on_problem("the keeper of sub-agents was killed: another is started")
             self._start()
-            self._tell()
 
     def close(self) -> None:
         """End it, and with it every group that is left."""
@@ -111,6 +112,8 @@ class Child:
         keeper: Ends it with the daemon; None: it outlives the daemon.
         before: Called with the process id before it becomes its program.
         stdin: A descriptor; -1: nothing.
+        terminal: Both ends of one, ours first, and both ours to close: it is the child's standard
+            input, output and error, and its controlling terminal.
 
     Raises:
         OSError: There can be no process.
@@ -128,6 +131,7 @@ class Child:
         keeper: Keeper | None = None,
         before: Callable[[int], object] = lambda _: None,
         stdin: int = -1,
+        terminal: tuple[int, int] | None = None,
     ) -> None:
         self._loop = loop
         self._on_exit = on_exit
@@ -135,13 +139,24 @@ class Child:
         self._adopted = ""
         self._pidfd = -1
         self._outputs: dict[int, Callable[[bytes], object]] = {}
+        self._told: tuple[int, ...] = ()
         fds = list(os.pipe2(os.O_CLOEXEC))
         go_read, go_write = fds
         try:
-            output = error = self._make_output(on_output, fds)
+            if terminal is not None and on_output is not None:
+                ours, stdin = terminal
+                self._outputs[ours] = on_output
+                fds.append(stdin)
+                output = error = stdin
+            else:
+                output = error = self._make_output(on_output, fds)
             if on_error is not None:
                 error = self._make_output(on_error, fds)
-            self.pid = _fork(unit, environment, (stdin, output, error), (go_read, go_write))
+            self._told = tuple(self._outputs)
+            streams = (stdin, output, error)
+            self.pid = _fork(
+                unit, environment, streams, (go_read, go_write), controls=terminal is not None
+            )
             self._pidfd = _watchable(self.pid)
         except OSError:
             self._close_outputs()
@@ -167,6 +182,7 @@ class Child:
         child._loop, child._on_exit, child.pid = loop, on_exit, pid
         child._keeper = None
         child._outputs = {}
+        child._told = ()
         child._adopted = start_time(pid)
         child._pidfd = os.pidfd_open(pid)
         child._watch()
@@ -196,11 +212,28 @@ class Child:
             data = os.read(fd, READ_BYTES)
         except BlockingIOError:
             return False
+        except OSError:  # a terminal that nobody has open any more
+            data = b""
         if not data:
             self._close_output(fd)
             return False
         told(data)
         return True
+
+    def listen(self, which: int, *, to: bool) -> None:
+        """Go on reading an output, or read no more of it for now: what it writes waits in the
+        kernel, and then it waits. What is there when it ends is read all the same.
+
+        Args:
+            which: 0: the one of `on_output`; 1: that of `on_error`.
+        """
+        fd = self._told[which]
+        if fd not in self._outputs:
+            return
+        if to:
+            self._loop.add_reader(fd, partial(self._read, fd))
+        else:
+            self._loop.remove_reader(fd)
 
     def _close_output(self, fd: int) -> None:
         del self._outputs[fd]
@@ -267,21 +300,29 @@ _Three = tuple[int, int, int]
 _Two = tuple[int, int]
 
 
-def _fork(unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Two) -> int:
+def _fork(
+    unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Two, *, controls: bool
+) -> int:
     # Signals wait meanwhile: the child must not run our handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
             gc.disable()
-            _become(unit, environment, streams, go)
+            _become(unit, environment, streams, go, controls=controls)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
 
 
-def _become(unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Two) -> None:
-    """In the child: never returns."""
+def _become(
+    unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Two, *, controls: bool
+) -> None:
+    """In the child: never returns.
+
+    Args:
+        controls: Its standard input is to be its controlling terminal.
+    """
     try:
         os.setsid()
         for number in (signal.SIGPIPE, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -291,6 +332,8 @@ def _become(unit: Unit, environment: Mapping[str, str], streams: _Three, go: _Tw
         os.dup2(stdin if stdin >= 0 else os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(error, 2)
+        if controls:
+            os.login_tty(0)
         os.close(go[1])
         if os.read(go[0], 1):  # nothing: the daemon has died
             _limit(unit.limits)

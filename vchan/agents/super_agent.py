@@ -97,7 +97,7 @@ class _Slot:
         self.waiting: list[Later] = []  # for it to stop, or to start again
 
 
-class Agents:
+class SuperAgent:
     """Every unit of a directory.
 
     Args:

@@ -68,17 +68,17 @@ def parse_unit(name: str, where: str, content: Mapping[str, Any]) -> Unit:
         raise ConfigError(where, "a unit's name is letters, digits and _.@- , at most 63")
     file = Table(where, content)
     systemd = file.take("systemd", "", _unit_of_systemd)
-    command = file.take("command", (), _command)
-    if not command and not systemd:
+    words = file.take("command", (), command)
+    if not words and not systemd:
         raise ConfigError(f"{where}: command", 'is missing: expected ["/path/to/program", ...]')
-    if not command:
+    if not words:
         topics = file.take("topics", (), names)
         file.finish("systemd's unit says that")
         return Unit(name, systemd=systemd, topics=topics, autostart=False)
     limits = Table(f"{where}: limits", file.take("limits", {}, table))
     unit = Unit(
         name,
-        command,
+        words,
         file.take("user", "", _text),
         file.take("group", "", _text),
         file.take("directory", "/", _path),
@@ -210,7 +210,8 @@ def names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _command(value: Any) -> tuple[str, ...]:
+def command(value: Any) -> tuple[str, ...]:
+    """A program and its arguments."""
     expected = f'the program\'s absolute path and its arguments, at most {WORDS_MAX}: ["/bin/x"]'
     good = isinstance(value, list) and 0 < len(value) <= WORDS_MAX
     _require(good and all(isinstance(v, str) and "\0" not in v for v in value), expected)

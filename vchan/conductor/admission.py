@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from vchan.host.oslo_wire.envelope import ID_PATTERN, EnvelopeError, name_of
-from vchan.host.oslo_wire.upward_envelope import PRIORITIES
 from vchan.host.policy.audit_record import REFUSED, Record
 from vchan.host.policy.guest_context import HOST_KEY, INSTANCE_KEY, PROJECT_KEY
 from vchan.host.policy.rules import WHO_KEYS, Ask, Effect, Facts, Kind, Policy
 from vchan.host.policy.token_bucket import TokenBucket
+from vchan.rpc.arguments import PRIORITIES
 from vchan.rpc.bodies import REDELIVERED_KEY
 
 BURST_S: Final = 2.0

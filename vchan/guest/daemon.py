@@ -35,7 +35,9 @@ from vchan.io.loop import Alarm, Loop, Timer
 from vchan.io.service_manager import ServiceManager
 from vchan.io.streams import Stream
 from vchan.rpc.messages import Topic
+from vchan.rpc.reports import is_product
 from vchan.session import (
+    CHANNEL_ACK_DELAY_S,
     Config,
     Event,
     Heard,
@@ -48,10 +50,11 @@ from vchan.session import (
     Violation,
 )
 from vchan.wire import layout
-from vchan.wire.frames import BYTE_STREAMS, RAW_BODIES
+from vchan.wire.frames import BYTE_STREAMS, RAW_REQUESTS
 
 if TYPE_CHECKING:  # imported where there is use for them: it costs start-up time
-    from vchan.agents.super_agent import Agents
+    from vchan.agents.super_agent import SuperAgent
+    from vchan.guest.arrivals import Arrivals
     from vchan.guest.forwards import Forwards
     from vchan.guest.freezer import Freezer
     from vchan.guest.observer import Observer
@@ -74,6 +77,7 @@ DEFAULTS: Final = {
     "freeze-hooks": DEFAULT_HOOKS,
     "forward": "",
     "quiet": SWITCH,
+    "debug": SWITCH,
 }
 
 GARBAGE_OBJECTS: Final = 20_000
@@ -96,14 +100,14 @@ ONE_WAY_MAX: Final = 256
 """Requests that came down a pipe and wait for an agent; what is read at a time comes on top of it,
 and stays below REQUESTS_MAX. At it: the pipe is not read."""
 
-_ERROR, _WARNING, _INFO = 3, 4, 6
+_ERROR, _WARNING, _INFO, _DEBUG = 3, 4, 6, 7
 
 USAGE: Final = f"""\
 usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                    [--socket PATH] [--socket-mode MODE]
                    [--agent-users NAMES] [--agent-groups NAMES]
                    [--units DIRECTORY] [--allow WHAT] [--report WHAT]
-                   [--freeze-hooks DIRECTORY] [--forward TARGETS] [--quiet]
+                   [--freeze-hooks DIRECTORY] [--forward TARGETS] [--quiet] [--debug]
        vchan-guest standard-agent [--config FILE] [--socket PATH]
 
   --config FILE       read these options from FILE ({DEFAULT_CONFIG} if it is there):
@@ -129,9 +133,10 @@ usage: vchan-guest [--config FILE] [--port URL] [--exit-without-port SECONDS]
                       programs to call with  freeze  before file systems are frozen, and
                       with  thaw  afterwards [{DEFAULT_HOOKS}]
   --forward TARGETS   what programs on the host may be connected to in this guest, with commas
-                      between: tcp:PORT of 127.0.0.1, unix:/PATH; * and ? stand for any
-                      [nothing]
+                      between: tcp:PORT of 127.0.0.1, unix:/PATH, service:NAME; * and ? stand
+                      for any [nothing]
   --quiet             log warnings and errors only
+  --debug             log what each arrival of this VM at a host took here, step by step
   --version, --help
 
 exit status: {EXIT_OK} ended by a signal, or without its port; {EXIT_CONFIG} wrong arguments or
@@ -153,6 +158,7 @@ class Options(NamedTuple):
     freeze_hooks: str = DEFAULT_HOOKS
     access: Access | None = None
     forward: str = ""
+    debug: bool = False
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -188,6 +194,7 @@ def parse_options(arguments: list[str]) -> Options:
         values["freeze-hooks"].path(),
         _access(values["agent-users"], values["agent-groups"]),
         forward.value,
+        values["debug"].is_yes,
     )
 
 
@@ -241,16 +248,18 @@ class Daemon:
         instance = os.urandom(16)
         name = os.uname().nodename
         make_session = session_maker(options.port)
-        can_do = RAW_BODIES | (0 if goes_one_way(options.port) else BYTE_STREAMS)
-        config = Config(Role.GUEST, instance, name, features=can_do)
+        can_do = RAW_REQUESTS | (0 if goes_one_way(options.port) else BYTE_STREAMS)
+        delay_s = CHANNEL_ACK_DELAY_S
+        config = Config(Role.GUEST, instance, name, features=can_do, ack_delay_s=delay_s)
         self._session = make_session(config, os.urandom)
         self._options = options
         self._allowed = Allowed(options.allow)
-        self._units: Agents | None = None
+        self._units: SuperAgent | None = None
         self._is_ending = False
         self._observer: Observer | None = None
         self._host_serves: tuple[Topic, ...] = ()
         self._observe_timer: Timer | None = None
+        self._products: dict[int, str] = {}  # what agents say that they are
         self._freezer: Freezer | None = None
         self._forwards: Forwards | None = None
         self._host_takes_streams = False  # so it has said in its greeting
@@ -269,16 +278,19 @@ class Daemon:
         self._opener = port_opener(options.port)
         self._exit_without_port_s = options.exit_without_port_s
         self._absent_since_s: float | None = None
+        self._arrivals = self._make_arrivals() if options.debug else None
+        arrivals = self._arrivals
         self._port = Port(
             self.loop,
             self._open_port,
             self._session,
-            self._handle,
+            self._handle if arrivals is None else arrivals.handler(self._handle),
             self._note,
             self._is_full if goes_one_way(options.port) else None,
         )
+        to_host = self._port.send if arrivals is None else arrivals.to_host(self._port.send)
         self._router = Router(
-            self._port.send, methods, self.loop.time(), self._port.flush, self._on_host_serves
+            to_host, methods, self.loop.time(), self._port.flush, self._on_host_serves
         )
         self._alarm = Alarm(self.loop, self._timed_out)
         self._server = LocalServer(
@@ -332,19 +344,22 @@ class Daemon:
             case Received() if self._host_takes_streams and _is_of_streams(event.message):
                 self._make_forwards().receive(event.message)
             case Received():
+                if self._forwards is not None:
+                    self._forwards.give_way()
                 self._router.host_receive(event.message, self.loop.time())
                 self._set_timer()
             case Opened(peer, resumed):
-                self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
                 if not resumed:
                     self._end_freeze("the session with the host is over")
                     self._host_takes_streams = bool(peer.features & BYTE_STREAMS)
                     if self._forwards is not None:
                         self._forwards.host_opened(takes_streams=self._host_takes_streams)
-                self._manager.status(f"host {peer.name}")
                 self._router.host_opened(
                     resumed=resumed, now_s=self.loop.time(), takes_raw=peer.takes_raw
                 )
+                self._port.flush()  # first: nothing comes for the agents before the host knows them
+                self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
+                self._manager.status(f"host {peer.name}")
                 self._set_timer()
             case Lost(first, until):
                 self._log(_WARNING, f"frames {first} to {until - 1} were lost: asked for again")
@@ -358,6 +373,11 @@ class Daemon:
                 self._end_freeze("the host is silent")
             case Heard():
                 self._log(_INFO, "the host is back")
+
+    def _make_arrivals(self) -> "Arrivals":
+        from vchan.guest.arrivals import Arrivals
+
+        return Arrivals(self.loop, partial(self._log, _DEBUG))
 
     def _is_full(self) -> bool:
         """Nobody at a pipe's other end can be told that it is too much: it is left in the pipe."""
@@ -380,7 +400,7 @@ class Daemon:
             self._absent_since_s = None
             raise
         self._absent_since_s = None
-        return stream
+        return stream if self._arrivals is None else self._arrivals.stream(stream)
 
     # ---------------------------------------------------------------- byte streams
 
@@ -388,12 +408,13 @@ class Daemon:
         """A host offers byte streams: it has a program that wants some."""
         if self._forwards is None:
             from vchan.guest.forwards import Forwards
-            from vchan.io.targets import AllowedTargets
+            from vchan.io.targets import AllowedTargets, services_directory
 
             self._forwards = Forwards(
                 self.loop,
                 self._session,
                 AllowedTargets(self._options.forward),
+                services_directory(self._options.socket),
                 self._port.wake,
                 self._note,
             )
@@ -408,18 +429,28 @@ class Daemon:
         if not self._router.has_room:
             self.loop.call_soon(lambda: self._server.drop(key, "too many agents (AGENTS_MAX)"))
         self._log(_INFO, f"agent {key}: pid {who.pid}, uid {who.uid}")
-        self._router.attach(key, link.send, self.loop.time(), takes_raw=takes_raw(link))
+        if link.session.peer is not None and is_product(link.session.peer.name):
+            self._products[key] = link.session.peer.name
+            self._products_changed()
+        send = link.send if self._arrivals is None else self._arrivals.to_agent(link.send)
+        self._router.attach(key, send, self.loop.time(), takes_raw=takes_raw(link))
 
     def peer_message(self, key: int, data: bytes) -> None:
         """A message of an agent's."""
+        if self._arrivals is not None:
+            self._arrivals.agent_said(data)
+        if self._forwards is not None:
+            self._forwards.give_way()
         problem = self._router.agent_receive(key, data, self.loop.time())
         if problem:
             self._server.drop(key, problem)
         self._set_timer()
 
-    def peer_closed(self, key: int) -> None:
+    def peer_closed(self, key: int, *, is_gone: bool) -> None:
         """An agent went away."""
-        self._log(_INFO, f"agent {key}: gone")
+        self._log(_INFO, f"agent {key}: {'gone' if is_gone else 'its session has ended'}")
+        if self._products.pop(key, None) is not None:
+            self._products_changed()
         self._router.detach(key, self.loop.time())
         self._set_timer()
 
@@ -442,6 +473,7 @@ class Daemon:
                 self._router.attach_ourselves,
                 parse_report(self._options.report),
                 lambda: self._units.report() if self._units is not None else {},
+                self._products.values,
                 partial(self._log, _WARNING),
             )
             self._observer.host_serves(self._host_serves)
@@ -450,6 +482,10 @@ class Daemon:
     def _units_changed(self) -> None:
         if self._observer is not None:
             self._observer.agents_changed()
+
+    def _products_changed(self) -> None:
+        if self._observer is not None:
+            self._observer.attached_changed()
 
     def _ask_observer(self, what: str, _: Mapping[str, Any]) -> Any:
         return self._observe().ask(what)
@@ -517,12 +553,12 @@ class Daemon:
                 pass  # none: or it says so when it is asked
         return False
 
-    def _super_agent(self) -> "Agents":
+    def _super_agent(self) -> "SuperAgent":
         if self._units is None:
-            from vchan.agents.super_agent import Agents
+            from vchan.agents.super_agent import SuperAgent
             from vchan.agents.systemd import Systemd
 
-            self._units = Agents(
+            self._units = SuperAgent(
                 self.loop,
                 self._options.units,
                 self._options.socket,

@@ -14,8 +14,15 @@ from functools import partial
 from typing import Any, Final
 
 from vchan.io.loop import Loop, Timer
-from vchan.io.targets import AllowedTargets, Target, begin_to_connect, connect_problem, parse_target
-from vchan.session import AnySession
+from vchan.io.targets import (
+    SERVICE,
+    AllowedTargets,
+    Target,
+    begin_to_connect,
+    connect_problem,
+    parse_target,
+)
+from vchan.session import AnySession, printable
 from vchan.splices import Splices
 from vchan.streams import Ended, Fault, StreamEnds, StreamEvent, StreamWanted
 from vchan.streams.messages import REFUSED, UNREACHABLE
@@ -23,6 +30,10 @@ from vchan.streams.messages import REFUSED, UNREACHABLE
 CONNECT_S: Final = 10.0
 """For what a stream is to be connected to, to take the connection. At it: the stream is reset
 (UNREACHABLE)."""
+NO_SERVICE: Final = (
+    "; the standard agent does not run there, or its standard.toml allows none of this"
+)
+"""What it mostly is where a service's socket is not."""
 
 
 class _Connecting:
@@ -40,6 +51,7 @@ class Forwards:
 
     Args:
         session: With the host.
+        services: The directory of the services' sockets.
         wake: Has its link call `refill` soon.
         log: Told what the owner may want to know: who was connected to what, and who was not.
     """
@@ -49,17 +61,20 @@ class Forwards:
         loop: Loop,
         session: AnySession,
         allowed: AllowedTargets,
+        services: str,
         wake: Callable[[], object],
         log: Callable[[str], object],
     ) -> None:
         self._loop = loop
         self._session = session
         self._allowed = allowed
+        self._services = services
         self._log = log
         self._ends = StreamEnds(os.urandom)
         self._splices = Splices(loop, self._ends, wake, self._on_event)
         self._connecting: dict[bytes, _Connecting] = {}
         self._host_takes = False
+        self._received: list[bytes] = []  # in this turn
 
     # ---------------------------------------------------------------- the host
 
@@ -71,12 +86,24 @@ class Forwards:
                 family. Streams wait: the VM may move on to a host that does.
         """
         self._host_takes = takes_streams
+        self._received.clear()  # of the session before: lost, as what was under way
         if takes_streams:
             self._splices.connected()
 
     def receive(self, message: bytes) -> None:
-        """Take a message of the family."""
-        self._splices.receive(message)
+        """Take a message of the family: behind the requests that have come in the same turn."""
+        self._received.append(message)
+        if len(self._received) == 1:
+            self._loop.call_soon(self._take_received)
+
+    def _take_received(self) -> None:
+        received, self._received = self._received, []
+        for message in received:
+            self._splices.receive(message)
+
+    def give_way(self) -> None:
+        """A request has come, or an agent says something: streams leave it the processor."""
+        self._splices.give_way()
 
     def refill(self) -> bool:
         """Queue what there is to say on the session."""
@@ -117,7 +144,7 @@ class Forwards:
             return
         self._log(f"stream {stream.hex()[:8]} to {target}; asked by {_shown(facts)}")
         try:
-            made = begin_to_connect(target)
+            made = begin_to_connect(target, self._services)
         except OSError as error:
             self._unreachable(stream, target, error.strerror or str(error))
             return
@@ -138,7 +165,8 @@ class Forwards:
 
     def _unreachable(self, stream: bytes, target: Target, problem: str) -> None:
         self._give_up(stream)
-        self._ends.reset(stream, UNREACHABLE, f"{target} in the guest: {problem}")
+        advice = NO_SERVICE if target.kind == SERVICE else ""
+        self._ends.reset(stream, UNREACHABLE, f"{target} in the guest: {problem}{advice}")
         self._splices.settle()
 
     def _give_up(self, stream: bytes) -> None:
@@ -159,4 +187,4 @@ class Forwards:
 
 def _shown(text: str) -> str:
     """The host's word, fit for a log line."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200]) or "nobody"
+    return printable(text[:200]) or "nobody"

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from vchan import __version__
@@ -45,6 +45,8 @@ ADDRESSES_MAX: Final = 32
 """Addresses that are told of. At it: the others are counted."""
 TEXT_CHARS_MAX: Final = 200
 """Of a text: what is longer is cut."""
+ATTACHED_MAX: Final = 16
+"""Products of agents, as they say, that are told of. At it: the others are counted."""
 ERRORS_MAX: Final = 8
 """Errors of cloud-init's. At it: the others are counted."""
 FILE_BYTES_MAX: Final = 256 * 1024
@@ -68,6 +70,7 @@ class Observer:
         attach: The way up: see `Router.attach_ourselves`.
         wanted: What is reported, and how often besides: see `parse_report`.
         agents: The units, as the super-agent reports them.
+        attached: What the agents that are attached say that they are, as far as they say it.
         log: Told what an operator may want to know.
     """
 
@@ -77,6 +80,7 @@ class Observer:
         attach: AttachOurselves,
         wanted: Mapping[str, int],
         agents: Callable[[], dict[str, Any]],
+        attached: Callable[[], Iterable[str]],
         log: Callable[[str], None],
         *,
         cloud_init: str = CLOUD_INIT,
@@ -85,6 +89,7 @@ class Observer:
         self._loop = loop
         self._wanted = wanted
         self._agents = agents
+        self._attached = attached
         self._log = log
         self._cloud_init = cloud_init
         self._no_login = no_login
@@ -108,7 +113,14 @@ class Observer:
 
     def agents_changed(self) -> None:
         """The super-agent's word."""
-        if AGENTS in self._wanted and not self._is_ending:
+        self._changed(AGENTS)
+
+    def attached_changed(self) -> None:
+        """One that says what it is has come or gone."""
+        self._changed(FACTS)
+
+    def _changed(self, what: str) -> None:
+        if what in self._wanted and not self._is_ending:
             self._later("settle", SETTLE_S, self._look)
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -119,7 +131,7 @@ class Observer:
         """
         if what not in self._wanted:
             raise Rejected(f"{what}: the owner of this guest does not allow it (option report)")
-        found = metrics() if what == METRICS else told_facts()
+        found = metrics() if what == METRICS else told_facts(self._attached())
         self._tell(what, found)
         return found
 
@@ -158,7 +170,7 @@ class Observer:
             self._is_ready = phase["phase"] == READY
             self._tell(PHASE, phase)
         if FACTS in self._wanted:
-            self._tell(FACTS, told_facts())
+            self._tell(FACTS, told_facts(self._attached()))
         if AGENTS in self._wanted:
             self._tell(AGENTS, told_agents(self._agents()))
         is_booting = PHASE in self._wanted and not self._is_ready
@@ -228,7 +240,7 @@ class Observer:
 # ---------------------------------------------------------------- what is told
 
 
-def told_facts() -> dict[str, Any]:
+def told_facts(attached: Iterable[str] = ()) -> dict[str, Any]:
     """What the guest is, as far as it does not change by itself."""
     found = facts()
     del found["uptime_s"]
@@ -239,6 +251,11 @@ def told_facts() -> dict[str, Any]:
     found["os"] = {name: text[:TEXT_CHARS_MAX] for name, text in found["os"].items()}
     found["vchan"] = __version__
     found["python"] = ".".join(map(str, sys.version_info[:3]))
+    products = sorted(set(attached))
+    if products:
+        found["attached"] = products[:ATTACHED_MAX]
+    if len(products) > ATTACHED_MAX:
+        found["attached_left_out"] = len(products) - ATTACHED_MAX
     return {name: _cut(value) for name, value in found.items()}
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from vchan import __version__
+from vchan import builds
 from vchan.errors import ConfigError, LinkError
 from vchan.guest.stderr_log import log
 
@@ -108,7 +108,7 @@ def run_program(
         start: Given the arguments, makes what runs it. What is wrong with them, or with the socket,
             is logged, and the program ends.
     """
-    about = usage if "--help" in arguments else f"{name} {__version__}\n"
+    about = usage if "--help" in arguments else f"{builds.version_line(name)}\n"
     if "--help" in arguments or "--version" in arguments:
         _tell(name, about.encode())
         return
@@ -169,7 +169,8 @@ def _read_file(path: str, known: Mapping[str, str], *, required: bool) -> dict[s
             continue
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or name not in known:
-            expected = f"expected OPTION = VALUE, one of {', '.join(known)}"
+            unknown = "" if name in known else f"{name!r} is no option; "
+            expected = f"{unknown}expected OPTION = VALUE, one of {', '.join(known)}"
             raise ConfigError(f"{path}:{number}", expected)
         values[name] = Given(f"{path}:{number}: {name}", value)
     return values

@@ -20,11 +20,12 @@ from typing import Any, Final
 
 from vchan.rpc.bodies import encode_invocation
 from vchan.rpc.in_flight import earliest
-from vchan.rpc.messages import BUSY, Receipt, Request, Returned, Settled
+from vchan.rpc.messages import REFUSED, Receipt, Request, Returned, Settled
 from vchan.rpc.reports import METRICS, REPORT_BYTES_MAX, TOPIC, WHAT
 
 BUSY_S: Final = 30.0
-"""A host that has no room for a report now is asked again after this."""
+"""A host that has no room for a report now, or cannot say what came of it, is told again after
+this."""
 
 Report = dict[str, Any]
 
@@ -131,10 +132,10 @@ class Reporter:
             return
         self.counters["reports_refused"] += 1
         self.refusal = f"{what}: {message.text}"
-        if message.reason == BUSY:
-            state.wait_until_s = now_s + BUSY_S
-        else:
+        if message.reason == REFUSED:
             state.is_refused = True
+        else:
+            state.wait_until_s = now_s + BUSY_S
 
     def all_told(self, what: str) -> bool:
         """Nothing of it is under way, or is still to be told to this host."""

@@ -31,6 +31,7 @@ from vchan.rpc.in_flight import Deliver, HandedBack, Outcome, Responder, Send, e
 from vchan.rpc.messages import (
     AGENT_GONE,
     GUEST_TOPIC,
+    IN_PLACE,
     NO_AGENT,
     OUT_OF_TURN,
     QUEUE_KINDS,
@@ -122,7 +123,7 @@ class Router:
         self._agents: dict[int, _Agent] = {}
         self._started_s = started_s
         self._begun: set[Queue] = set()  # see `_in_doubt`
-        self._doubtful: dict[bytes, Queue] = {}  # of what waits for an agent
+        self._doubtful: dict[bytes, Queue] = {}  # of what an agent may yet be given
         self._orphaned: set[bytes] = set()  # that may come again, and agents had that are gone
         self._told: frozenset[Topic] | None = None
         self._own: frozenset[Topic] = frozenset()
@@ -135,16 +136,16 @@ class Router:
 
     # ---------------------------------------------------------------- the host
 
-    def host_opened(self, *, resumed: bool, now_s: float, takes_raw: bool = False) -> None:
+    def host_opened(self, *, resumed: bool, now_s: float, takes_raw: int = 0) -> None:
         """The host's session is open.
 
         Args:
-            takes_raw: It takes RAW requests.
+            takes_raw: See `Peer.takes_raw`.
         """
         if not resumed:
             self._told = None
             self._tell_host()
-            self._upward.opened(now_s, "" if takes_raw else HOST_TAKES_NO_RAW)
+            self._upward.opened(now_s, takes_raw, HOST_TAKES_NO_RAW)
             self._host_serves(())
 
     def host_receive(self, data: bytes, now_s: float) -> None:
@@ -217,12 +218,15 @@ class Router:
         What was handed out before comes first, out of the broker's queue as from a host with a new
         session: after the first fresh request of a queue, all that is older than we has been here.
         """
-        if request.flags & OUT_OF_TURN:
+        is_late = request.flags & OUT_OF_TURN != 0
+        if is_late and not request.flags & IN_PLACE:
             return True
         if queue_of(request) in self._begun:
             return False
         age_s = now_s - self._started_s
-        return not request.timeout_ms or age_s < request.timeout_ms / 1000 + DOUBT_MARGIN_S
+        return (
+            is_late or not request.timeout_ms or age_s < request.timeout_ms / 1000 + DOUBT_MARGIN_S
+        )
 
     def _is_doubtful(self, request_id: bytes) -> bool:
         """It is in doubt, and no agent says that nobody but it can have had it."""
@@ -235,13 +239,14 @@ class Router:
             return request
         if request.is_call:
             return None
-        return request._replace(body=mark_redelivered(request.body))
+        is_raw = request.flags & RAW != 0
+        return request._replace(body=mark_redelivered(request.body, is_raw=is_raw))
 
     def _clear_doubts(self) -> None:
-        """What waits no more is in doubt no more."""
+        """What no agent will be given any more is in doubt no more."""
         if not self._doubtful:
             return
-        over = [each for each in self._doubtful if not self._dispatcher.is_waiting(each)]
+        over = [each for each in self._doubtful if not self._dispatcher.may_be_given(each)]
         for request_id in over:
             del self._doubtful[request_id]
         if over:
@@ -250,12 +255,12 @@ class Router:
     # ---------------------------------------------------------------- our own topic
 
     def _answer_ourselves(self, request: Request, now_s: float) -> None:
+        if request.flags & RAW:
+            self._host.refuse(request.id, REFUSED, _OWN_TAKES_NO_RAW)
+            return
         if not request.is_call:
             self._host.take(request.id, now_s)  # first: what we run may be our end
             self._flush()
-        elif request.flags & RAW:
-            self._host.refuse(request.id, REFUSED, _OWN_TAKES_NO_RAW)
-            return
         elif self._is_doubtful(request.id):
             self._tell(self._dispatcher.unserved(request.id, request.target), now_s)
             return
@@ -311,11 +316,11 @@ class Router:
 
     # ---------------------------------------------------------------- agents
 
-    def attach(self, key: int, send: Send, now_s: float, *, takes_raw: bool = False) -> None:
+    def attach(self, key: int, send: Send, now_s: float, *, takes_raw: int = 0) -> None:
         """An agent's connection is established; `send` queues messages to it.
 
         Args:
-            takes_raw: It takes RAW requests.
+            takes_raw: See `Peer.takes_raw`.
         """
         self._agents[key] = _Agent(send)
         self._dispatcher.attach(key, send, now_s, takes_raw=takes_raw)
@@ -332,6 +337,8 @@ class Router:
         match message:
             case Reply() | Receipt() | Returned():
                 self._dispatcher.receive(key, message, now_s)
+                if self._doubtful:
+                    self._clear_doubts()
             case Subscribe(topics):
                 return self._subscribe(key, topics, now_s)
             case Holding(ids):
@@ -355,7 +362,7 @@ class Router:
         self._dispatcher.subscribe(key, topics, now_s)
         self._tell_host()  # after what was returned: the host consumes no more of it
         self._tell_charges()  # before anything is given to this one that another was charged with
-        self._dispatcher.release(now_s)
+        self._dispatcher.hand_out(now_s)
         self._clear_doubts()
         return ""
 
@@ -368,7 +375,7 @@ class Router:
         if had_topics:
             self._orphaned.update(self._host.unsettled())
             self._tell_charges()
-        self._dispatcher.release(now_s)
+        self._dispatcher.hand_out(now_s)
         self._clear_doubts()
         self._tell_host()
 

@@ -3,6 +3,8 @@
 import os
 from typing import Final
 
+from vchan.session import printable
+
 STREAM: Final = "JOURNAL_STREAM"
 """systemd's word for what it has connected a service's outputs to, as DEVICE:INODE."""
 
@@ -10,10 +12,9 @@ STREAM: Final = "JOURNAL_STREAM"
 def log(priority: int, text: str) -> None:
     """One line, with systemd's priority in front of it if the journal reads it: nobody else takes
     it off again."""
-    line = "".join(c if c.isprintable() else "?" for c in text)
     prefix = f"<{priority}>" if _is_journal() else ""
     try:
-        os.write(2, f"{prefix}{line}\n".encode("utf-8", "replace"))
+        os.write(2, f"{prefix}{printable(text)}\n".encode("utf-8", "replace"))
     except OSError:
         pass  # nobody reads the log: that is no reason to stop serving
 

@@ -163,16 +163,16 @@ class GuestUpward:
 
     # ---------------------------------------------------------------- the host
 
-    def opened(self, now_s: float, no_raw: str = NO_RAW) -> None:
+    def opened(self, now_s: float, takes_raw: int = 0, no_raw: str = NO_RAW) -> None:
         """A new session with the host began. See `Requester.opened`."""
-        self._host.opened(now_s, no_raw=no_raw)
+        self._host.opened(now_s, takes_raw=takes_raw, no_raw=no_raw)
 
     def host_receive(self, message: Receipt | Reply | Returned) -> None:
         """Take an answer of the host's."""
         for outcome in self._host.receive(message):
-            self._settle(outcome)
+            self._note_outcome(outcome)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _note_outcome(self, outcome: Outcome) -> None:
         item = self._items[outcome.id]
         assert item.outcome is None, "what is over with the host is not asked of it again"
         if not isinstance(outcome, Heartbeat):
@@ -225,7 +225,7 @@ class GuestUpward:
     def handle_timeout(self, now_s: float) -> None:
         """Do what is due. Calling it early or late is harmless."""
         for outcome in self._host.handle_timeout(now_s):
-            self._settle(outcome)
+            self._note_outcome(outcome)
         if self._look_s is not None and now_s >= self._look_s:
             self._look_for_orphans(now_s)
 

@@ -29,7 +29,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from vchan import __version__
 from vchan.agents.processes import require_safe
@@ -43,12 +44,21 @@ from vchan.agents.standard.files import (
     read_raw_part,
 )
 from vchan.agents.standard.permissions import Rules, parse_rules
-from vchan.client import AGENT_SOCKET, Agent, raw
+from vchan.client import Agent, raw
 from vchan.errors import ConfigError, LinkError, Rejected
+from vchan.programs.connection import AGENT_SOCKET
+from vchan.session import printable
+
+if TYPE_CHECKING:
+    from vchan.agents.standard.copies import CopyService
+    from vchan.agents.standard.programs import ProgramService
+    from vchan.agents.standard.services import Serve, Services
 
 TOPIC: Final = "vchan.standard"
 DEFAULT_CONFIG: Final = "/etc/vchan/standard.toml"
 WORKERS: Final = 4
+LISTEN_AGAIN_S: Final = 2.0
+"""Where services cannot be listened for, it is tried again after this."""
 LOOP_WAIT_S: Final = 10.0
 """For the loop to do something for a worker: it is never busy for long."""
 EXIT_CONFIG: Final = 2
@@ -78,6 +88,8 @@ class Standard:
         self._log = log
         self._runs = Runs(agent.loop, rules, self._in_loop, log)
         self._uploads = Uploads(rules)
+        self._listening: Services | None = None
+        self._taking: dict[str, ProgramService | CopyService] = {}
 
     def _in_loop(self, action: Callable[[], Any]) -> Any:
         done = threading.Event()
@@ -178,7 +190,50 @@ class Standard:
         """Leave the file as it was."""
         return self._uploads.give_up(id)
 
+    def _services(self) -> "dict[str, Serve]":
+        """What byte streams may be joined to here, as far as the owner allows it."""
+        allowed = self._rules.allowed()
+        if allowed["exec"] or allowed["shell"]:
+            from vchan.agents.standard.programs import ProgramService
+
+            for name in ("exec", "shell"):
+                if allowed[name]:
+                    self._taking[name] = ProgramService(name, self._loop, self._rules, self._log)
+        if allowed["read"] or allowed["write"]:
+            from vchan.agents.standard.copies import CopyService
+
+            self._taking["files"] = CopyService(self._rules, self._log)
+        return {name: service.serve for name, service in self._taking.items()}
+
+    def _listen(self, socket: str) -> None:
+        serve = self._services()
+        if serve:
+            from vchan.agents.standard.services import Services  # here: it costs start-up time
+            from vchan.io.targets import services_directory
+
+            directory = services_directory(socket)
+            self._try_to_listen(partial(Services, self._loop, directory, serve, self._log), "")
+
+    def _try_to_listen(self, begin: "Callable[[], Services]", before: str) -> None:
+        """Until it works: the daemon, which makes the directory above, may start later.
+
+        Args:
+            before: What has been logged already.
+        """
+        try:
+            self._listening = begin()
+        except LinkError as error:
+            problem = f"no services yet: {error}"
+            if problem != before:
+                self._log(problem)
+            again = partial(self._try_to_listen, begin, problem)
+            self._loop.call_later(LISTEN_AGAIN_S, again)
+
     def _close(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+        for service in self._taking.values():
+            service.close()
         self._runs.close()
         self._uploads.close()
 
@@ -219,7 +274,7 @@ def _options(arguments: list[str]) -> dict[str, str]:
 
 def log(text: str) -> None:
     """To standard error; several lines where a method has failed."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    shown = printable(text, besides="\n")
     try:
         os.write(2, f"{shown}\n".encode("utf-8", "replace"))
     except OSError:
@@ -242,6 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     socket = options.get("--socket") or os.environ.get("VCHAN_SOCKET") or AGENT_SOCKET
     agent = Agent(socket, workers=WORKERS, log=log)
     standard = Standard(rules, agent, log)
+    standard._listen(socket)
     agent.serve(TOPIC, standard)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())

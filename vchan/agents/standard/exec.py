@@ -73,6 +73,66 @@ class _Run:
         self.timer: Timer | None = None
 
 
+# ---------------------------------------------------------------- what may be run
+
+
+def require_run(
+    rules: Rules,
+    argv: Sequence[str],
+    directory: str,
+    environment: Mapping[str, str],
+    user: str = "",
+) -> Unit:
+    """What is to be run.
+
+    Args:
+        user: "": the agent's own.
+
+    Raises:
+        Rejected: The rules do not allow it.
+        TypeError, ValueError: It is no command.
+    """
+    if (
+        not isinstance(argv, list)
+        or not 0 < len(argv) <= WORDS_MAX
+        or not all(isinstance(word, str) and "\0" not in word for word in argv)
+        or sum(map(len, argv)) > WORDS_BYTES_MAX
+    ):
+        text = f"a list of texts, at most {WORDS_MAX}, {WORDS_BYTES_MAX} bytes in all"
+        raise ValueError(f"argv: expected {text}")
+    program = argv[0]
+    for path in dict.fromkeys((program, os.path.realpath(program))):
+        problem = path_problem(path)
+        if problem:
+            raise Rejected(f"{path}: {problem}")
+        if not matches(path, rules.exec.allow):
+            which = "" if path == program else f", to which {program} is a link"
+            raise rules.refuse(f"{path}{which}", "is not allowed", "[exec] allow")
+    _require_directory(rules, directory)
+    _require_environment(rules, environment)
+    if user and user not in rules.exec.users:
+        raise rules.refuse(f"user {user}", "is not allowed", "[exec] users")
+    return Unit("exec", tuple(argv), user=user, directory=directory, environment=environment)
+
+
+def _require_directory(rules: Rules, directory: str) -> None:
+    if not isinstance(directory, str):
+        raise TypeError("argument directory: expected a text")
+    for path in dict.fromkeys((directory, os.path.realpath(directory))):
+        if path_problem(path) or not matches(path, rules.exec.directories):
+            raise rules.refuse(path, "is not allowed", "[exec] directories")
+
+
+def _require_environment(rules: Rules, environment: Mapping[str, str]) -> None:
+    if not isinstance(environment, dict):
+        raise TypeError("argument environment: expected a table of texts")
+    for name, value in environment.items():
+        if not isinstance(value, str) or "\0" in name + value or "=" in name or not name:
+            raise ValueError(f"environment: {name}: expected a text")
+        if not any(fnmatchcase(name, each) for each in rules.exec.environment):
+            raise rules.refuse(name, "is not allowed", "[exec] environment")
+
+
 class Runs:
     """Every program. Its methods may be called from several threads.
 
@@ -106,7 +166,7 @@ class Runs:
         Raises:
             Rejected: The rules do not allow it, too many run, or it cannot be started.
         """
-        unit = self._unit(argv, directory, environment)
+        unit = require_run(self._rules, argv, directory, environment)
         limit_s = self._rules.exec.time_s_max
         if timeout_s is None:
             timeout_s = limit_s
@@ -122,44 +182,6 @@ class Runs:
         key = os.urandom(8).hex()
         self._in_loop(partial(self._start, key, unit, given, float(timeout_s)))
         return {"id": key, "timeout_s": timeout_s}
-
-    def _unit(self, argv: Sequence[str], directory: str, environment: Mapping[str, str]) -> Unit:
-        rules = self._rules.exec
-        if (
-            not isinstance(argv, list)
-            or not 0 < len(argv) <= WORDS_MAX
-            or not all(isinstance(word, str) and "\0" not in word for word in argv)
-            or sum(map(len, argv)) > WORDS_BYTES_MAX
-        ):
-            text = f"a list of texts, at most {WORDS_MAX}, {WORDS_BYTES_MAX} bytes in all"
-            raise ValueError(f"argv: expected {text}")
-        program = argv[0]
-        for path in dict.fromkeys((program, os.path.realpath(program))):
-            problem = path_problem(path)
-            if problem:
-                raise Rejected(f"{path}: {problem}")
-            if not matches(path, rules.allow):
-                which = "" if path == program else f", to which {program} is a link"
-                raise self._rules.refuse(f"{path}{which}", "is not allowed", "[exec] allow")
-        self._require_directory(directory)
-        self._require_environment(environment)
-        return Unit("exec", tuple(argv), directory=directory, environment=environment)
-
-    def _require_directory(self, directory: str) -> None:
-        if not isinstance(directory, str):
-            raise TypeError("argument directory: expected a text")
-        for path in dict.fromkeys((directory, os.path.realpath(directory))):
-            if path_problem(path) or not matches(path, self._rules.exec.directories):
-                raise self._rules.refuse(path, "is not allowed", "[exec] directories")
-
-    def _require_environment(self, environment: Mapping[str, str]) -> None:
-        if not isinstance(environment, dict):
-            raise TypeError("argument environment: expected a table of texts")
-        for name, value in environment.items():
-            if not isinstance(value, str) or "\0" in name + value or "=" in name or not name:
-                raise ValueError(f"environment: {name}: expected a text")
-            if not any(fnmatchcase(name, each) for each in self._rules.exec.environment):
-                raise self._rules.refuse(name, "is not allowed", "[exec] environment")
 
     def read(self, key: str, stdout_from: int, stderr_from: int, wait_s: float) -> dict[str, Any]:
         """What a program said from there on, and how it is; waits for news if there are none."""

@@ -4,6 +4,8 @@
     facts = true
     [exec]
     allow = ["/usr/bin/systemctl", "/opt/tools/*"]
+    [shell]
+    command = ["/bin/bash", "-l"]
     [read]
     allow = ["/var/log/**"]
     [write]
@@ -17,11 +19,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from vchan.agents.units import Table, boolean, names, seconds, size, table
+from vchan.agents.units import Table, boolean, command, names, seconds, size, table
 from vchan.errors import Rejected
 
 PATH_BYTES_MAX: Final = 4096
 """A path: Linux's own limit (PATH_MAX)."""
+
+
+DETACHED_S: Final = 3600.0
+"""How long a program of the services goes on while nobody is attached, unless `detached_s` says
+otherwise. At it: it is hung up, and then killed; an end that nobody has heard is forgotten."""
 
 
 class Exec(NamedTuple):
@@ -33,7 +40,19 @@ class Exec(NamedTuple):
     directories: tuple[str, ...] = ("/",)
     time_s_max: float = 60.0
     output_bytes_max: int = 1 << 20
-    """Kept of each of standard output and error."""
+    """Kept of each of standard output and error. Of the service: all of it goes to the caller."""
+    users: tuple[str, ...] = ()
+    """Whom a program of the service may be run as, beside the agent's own user."""
+    detached_s: float = DETACHED_S
+
+
+class Shell(NamedTuple):
+    """A shell, with a terminal: whoever has it may do all that its user may."""
+
+    command: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    """Whom it may be run as; the first one, if nobody is named. None: the agent's own user."""
+    detached_s: float = DETACHED_S
 
 
 class FilePermissions(NamedTuple):
@@ -50,6 +69,7 @@ class Rules(NamedTuple):
     ping: bool = True
     facts: bool = False
     exec: Exec = Exec()
+    shell: Shell = Shell()
     read: FilePermissions = FilePermissions()
     write: FilePermissions = FilePermissions()
 
@@ -59,6 +79,7 @@ class Rules(NamedTuple):
             "ping": self.ping,
             "facts": self.facts,
             "exec": bool(self.exec.allow),
+            "shell": bool(self.shell.command),
             "read": bool(self.read.allow),
             "write": bool(self.write.allow),
         }
@@ -76,6 +97,7 @@ def parse_rules(where: str, content: Mapping[str, Any]) -> Rules:
     """
     file = Table(where, content)
     programs = Table(f"{where}: exec", file.take("exec", {}, table))
+    shell = Table(f"{where}: shell", file.take("shell", {}, table))
     read = Table(f"{where}: read", file.take("read", {}, table))
     write = Table(f"{where}: write", file.take("write", {}, table))
     rules = Rules(
@@ -88,6 +110,13 @@ def parse_rules(where: str, content: Mapping[str, Any]) -> Rules:
             programs.take("directories", ("/",), _patterns),
             programs.take("time_s_max", Exec().time_s_max, seconds(0.1)),
             programs.take("output_bytes_max", Exec().output_bytes_max, size),
+            programs.take("users", (), names),
+            programs.take("detached_s", DETACHED_S, seconds(1.0)),
+        ),
+        Shell(
+            shell.take("command", (), command),
+            shell.take("users", (), names),
+            shell.take("detached_s", DETACHED_S, seconds(1.0)),
         ),
         FilePermissions(
             read.take("allow", (), _patterns),
@@ -98,7 +127,7 @@ def parse_rules(where: str, content: Mapping[str, Any]) -> Rules:
             write.take("bytes_max", FilePermissions().bytes_max, size),
         ),
     )
-    for each in (programs, read, write, file):
+    for each in (programs, shell, read, write, file):
         each.finish("no such key")
     return rules
 
