@@ -13,3 +13,7 @@ threads        threads that cannot die unseen; `faults` is how our own code's fa
 help_text      what --help and --version say
 dev            `vchan dev`: both daemons on a laptop
 """
+
+from vchan import builds
+
+builds.choose(builds.HOST)

@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 from oslo_config import cfg, types
 from oslo_log import handlers, log
 
-from vchan import __version__
+from vchan import builds
 from vchan.errors import ConfigError
 from vchan.host.help_text import tell
 from vchan.host.policy.audit_log import STDERR
@@ -151,7 +151,7 @@ def read(
                 words,
                 project=PROJECT,
                 prog=program,
-                version=f"{program} {__version__}",
+                version=builds.version_line(program),
                 # Who names a file means that one: oslo.config would read vchan.conf.d, too.
                 default_config_dirs=[] if names_file else None,
             )

@@ -47,7 +47,7 @@ from vchan.host.vm.channel import Home
 from vchan.host.vm.streams import Program
 from vchan.host.vm.vm import HostedVm, VmEvent
 from vchan.io.local_socket import LocalServer
-from vchan.io.loop import Loop, Timer
+from vchan.io.loop import Alarm, Loop
 from vchan.io.service_manager import ServiceManager
 from vchan.rpc.in_flight import Outcome
 from vchan.rpc.messages import Request, Topic
@@ -83,6 +83,7 @@ class Daemon:
             frozenset(options.context_allow),
             LOG.info,
             options.set_guest_time,
+            LOG.debug,
         )
         self._enforcer = Enforcer(self.loop, conf)
         self._log_budget = log_budget.LogBudget()
@@ -91,12 +92,12 @@ class Daemon:
         self._failure = ""  # why this daemon ends, if it was not told to
         self._domains = Domains(config.selection(conf))
         self._past: Counter[str] = Counter()  # counters of channels that are over
-        self._timer: Timer | None = None
+        self._alarm = Alarm(self.loop, self._timed_out)
         self._broker = self._make_broker(conf)
         self._leftovers = Leftovers(options.delete_queues_after)
         self._broker_problem = "" if self._broker is None else "not connected yet"
         self._broker_blocked = ""
-        self._attaching: dict[str, list[tuple[str, SendAnswer]]] = {}
+        self._attaching: dict[tuple[str, str], list[SendAnswer]] = {}  # by method, and VM
         self._static = config.static_channels(conf)
         self._hypervisor = self._make_hypervisor(options)
         self._local = LocalService(
@@ -283,7 +284,7 @@ class Daemon:
                     self._hypervisor.attach(uuid)
                 case domains.Warn(uuid, name, problem):
                     LOG.warning("%s (%s): %s", name, uuid, problem)
-        self._set_timer()
+        self._alarm.set(self._domains.next_timeout())
 
     def _host(self, uuid: str) -> HostedVm:
         """A VM that has come here, or was here when this daemon started."""
@@ -304,16 +305,7 @@ class Daemon:
             self._enforcer.quarantined,
         )
 
-    def _set_timer(self) -> None:
-        at_s = self._domains.next_timeout()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if at_s is not None:
-            self._timer = self.loop.call_at(at_s, self._timed_out)
-
     def _timed_out(self) -> None:
-        self._timer = None
         self._carry_out(self._domains.handle_timeout(self.loop.time()))
 
     # ---------------------------------------------------------------- the broker
@@ -358,7 +350,25 @@ class Daemon:
 
     def open_streams(self, vm: str, target: str, number: int, program: Program) -> Streams:
         """See `local.Guests`."""
-        return self._vm_of(vm).open_streams(number, program, target)
+        try:
+            hosted = self._vm_of(vm)
+        except NoSuchDomain as error:
+            hosted = self._by_address(vm, target, error)
+        return hosted.open_streams(number, program, target)
+
+    def _by_address(self, address: str, target: str, problem: NoSuchDomain) -> HostedVm:
+        """The VM that nova has given this address. Tenants' networks may have the same ones: those
+        that the policy does not let be connected to are left out, if there are others."""
+        known = [each.uuid for each in self._domains.all() if address in each.known.addresses]
+        found = [self._vms[uuid] for uuid in known if uuid in self._vms]
+        if len(found) > 1:
+            found = [each for each in found if self._enforcer.lets_forward(each.facts, target)]
+        if len(found) > 1:
+            several = ", ".join(f"{each.name} ({each.facts.uuid})" for each in found)
+            raise Rejected(f"{address}: several VMs have this address: {several}")
+        if not found:
+            raise problem
+        return found[0]
 
     def _find(self, server: str) -> domains.Domain:
         for domain in self._domains.all():
@@ -506,21 +516,16 @@ class Daemon:
         uuid = self._find(vm).uuid
         if self._hypervisor is None:
             raise Rejected(f"{vm}: a channel of the configuration's; there is no libvirt here")
-        self._attaching.setdefault(uuid, []).append((name, answer))
+        self._attaching.setdefault((name, uuid), []).append(answer)
         if name == "attach":
             self._hypervisor.attach(uuid)
         else:
             self._hypervisor.detach(uuid)
 
     def _answer_command(self, name: str, uuid: str, problem: str | None) -> None:
-        waiting = self._attaching.pop(uuid, [])
-        for asked, answer in waiting:
-            if asked != name:
-                self._attaching.setdefault(uuid, []).append((asked, answer))
-            elif problem is None:
-                answer(*result(None))
-            else:
-                answer(*failure(Rejected(problem)))
+        answered = result(None) if problem is None else failure(Rejected(problem))
+        for answer in self._attaching.pop((name, uuid), ()):
+            answer(*answered)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -33,10 +33,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
-from vchan.client import SOCKET_VARIABLE
 from vchan.errors import BadBody, ConfigError, PortBusy, VchanError
 from vchan.host import config
 from vchan.host.daemon import Daemon
+from vchan.programs.connection import SOCKET_VARIABLE
 from vchan.rpc.bodies import (
     decode_failure,
     decode_invocation,
@@ -45,14 +45,21 @@ from vchan.rpc.bodies import (
     encode_json,
 )
 from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Taken
-from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request
+from vchan.rpc.messages import CALL, FANOUT, GUEST_TOPIC, NOTIFICATION, RAW, Request
 from vchan.rpc.outcomes import ending_of
+from vchan.session import printable
 
 NAME: Final = "dev"
 """The channel's, where a VM's name stands."""
 UNIT: Final = "agent"
 HTTP_UNIT: Final = "http"
-GUEST_TOPIC: Final = "vchan.guest"
+
+DIRECTORIES: Final = ("policy.d", "agents.d", "agent.sock.units")
+FILES: Final = (
+    *("vchan.conf", "guest.conf", "http.conf", "token", "audit.log"),
+    *("host.sock", "agent.sock", "channel.sock", "host.sock.channels"),
+)
+"""What stands in its directory, beside those and a lock."""
 
 WATCH_S: Final = 0.3
 """How often it is looked whether files have changed; the agent is started again when they have been
@@ -86,7 +93,8 @@ _UNIT_LINE: Final = re.compile(rf"unit ({UNIT}|{HTTP_UNIT}): ")
 
 _POLICY: Final = """\
 # vchan dev: what an agent may do in a VM is for the host's own policy to say. Try it: --policy DIR.
-listen,reply,cast,fanout,call,notify any any allow
+listen,reply,cast,fanout,call,notify,report any any allow
+forward any any allow
 """
 
 Say = Callable[[str], None]
@@ -153,15 +161,16 @@ def resolve_command(words: tuple[str, ...]) -> tuple[str, ...]:
         return (sys.executable, str(path.absolute()), *words[1:])
     found = shutil.which(words[0])
     if found is None:
-        problem = "is no program: expected a file agent.py, or a command"
-        raise ConfigError(words[0], f"{problem}{_hint(path)}")
+        raise ConfigError(words[0], _why_not_run(path))
     return (str(Path(found).absolute()), *words[1:])
 
 
-def _hint(path: Path) -> str:
+def _why_not_run(path: Path) -> str:
     if path.is_file():
-        return f" (the file is there: chmod +x {path}, or name its interpreter before it)"
-    return ""
+        return f"no program: chmod +x {path}, or name its interpreter before it"
+    if path.suffix == ".py":
+        return f"no such file in {Path.cwd()}"
+    return "no such command: expected a file agent.py, or a command"
 
 
 def _own_directory(command: tuple[str, ...]) -> tuple[Path, ...]:
@@ -202,6 +211,8 @@ class Place:
         is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
         if not is_ours or found.st_mode & 0o077:
             raise ConfigError("--dir", f"{path} is there, and is not this user's alone (mode 0700)")
+        if not (self._directory / "lock").exists():
+            self._require_room()
         self._lock = os.open(f"{path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,14 +224,20 @@ class Place:
             ) from None
         self._empty()
 
+    def _require_room(self) -> None:
+        """Refuse a directory in which others' things have names of ours."""
+        for name in (*DIRECTORIES, *FILES):
+            if os.path.lexists(self._directory / name):
+                problem = (
+                    f"{self.path}/{name} is there, and no vchan dev has made it; expected none"
+                )
+                raise ConfigError("--dir", problem)
+
     def _empty(self) -> None:
         """Of what an earlier one has left, and of nothing else."""
-        for name in ("policy.d", "agents.d", "agent.sock.units"):
+        for name in DIRECTORIES:
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        for name in (
-            *("vchan.conf", "guest.conf", "http.conf", "token", "audit.log"),
-            *("host.sock", "agent.sock", "channel.sock", "host.sock.channels"),
-        ):
+        for name in FILES:
             (self._directory / name).unlink(missing_ok=True)
 
     def write(self, wanted: Wanted, command: tuple[str, ...]) -> Any:
@@ -378,6 +395,7 @@ class DevDaemon(Daemon):
             *("--port", f"listen:{path}/channel.sock", "--socket", f"{path}/agent.sock"),
             *("--units", f"{path}/agents.d", "--exit-without-port", str(ABSENT_S)),
             *("--allow", "ping,info,list,state,log,start,stop,restart"),
+            *("--forward", "tcp:*,unix:/*,service:*"),
         )
         guest = subprocess.Popen(
             words,
@@ -479,14 +497,14 @@ class DevDaemon(Daemon):
             self._restart()
         hosted = self._vms.get(NAME)
         topics = frozenset(topic.name for topic in hosted.topics) if hosted else frozenset()
-        topics -= {GUEST_TOPIC}
+        topics -= {GUEST_TOPIC.name}
         if topics != self._topics and (topics or self._topics):
             self._topics = topics
             self._say(f"vchan dev: topics served: {', '.join(sorted(topics)) or 'none'}")
 
     def _restart(self) -> None:
         body = encode_invocation("agent_restart", {"name": UNIT})
-        request = Request(os.urandom(16), CALL, 10_000, 0, "openstack", GUEST_TOPIC, "", body)
+        request = Request(os.urandom(16), CALL, 10_000, 0, *GUEST_TOPIC, "", body)
 
         def told(outcome: Outcome) -> None:
             if not (isinstance(outcome, Answered) and not outcome.failed):
@@ -589,7 +607,7 @@ def _json(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    shown = "".join(c if c.isprintable() else "?" for c in text[: SHOWN_CHARS_MAX + 1])
+    shown = printable(text[: SHOWN_CHARS_MAX + 1])
     return shown if len(text) <= SHOWN_CHARS_MAX else f"{shown[:SHOWN_CHARS_MAX]}..."
 
 

@@ -13,7 +13,16 @@ from vchan.host.hypervisor.domain_xml import DomainFacts
 from vchan.host.policy import guest_context, rule_files
 from vchan.host.policy.audit_log import AuditLog
 from vchan.host.policy.audit_record import REFUSED, Record
-from vchan.host.policy.rules import INTO, OUT_OF, Ask, Facts, Policy, Verdict
+from vchan.host.policy.rules import (
+    INTO,
+    OUT_OF,
+    Ask,
+    Effect,
+    Facts,
+    Policy,
+    Verdict,
+    forward_ask,
+)
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.throttle import Throttle, make_crowd
 from vchan.io.loop import Loop
@@ -101,6 +110,14 @@ class Enforcer:
             self._removed.note,
             self._write,
         )
+
+    def lets_forward(self, facts: Facts, target: str) -> bool:
+        """Whether programs may be connected to this in a VM."""
+        try:
+            ask = forward_ask(target)
+        except ConfigError:
+            return False
+        return self.policy.decide(facts, ask).effect is Effect.ALLOW
 
     def throttle(self, facts: Facts) -> Throttle:
         """What a VM's stream may cost."""

@@ -36,6 +36,7 @@ from vchan.host.broker.amqp_content import (
     read_arguments,
     read_properties,
 )
+from vchan.host.broker.amqp_frames import acknowledgement, publication
 from vchan.host.broker.config import BrokerConfig, BrokerHost
 from vchan.host.faults import attempt, log_fault
 from vchan.host.oslo_wire.envelope import REQUEST_BYTES_MAX
@@ -75,8 +76,8 @@ _FRAME_END: Final = 0xCE
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _METHOD_ID: Final = struct.Struct(">HH")
 
-# What py-amqp raises when the broker goes away or sends what it cannot parse. Our own code does
-# not run inside the calls that are guarded by this.
+# What py-amqp raises when the broker goes away or sends what it cannot parse. What our own code
+# raises inside the calls that are guarded by this is caught before (`attempt`).
 BROKEN: Final = (
     AMQPError,
     MalformedFrame,
@@ -146,15 +147,35 @@ _WITH_CONTENT: Final = frozenset({spec.Basic.Deliver, spec.Basic.Return, spec.Ba
 class AmqpChannel(amqp.Channel):  # type: ignore[misc]  # amqp publishes no types
     """py-amqp's channel less the waiting: what the broker says is put aside for the owner."""
 
-    def __init__(self, connection: Any, owner: Owner, inbox: deque[Inbound]) -> None:
-        super().__init__(connection, auto_decode=False)
+    def __init__(self, link: AmqpLink, owner: Owner, inbox: deque[Inbound]) -> None:
+        super().__init__(link.amqp, auto_decode=False)
+        self.returned_messages = None  # never put in here, and an empty queue takes 4 KiB
         self.owner = owner
+        self._link = link
         self._inbox = inbox
         self.ask(spec.Channel.Open, "s", "")
 
     def ask(self, method: tuple[int, int], layout: str, *args: Any, content: Any = None) -> None:
         """Send a method, without waiting for what comes back."""
         self.send_method(method, layout, args, content)
+
+    def acknowledge(self, tag: int) -> None:
+        """Basic.Ack of one delivery."""
+        self._link.write_frames(acknowledgement(self.channel_id, tag))
+
+    def publish(
+        self, address: tuple[str, str], properties: bytes, body: bytes, *, mandatory: bool
+    ) -> None:
+        """Basic.Publish: see `amqp_frames.publication`."""
+        frames = publication(
+            self.channel_id,
+            address,
+            properties,
+            body,
+            mandatory=mandatory,
+            frame_max=self._link.amqp.frame_max,
+        )
+        self._link.write_frames(frames)
 
     def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
         """Called by py-amqp for every method that arrives on this channel."""
@@ -284,6 +305,7 @@ class AmqpLink:
         self._timer: Timer | None = None
         self._closing = False
         self._is_over = False
+        self._fault = ""  # of ours, for which the connection must be given up
         self.amqp = _PyAmqpConnection(
             self._detach,
             host=host.address,
@@ -324,7 +346,7 @@ class AmqpLink:
         Raises:
             ResourceError: All the numbers the broker allows are taken (2047 by default).
         """
-        return AmqpChannel(self.amqp, owner, self._inbox)
+        return AmqpChannel(self, owner, self._inbox)
 
     def close_softly(self) -> None:
         """Say good-bye; `on_lost` is called when the broker has answered, or does not."""
@@ -374,6 +396,11 @@ class AmqpLink:
             self._loop.call_soon(self._flush)
         self._out += data
 
+    def write_frames(self, frames: bytes) -> None:
+        """Write what py-amqp does not have to encode."""
+        self.amqp.bytes_sent += 1  # what its heartbeat looks at
+        self.write(frames)
+
     def _flush(self) -> None:
         if self._fd < 0:
             return
@@ -416,15 +443,19 @@ class AmqpLink:
             self._parse()
         except BROKEN as error:
             problem = str(error) or type(error).__name__
+        self._hand_over_all()
+        if problem or self._fault or not self.amqp.connected:
+            self.fail(self._fault or problem or "closed")
+
+    def _hand_over_all(self) -> None:
+        """Tell the owners what has been read."""
         while self._inbox and not self._closing:
-            problem = self._hand_over(self._inbox.popleft()) or problem
-        if problem or not self.amqp.connected:
-            self.fail(problem or "closed")
+            self._fault = self._hand_over(self._inbox.popleft()) or self._fault
 
     def _hand_over(self, inbound: Inbound) -> str:
         """Tell the owner. Returns why the connection must be given up, or ""."""
         owner = inbound.channel.owner
-        _, error = attempt(lambda: owner.on_method(inbound), None)
+        _, error = attempt(partial(owner.on_method, inbound), None)
         if error is None:
             return ""
         fault = log_fault(LOG, f"{owner}: unexpected, at what the broker said", error)
@@ -462,16 +493,28 @@ class AmqpLink:
                 self._arriving[channel] = _Arriving(method, payload)
                 self.amqp.bytes_recv += 1  # what py-amqp's heartbeat looks at
                 return
+            if channel:
+                self.amqp.bytes_recv += 1
+                self._dispatch(channel, method, payload, None)
+                return
         if arriving is None or kind not in (_METHOD, _HEADER, _BODY):
+            # It may end the connection, and all channels with it: an owner that is told afterwards
+            # what came before would speak on a channel that is gone.
+            self._hand_over_all()
             self.amqp.on_inbound_frame((kind, channel, payload))
             return
         self.amqp.bytes_recv += 1
         if arriving.take(kind, payload):
             del self._arriving[channel]
-            if not self.amqp.channels or channel not in self.amqp.channels:
-                raise UnexpectedFrame(f"a message on channel {channel}, which is closed")
-            content = arriving.content()
-            self.amqp.channels[channel].dispatch_method(arriving.method, arriving.payload, content)
+            self._dispatch(channel, arriving.method, arriving.payload, arriving.content())
+
+    def _dispatch(
+        self, channel: int, method: tuple[int, int], payload: bytes, content: Content | None
+    ) -> None:
+        """A method of a channel's. What is said of the whole connection goes to py-amqp."""
+        if not self.amqp.channels or channel not in self.amqp.channels:
+            raise UnexpectedFrame(f"a method on channel {channel}, which is closed")
+        self.amqp.channels[channel].dispatch_method(method, payload, content)
 
     # ---------------------------------------------------------------- heartbeats
 

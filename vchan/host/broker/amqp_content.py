@@ -15,13 +15,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 HEADERS_MAX: Final = 64
 """Headers of a message that are looked at: stock ones have one or two; the broker adds some."""
 
+_KNOWN_MAX: Final = 64
+"""Properties that are remembered: a stock client says the same of all its messages."""
+_KNOWN_BYTES_MAX: Final = 256
+"""The longest of these."""
+
 _CONTENT_HEADER: Final = struct.Struct(">HHQ")  # class, weight, the body's size
+_CONTENT_HEADER_BYTES: Final = _CONTENT_HEADER.size
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
@@ -72,8 +79,10 @@ class MalformedFrame(Exception):
     """The broker sent a frame that is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Properties:
+_NO_HEADERS: Final[Mapping[str, str | int]] = MappingProxyType({})
+
+
+class Properties(NamedTuple):
     """What we need of a message's properties.
 
     Attributes:
@@ -83,7 +92,7 @@ class Properties:
 
     expiration: str | None = None
     message_id: str | None = None
-    headers: Mapping[str, str | int] = field(default_factory=dict)
+    headers: Mapping[str, str | int] = _NO_HEADERS
     problem: str = ""
 
     @property
@@ -118,10 +127,6 @@ class _Reader:
     def short_text(self) -> str:
         return _text(self.take(self.take(1)[0]))
 
-    def words(self) -> str:
-        """What the broker says for people to read: it may have cut a character in two."""
-        return self.take(self.take(1)[0]).decode("utf-8", "replace")
-
     def sized(self) -> bytes:
         return self.take(self.number(_U32))
 
@@ -146,7 +151,12 @@ def body_size(header: bytes) -> int:
 
 def read_properties(header: bytes) -> Properties:
     """What we need of a content header. Never raises, whatever is in it."""
-    reader = _Reader(header, _CONTENT_HEADER.size)
+    data = header[_CONTENT_HEADER_BYTES:]
+    return _known(data) if len(data) <= _KNOWN_BYTES_MAX else _read(data)
+
+
+def _read(data: bytes) -> Properties:
+    reader = _Reader(data)
     found: dict[str, Any] = {}
     flags = _EXPIRATION  # until it is known to be absent
     try:
@@ -168,6 +178,9 @@ def read_properties(header: bytes) -> Properties:
         pass
     is_known = "expiration" in found or not flags & _EXPIRATION
     return Properties(**found, problem="" if is_known else "its properties end too early")
+
+
+_known: Final = lru_cache(_KNOWN_MAX)(_read)
 
 
 def _headers(table: bytes) -> dict[str, str | int]:
@@ -203,30 +216,34 @@ def read_arguments(layout: str, payload: bytes) -> list[Any]:
     Raises:
         MalformedFrame: The payload is too short.
     """
-    reader = _Reader(payload, 4)
     values: list[Any] = []
-    bits = left = 0
+    at, bits, left = 4, 0, 0
     try:
         for kind in layout:
             if kind == "b":
                 if not left:
-                    bits, left = reader.take(1)[0], 8
+                    bits, left = payload[at], 8
+                    at += 1
                 values.append(bool(bits & 1))
                 bits, left = bits >> 1, left - 1
                 continue
             left = 0
-            if kind == "s":
-                values.append(reader.short_text())
-            elif kind == "t":
-                values.append(reader.words())
+            if kind in _TEXTS:
+                start, at = at + 1, at + 1 + payload[at]
+                values.append(payload[start:at].decode("utf-8", _TEXTS[kind]))
             else:
-                values.append(reader.number(_NUMBERS[kind]))
-    except _Short:
+                number = _NUMBERS[kind]
+                values.append(number.unpack_from(payload, at)[0])
+                at += number.size
+    except (IndexError, struct.error):
+        at = len(payload) + 1
+    if at > len(payload):
         method = payload[:4].hex()
-        raise MalformedFrame(
-            f"method {method} of {len(payload)} bytes, {layout!r} expected"
-        ) from None
+        raise MalformedFrame(f"method {method} of {len(payload)} bytes, {layout!r} expected")
     return values
 
 
 _NUMBERS: Final = {"B": _U16, "l": _U32, "L": _U64}
+_TEXTS: Final = {"s": "surrogateescape", "t": "replace"}
+"""How a text is read that is no UTF-8: what names something stays distinct, see `_text`; what is
+for people to read may have been cut within a character."""

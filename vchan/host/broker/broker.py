@@ -227,11 +227,11 @@ class Broker:
 
     def ack(self, token: Token) -> None:
         """The broker may forget this message."""
-        self._submit(partial(self._settle, token, spec.Basic.Ack), token.vm, always=True)
+        self._submit(partial(self._dispose, token, spec.Basic.Ack), token.vm, always=True)
 
     def reject(self, token: Token) -> None:
         """The broker shall drop this message: it can never be delivered."""
-        self._submit(partial(self._settle, token, spec.Basic.Reject), token.vm, always=True)
+        self._submit(partial(self._dispose, token, spec.Basic.Reject), token.vm, always=True)
 
     def park_message(self, token: Token, queue: str, body: bytes, reason: str) -> None:
         """Put a message aside that breaks this daemon; `Parked` follows, unless `Released` does."""
@@ -355,10 +355,10 @@ class Broker:
             self._vms[vm] = VmQueues(self, vm)
         return self._vms[vm]
 
-    def _settle(self, token: Token, method: tuple[int, int]) -> None:
+    def _dispose(self, token: Token, method: tuple[int, int]) -> None:
         vm = self._vms.get(token.vm)
         if vm is not None:
-            vm.settle(token, method)
+            vm.dispose(token, method)
 
     def _park(self, token: Token, queue: str, body: bytes, reason: str) -> None:
         vm = self._vms.get(token.vm)

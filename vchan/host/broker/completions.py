@@ -15,7 +15,6 @@ Rules of this file
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, Protocol
@@ -32,9 +31,9 @@ LOT_MAX: Final = 256
 LOT_BYTES_MAX: Final = 1024 * 1024
 """Their replies, which count as not published until `Completed`. At it: the proof is asked for at
 once."""
-RETRY_S: Final = 1.0
+RETRY_S = 1.0
 """A reply that the broker did not confirm is published again after this."""
-REPLY_KEPT_S: Final = 60.0
+REPLY_KEPT_S = 60.0
 """A reply whose caller's queue is gone, or that the broker no longer asks for, is kept so long: a
 caller that lost its broker too makes its queue anew. oslo.messaging's own servers try as long
 (kombu_missing_consumer_retry_timeout). At it: the reply is given up, and counted."""
@@ -97,7 +96,8 @@ class Completions:
         self._replies: dict[bytes, _Completion] = {}  # not confirmed, in the order they came
         self._lot: list[_Completion] = []  # acknowledged; the proof is not asked for
         self._lot_bytes = 0
-        self._asked: deque[list[_Completion]] = deque()  # lots whose proof is under way
+        # A list: an empty deque takes 0.6 KiB.
+        self._asked: list[list[_Completion]] = []  # lots whose proof is under way
         self._settle_timer: Timer | None = None
         self._retry_timer: Timer | None = None
         self._told = ""  # why the broker does not take replies, by RepliesRefused
@@ -176,7 +176,7 @@ class Completions:
 
     def _proved(self) -> None:
         done = []
-        for completion in self._asked.popleft():
+        for completion in self._asked.pop(0):
             if not completion.waits_for_proof:
                 done.append(completion)
             elif completion.tokens:

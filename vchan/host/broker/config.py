@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from vchan.errors import ConfigError
 from vchan.host.config_files import DEFAULT, check_type, check_types, files_of, value
-from vchan.rpc.messages import DEFAULT_EXCHANGE
 
 LOG = logging.getLogger(__name__)
 
@@ -131,7 +130,6 @@ class BrokerConfig:
         retry_min_s, retry_max_s: Between attempts to connect, once all hosts have been tried.
         shuffle: Take the hosts in random order, not in the order given.
         prefetch: Unacknowledged messages per VM and queue.
-        default_exchange: oslo's control_exchange, for targets that name none.
     """
 
     hosts: tuple[BrokerHost, ...]
@@ -151,11 +149,10 @@ class BrokerConfig:
     retry_max_s: float = 30.0
     shuffle: bool = False
     prefetch: int = PREFETCH
-    default_exchange: str = DEFAULT_EXCHANGE
 
     @classmethod
     def from_oslo(cls, conf: Any) -> BrokerConfig:
-        """Read transport_url, control_exchange and [oslo_messaging_rabbit], as oslo.messaging does.
+        """Read transport_url and [oslo_messaging_rabbit], as oslo.messaging does.
 
         Options in the URL's query go before the file's. docs/broker.md says which are not read.
 
@@ -184,7 +181,6 @@ class BrokerConfig:
             retry_max_s=options.get("rabbit_interval_max", 30),
             shuffle=len(options.url.hosts) > 1,  # as oslo.messaging does, whatever the strategy
             prefetch=options.get("rabbit_qos_prefetch_count", 0) or PREFETCH,
-            default_exchange=options.default_exchange,
         )
 
 
@@ -211,7 +207,6 @@ class _OsloOptions:
         self._conf = conf
         known = [(self._GROUP, option) for option in self._options.values()]
         check_types(files_of(conf), known)
-        self.default_exchange: str = value(conf, DEFAULT, self._own["control_exchange"])
         self.url = read_url(value(conf, DEFAULT, self._own["transport_url"]), oslo_messaging, conf)
 
     def get(self, name: str, default: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
-from vchan.host.broker.amqp import AmqpChannel, Message, spec
+from vchan.host.broker.amqp import AmqpChannel, spec
+from vchan.host.broker.amqp_frames import properties
 
 EXPIRATION_MS_MAX: Final = 2**32 - 1
 """RabbitMQ's."""
@@ -44,20 +45,16 @@ class Confirms(Generic[T]):
         """
         number, self._next = self._next, self._next + 1
         self.waiting[number] = item
-        properties = {"message_id": str(number)} if numbered else {}
-        if expiration_ms is not None:
-            properties["expiration"] = str(min(expiration_ms, EXPIRATION_MS_MAX))
-        message = Message(
+        self.channel.publish(
+            address,
+            properties(
+                expiration=""
+                if expiration_ms is None
+                else str(min(expiration_ms, EXPIRATION_MS_MAX)),
+                message_id=str(number) if numbered else "",
+            ),
             body,
-            content_type="application/json",
-            content_encoding="utf-8",
-            delivery_mode=2,
-            priority=0,
-            application_headers={},
-            **properties,
-        )
-        self.channel.ask(
-            spec.Basic.Publish, "Bssbb", 0, *address, mandatory, False, content=message
+            mandatory=mandatory,
         )
 
     def is_returned(self, number: int) -> bool:
@@ -69,7 +66,7 @@ class Confirms(Generic[T]):
         if number in self.waiting:
             self._returned.add(number)
 
-    def settle(self, number: int, *, multiple: bool) -> Iterator[tuple[T, bool]]:
+    def confirm(self, number: int, *, multiple: bool) -> Iterator[tuple[T, bool]]:
         """What the broker confirms or refuses by this, in order, and whether it came back.
 
         Args:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from vchan.host.oslo_wire.downward_envelope import BrokerRequest
 from vchan.rpc.messages import Topic
@@ -12,8 +12,7 @@ BEGINNING_BYTES: Final = 48
 """Of a message that is dropped: for the log."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One delivery. `generation` is the run of the VM's channel that it came on."""
 
     vm: str
@@ -78,8 +77,7 @@ class Troubled:
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(NamedTuple):
     """A request for a VM. It is the broker's until `complete` or `park_message`.
 
     Args:
@@ -95,7 +93,7 @@ class Delivered:
     redelivered: bool
     returns: int = 0
     queue: str = ""
-    body: bytes = field(default=b"", repr=False)
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +133,7 @@ class Released:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(NamedTuple):
     """Nothing more is done for these requests.
 
     Args:

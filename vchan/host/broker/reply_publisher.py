@@ -87,7 +87,7 @@ class ReplyPublisher(Owner):
         method, args = inbound.method, inbound.args
         if method in (spec.Basic.Ack, spec.Basic.Nack):
             problem = "" if method == spec.Basic.Ack else "refused by the broker"
-            for reply, is_returned in confirms.settle(args[0], multiple=args[1]):
+            for reply, is_returned in confirms.confirm(args[0], multiple=args[1]):
                 self._done(reply, "returned" if is_returned else problem, gone=is_returned)
         elif method == spec.Basic.Return:
             assert inbound.content is not None

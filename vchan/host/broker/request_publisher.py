@@ -255,7 +255,7 @@ class Lane(Owner):
                 return
 
     def _confirmed(self, number: int, *, multiple: bool, ok: bool) -> None:
-        for outgoing, returned in self._confirms.settle(number, multiple=multiple):
+        for outgoing, returned in self._confirms.confirm(number, multiple=multiple):
             self._requests.confirmed(outgoing, ok=ok, returned=returned)
         self._requests.lane_progressed(self)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import fnmatch
 import hashlib
+import ipaddress
 import re
 import types
 import uuid as uuids
@@ -33,11 +34,12 @@ TARGET_NAME = "org.openstack.vchan.0"
 # have others (`alias_of`), for an alias can be given only once in a domain.
 ALIAS = "ua-vchan0"
 
-# libvirt's XML takes letters, digits, - and _ in an alias, however many.
 ALIAS_NAME_CHARS_MAX = 40
-
-# libvirt itself refuses XML over 10 MB; a domain with hundreds of devices stays below 200 kB.
+"""Of the channel's name in its alias: libvirt takes letters, digits, - and _ there, however many.
+At it: the rest is cut; a digest tells them apart."""
 XML_CHARS_MAX = 4 * 1024 * 1024
+"""Of a domain: libvirt itself refuses XML over 10 MB, and one with hundreds of devices stays below
+200 kB. At it: the domain counts as one that cannot be read."""
 
 NOVA_NAMESPACES = (
     "http://openstack.org/xmlns/libvirt/nova/1.1",
@@ -56,6 +58,10 @@ PROPERTY = "property"
 LABEL_KINDS = (EXTRA_SPEC, PROPERTY)
 """What nova writes of a server since its release 32 (2025.2): the flavor's extra specs, and those
 of the image's properties that nova knows. A label is called KIND:NAME."""
+
+ADDRESSES_MAX = 64
+"""Of one domain, fixed and floating. At it: the others are left out, and the domain is not found by
+them."""
 
 LABELS_MAX = 128
 """Of one domain. At it: the others are left out, and no rule matches them."""
@@ -90,8 +96,6 @@ class DomainFacts:
         incoming: Paused because a migration into this host is under way.
         outgoing: Paused because a migration to another host is switching over (or has).
         channel_path: The live channel's socket, None if there is no live channel.
-        guest_opened: Whether a guest process holds the port open; None where libvirt has not
-            heard. Up to one second late, and short flaps are never seen.
         has_controller: The live XML has a virtio-serial controller, so a channel can be plugged.
         configured: The channel is in the next-boot XML.
         persistent: There is next-boot XML.
@@ -101,6 +105,8 @@ class DomainFacts:
         note: What an operator should know of how this was read; '' if nothing.
         metadata: What nova wrote, by METADATA_KEYS; '' where it wrote nothing.
         labels: The same of LABEL_KINDS, by KIND:NAME; None: it has not, for it is too old.
+        addresses: That nova has given the server's ports, in their shortest form; of networks that
+            know nothing of each other, so others' servers may have the same.
     """
 
     uuid: str
@@ -109,7 +115,6 @@ class DomainFacts:
     incoming: bool = False
     outgoing: bool = False
     channel_path: str | None = None
-    guest_opened: bool | None = None
     has_controller: bool = False
     configured: bool = False
     persistent: bool = False
@@ -120,6 +125,7 @@ class DomainFacts:
         default_factory=lambda: types.MappingProxyType(dict.fromkeys(METADATA_KEYS, ""))
     )
     labels: Mapping[str, str] | None = None
+    addresses: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -142,12 +148,6 @@ class DomainFacts:
         """Of the channel that is to be connected to: none in rescue, for who is there is not who
         requests to the server are meant for."""
         return None if self.rescued else self.channel_path
-
-
-@dataclass(frozen=True, slots=True)
-class _Channel:
-    path: str | None
-    guest_opened: bool | None
 
 
 class ChannelElement(NamedTuple):
@@ -192,26 +192,23 @@ def domain_facts(
     root = _parse(current_xml)
     # The XML and the state were read one after the other: it is active if both say so.
     active = root.get("id") is not None and state is not DomainState.SHUTOFF
-    live_channel = _find_channel(root, target_name) if active else None
-    next_channel = (
-        _find_channel(_parse(next_boot_xml), target_name) if next_boot_xml is not None else None
-    )
+    next_root = None if next_boot_xml is None else _parse(next_boot_xml)
     return DomainFacts(
         uuid=_uuid(root),
         name=_required_text(root, "name"),
         state=state if active else DomainState.SHUTOFF,
         incoming=active and incoming,
         outgoing=active and outgoing,
-        channel_path=live_channel.path if live_channel else None,
-        guest_opened=live_channel.guest_opened if live_channel else None,
+        channel_path=_channel_path(root, target_name) if active else None,
         has_controller=active and _has_controller(root),
-        configured=next_channel is not None,
-        persistent=next_boot_xml is not None,
+        configured=next_root is not None and _find_element(next_root, target_name) is not None,
+        persistent=next_root is not None,
         has_own_port=_has_own_port(root),
         rescued=_is_rescued(root),
         note=note,
         metadata=_nova_metadata(root),
         labels=_nova_labels(root),
+        addresses=_nova_addresses(root),
     )
 
 
@@ -305,20 +302,13 @@ def _uuid(root: ElementTree.Element) -> str:
         raise DomainXmlError(f"domain XML has the uuid {text!r}: {error}") from error
 
 
-def _find_channel(root: ElementTree.Element, target_name: str) -> _Channel | None:
-    """The virtio channel of that name, of whatever type: the name can be given only once.
-
-    A channel that is not a listening unix socket has no path we could use.
-    """
+def _channel_path(root: ElementTree.Element, target_name: str) -> str | None:
+    """The channel's socket. One that is not a listening unix socket has none we could use."""
     channel = _find_element(root, target_name)
-    if channel is None:
+    if channel is None or channel.get("type") != "unix":
         return None
-    source, target = channel.find("source"), channel.find("target")
-    assert target is not None
-    path = None
-    if channel.get("type") == "unix" and source is not None and source.get("mode") == "bind":
-        path = source.get("path")
-    return _Channel(path=path, guest_opened=_guest_opened(target.get("state")))
+    source = channel.find("source")
+    return source.get("path") if source is not None and source.get("mode") == "bind" else None
 
 
 def _find_element(root: ElementTree.Element, target_name: str) -> ElementTree.Element | None:
@@ -329,10 +319,6 @@ def _find_element(root: ElementTree.Element, target_name: str) -> ElementTree.El
         if target.get("type") == "virtio" and target.get("name") == target_name:
             return channel
     return None
-
-
-def _guest_opened(state: str | None) -> bool | None:
-    return {"connected": True, "disconnected": False}.get(state or "")
 
 
 def _has_controller(root: ElementTree.Element) -> bool:
@@ -409,6 +395,22 @@ def _nova_labels(root: ElementTree.Element) -> Mapping[str, str] | None:
             if name and bytes_max <= LABEL_BYTES_MAX and len(labels) < LABELS_MAX:
                 labels[f"{kind}:{name}"] = value
     return types.MappingProxyType(labels)
+
+
+def _nova_addresses(root: ElementTree.Element) -> tuple[str, ...]:
+    found = _nova_instance(root)
+    if found is None:
+        return ()
+    instance, tag = found
+    addresses: dict[str, None] = {}
+    for element in instance.iterfind(f"{tag}ports/{tag}port/{tag}ip"):
+        try:
+            address = ipaddress.ip_address(element.get("address", ""))
+        except ValueError:
+            continue
+        if len(addresses) < ADDRESSES_MAX:
+            addresses[address.compressed] = None
+    return tuple(addresses)
 
 
 def _attribute(parent: ElementTree.Element, path: str, name: str) -> str:

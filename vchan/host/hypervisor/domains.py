@@ -42,6 +42,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from vchan.host.hypervisor.domain_xml import DomainFacts, DomainState, Selection
 
@@ -78,10 +79,11 @@ __all__ = [
     "Why",
 ]
 
-# A failed attach is tried again after this long, doubling up to the maximum: a domain that is busy
-# (migrating, say) is free within seconds, one that cannot take a channel stays so for hours.
-ATTACH_RETRY_MIN_S = 5.0
-ATTACH_RETRY_MAX_S = 300.0
+ATTACH_RETRY_MIN_S: Final = 5.0
+"""A failed attach is tried again after so long: a domain that is busy (migrating, say) is free
+within seconds."""
+ATTACH_RETRY_MAX_S: Final = 300.0
+"""It doubles up to this: a domain that cannot take a channel stays so for hours."""
 
 NO_CONTROLLER_CONFIGURED = (
     "the running VM has no virtio-serial controller, so its channel cannot be plugged in: "

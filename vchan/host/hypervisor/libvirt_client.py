@@ -68,46 +68,42 @@ except ImportError:
 LOG = logging.getLogger(__name__)
 
 
-# Missed events are rare (none were seen in testing), and reading a domain takes a millisecond.
-POLL_S = 30.0
-
-# libvirtd restarts within a second; one that is down for long should not be hammered.
-RECONNECT_MIN_S = 0.5
-RECONNECT_MAX_S = 10.0
-
-# A libvirtd that answers nothing for 5 x 5 s is taken for dead.
-KEEPALIVE_INTERVAL_S = 5
-KEEPALIVE_COUNT = 5
-
-# After these a domain stops, mostly within 2 s. Until then (or until something else happens to it)
-# it is not read: libvirt lets the reader wait while it kills QEMU, and then says less than the
-# event will.
-ENDING_EVENTS = frozenset({DomainEvent.SUSPENDED_MIGRATED, DomainEvent.SHUTDOWN})
-ENDING_S = 5.0
-
-# A domain that could not be read is read again after this: what holds a lock gives it up by and by.
+POLL_S: Final = 30.0
+"""Every domain is read this often: missed events are rare (none were seen in testing), and reading
+a domain takes a millisecond."""
+RECONNECT_MIN_S: Final = 0.5
+"""libvirtd restarts within a second ..."""
+RECONNECT_MAX_S: Final = 10.0
+"""... and one that is down for long is asked no more often than this."""
+KEEPALIVE_INTERVAL_S: Final = 5
+"""How often libvirtd is asked whether it is there."""
+KEEPALIVE_COUNT: Final = 5
+"""Answers that may be missing. At it: libvirtd is taken for dead, and connected to anew."""
+ENDING_EVENTS: Final = frozenset({DomainEvent.SUSPENDED_MIGRATED, DomainEvent.SHUTDOWN})
+"""After these a domain stops, mostly within 2 s."""
+ENDING_S: Final = 5.0
+"""Until then, or until something else happens to it, it is not read: libvirt lets the reader wait
+while it kills QEMU, and then says less than the event will. At it: it is read."""
 UNREAD_RETRY_S: Final = 5.0
-"""A domain that could not be read is read again after so long. At it: it is read again."""
-
-# libvirt keeps texts as the bytes that it was given, and libvirt-python refuses those that are not
-# UTF-8, with all of them in its exception.
-NOT_UTF8 = (
+"""A domain that could not be read is read again after so long: what holds a lock gives it up by and
+by. At it: it is read again."""
+NOT_UTF8: Final = (
     "its name, title, description or metadata is not UTF-8, and was read with "
     "\N{REPLACEMENT CHARACTER} for what is not: see virsh desc, desc --title and metadata"
 )
-
-# Of what libvirt says when it quotes a domain's XML.
-REFUSAL_CHARS_MAX = 200
-
-# Attaches and detaches waiting; one per domain and kind, so a host would need as many VMs.
-COMMANDS_MAX = 2000
-
-# Kinds of failure at reading a domain that are remembered, each to be in the log once.
-FAULTS_MAX = 1000
-
-# How long stop() waits for a thread that is inside a libvirt call. The call ends when its
-# connection does, at the latest with the process.
-STOP_WAIT_S = 5.0
+"""libvirt keeps texts as the bytes that it was given, and libvirt-python refuses those that are not
+UTF-8, with all of them in its exception."""
+REFUSAL_CHARS_MAX: Final = 200
+"""Of what libvirt says when it quotes a domain's XML. At it: the rest is cut."""
+COMMANDS_MAX: Final = 2000
+"""Attaches and detaches that wait; one for each domain and kind, so a host would need as many VMs.
+At it: further ones are refused."""
+FAULTS_MAX: Final = 1000
+"""Kinds of failure at reading a domain that are remembered, each to be in the log once. At it: all
+are forgotten, and logged once more."""
+STOP_WAIT_S: Final = 5.0
+"""For a thread that is inside a libvirt call, when the daemon ends: the call ends when its
+connection does. At it: it ends with the process."""
 
 Post = Callable[[HypervisorEvent], None]
 
@@ -194,9 +190,11 @@ class Hypervisor:
     # --- callbacks of libvirt's event loop ---
 
     def _on_lifecycle(self, _conn: Any, domain: Any, kind: int, detail: int, _data: Any) -> None:
+        heard_s = monotonic()
         uuid, name = domain.UUIDString(), _text(domain.name)
+        event = _lifecycle_event(kind, detail)
+        LOG.debug("%s (%s): libvirt says at %.6f s: %s", name, uuid, heard_s, event.value)
         with self._wake:
-            event = _lifecycle_event(kind, detail)
             if self._following:
                 self._say(Happened(uuid, name, event))
             self._mark(uuid, delay_s=ENDING_S if event in ENDING_EVENTS else 0.0)
@@ -504,7 +502,7 @@ class _Worker:
     def _connected(self) -> Any:
         if self._conn is None or not self._conn.isAlive():
             self._disconnect()
-            self._conn = libvirt.open(self._uri)
+            self._conn = _open(self._uri)
             self._conn.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
         return self._conn
 
@@ -781,11 +779,21 @@ def _close_reason(reason: int) -> str:
 
 @contextmanager
 def _connection(uri: str) -> Iterator[Any]:
-    conn = libvirt.open(uri)
+    conn = _open(uri)
     try:
         yield conn
     finally:
         _close(conn)
+
+
+def _open(uri: str) -> Any:
+    """Connect; name and password, if libvirtd asks for them (SASL), are in libvirt's auth.conf.
+
+    libvirt looks there only for those who say that they could be asked. We are asked for what
+    is not there, and do not have it either.
+    """
+    credentials = [libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_PASSPHRASE]
+    return libvirt.openAuth(uri, [credentials, lambda *_: -1, None])
 
 
 def _close(conn: Any) -> None:

@@ -24,6 +24,7 @@ from contextlib import closing
 from functools import partial
 from http.client import HTTP_PORT, HTTPS_PORT, HTTPConnection, HTTPException
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -138,7 +139,7 @@ def fetch(service: Service, ask: HttpAsk, stamps: Mapping[str, str]) -> HttpAnsw
     Raises:
         ServiceFailure: There is no answer.
     """
-    deadline_s = Loop.time() + SERVICE_S
+    deadline_s = monotonic() + SERVICE_S
     try:
         with closing(_connect(service, deadline_s)) as connected:
             connection = _StreamConnection(service, _Stream(connected, deadline_s))
@@ -173,7 +174,7 @@ def _talk(
 
 
 def _left_s(deadline_s: float) -> float:
-    left_s = deadline_s - Loop.time()
+    left_s = deadline_s - monotonic()
     if left_s <= 0:
         raise TimeoutError
     return left_s

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, Protocol
 
-from vchan.client import HOST_TOPIC
 from vchan.errors import (
     BadBody,
     LimitExceeded,
@@ -35,6 +34,7 @@ from vchan.io.access import Access, Credentials
 from vchan.io.link import Link
 from vchan.io.local_socket import PEERS_MAX, takes_raw
 from vchan.io.loop import Alarm, Loop
+from vchan.programs.connection import HOST_TOPIC, OPEN_STREAMS
 from vchan.rpc.bodies import decode_invocation, encode_failure, encode_json
 from vchan.rpc.dispatcher import Dispatcher, Manner
 from vchan.rpc.in_flight import (
@@ -83,8 +83,6 @@ LOG = logging.getLogger(__name__)
 PATIENCE_MS: Final = 60_000
 """The time of a program's request that has none: there is no store here to keep it in. So a cast to
 a VM without an agent is refused at once."""
-OPEN_STREAMS: Final = "open_streams"
-"""The daemon's own method after which a connection carries byte streams into one VM."""
 ADMIN_METHODS: Final = frozenset({"attach", "detach", "release"})
 """The daemon's own methods that change something for others."""
 GRACE_S: Final = 0.5
@@ -120,8 +118,8 @@ class Streams(Protocol):
         """The next one for it, if there is one."""
 
     @property
-    def close(self) -> Callable[[], None]:
-        """The program is gone."""
+    def close(self) -> Callable[[bool], None]:
+        """The program is gone; whether it has closed its connection itself."""
 
 
 class Guests(Protocol):
@@ -167,6 +165,10 @@ def address_of(request: Request) -> Topic:
     if request.server and not request.flags & FANOUT:
         return Topic(request.exchange, f"{request.topic}.{request.server}")
     return request.target
+
+
+def _unserved(request: Request) -> str:
+    return f"no program on this host serves topic {request.exchange}/{request.topic}"
 
 
 def _refusal(request: Request, error: VchanError) -> HandedBack:
@@ -281,19 +283,19 @@ class LocalService:
         # So it knows that it is on a host: servers are told apart by name here.
         link.send(encode(Subscribe((Topic("", HOST_TOPIC),))), CONTROL)
 
-    def peer_closed(self, key: int) -> None:
+    def peer_closed(self, key: int, *, is_gone: bool = False) -> None:
         """A program went away: nobody waits for its calls, and others serve what it served. Its
         casts to others go on: it may be back in a moment, and ask again what became of them."""
         peer = self._peers.pop(key)
         if peer.streams is not None:
-            peer.streams.close()
+            peer.streams.close(is_gone)
         for request_id, cancel in list(peer.cancels.items()):
             if request_id not in peer.sent:
                 cancel()
             self._let_go(peer, request_id)
         if key in self._servers:
             self._servers.detach(key, self._loop.time())
-            self._servers.release(self._loop.time())
+            self._servers.hand_out(self._loop.time())
             self._wake()
 
     def peer_message(self, key: int, data: bytes) -> None:
@@ -330,7 +332,7 @@ class LocalService:
             topics = ", ".join(f"{topic.exchange}/{topic.name}" for topic in message.topics)
             self._log(f"local program {key} serves {topics or 'nothing'}")
             self._servers.subscribe(key, message.topics, now_s)
-        self._servers.release(now_s)
+        self._servers.hand_out(now_s)
 
     def _deliver(self, key: int, peer: _Peer, delivery: Delivery) -> None:
         match delivery:
@@ -384,7 +386,8 @@ class LocalService:
             try:
                 return self._guests.submit(request.server, request, told), False
             except NoSuchDomain as error:
-                problem = f"{error}, and no program here serves {request.topic} by that name"
+                topic = f"{request.exchange}/{request.topic}"
+                problem = f"{error}, and no program here serves {topic} by that name"
 
         def explained(outcome: Outcome, _: float) -> None:
             if problem and isinstance(outcome, HandedBack) and outcome.reason == NO_AGENT:
@@ -397,8 +400,8 @@ class LocalService:
             raise NoSuchDomain(problem)
         if self._guests.serving(request.target):
             vms = "VMs do: name one of them as its server, or fan out to all"
-            raise NoSuchAgent(f"no program on this host serves topic {request.topic}; {vms}")
-        raise NoSuchAgent(f"no program on this host serves topic {request.topic}")
+            raise NoSuchAgent(f"{_unserved(request)}; {vms}")
+        raise NoSuchAgent(_unserved(request))
 
     def _fan_out(self, request: Request, told: Callable[[Outcome], None]) -> Callable[[], None]:
         fanout = self._fanouts.get(request.id)
@@ -436,7 +439,7 @@ class LocalService:
         now_s = self._loop.time()
         if not self._servers.offer(request, address_of(request), lambda what, _: told(what), now_s):
             also = "no VM took it" if vms else "no VM does"
-            raise NoSuchAgent(f"no program on this host serves topic {request.topic}, and {also}")
+            raise NoSuchAgent(f"{_unserved(request)}, and {also}")
         return lambda: self._servers.cancel(request.id)
 
     def offer(
@@ -505,12 +508,12 @@ class LocalService:
                 now_s = self._loop.time()
                 peer.responder.answer(request.id, body, failed=failed, now_s=now_s, or_failure=True)
 
-        if not request.is_call:
-            peer.responder.take(request.id, self._loop.time())
-        elif request.flags & RAW:
+        if request.flags & RAW:
             text = f"the methods of {HOST_TOPIC} take JSON: use call, not call_raw"
             peer.responder.refuse(request.id, REFUSED, text)
             return
+        if not request.is_call:
+            peer.responder.take(request.id, self._loop.time())
         try:
             invocation = decode_invocation(request.body)
             self._check(peer.who, invocation.method)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vchan.client import HOST_TOPIC, Client
+from vchan.client import Client
 from vchan.errors import RemoteError
+from vchan.programs.connection import HOST_TOPIC
 
 
 class HostAnswers(NamedTuple):

@@ -260,17 +260,21 @@ def examine_rows(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     return findings
 
 
-def works(row: Mapping[str, Any]) -> Finding:
+def works(row: Mapping[str, Any], detail: Mapping[str, Any]) -> Finding:
     """What is said of a VM of which `examine_vm` says nothing.
 
     Args:
         row: One of what the daemon's method `list` returns.
+        detail: What its method `status` says of the VM.
     """
     if row["channel"] == "none":
         text = f"{row['domain']}, and has no channel"
         remedy = f"vchan attach {row['name']} gives it one, from its next start on at the latest"
         return Finding(Level.WARNING, row["name"], text, remedy)
     served = f"serves {', '.join(row['topics'])}" if row["topics"] else "serves no topic"
+    if rule := detail.get("mute_by"):
+        why = "no rule lets it say anything" if rule == _NO_RULE else rule
+        served += f"; not listened to: {why}"
     return Finding(Level.OK, row["name"], f"{row['domain']}, {row['channel']}, {served}")
 
 

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from vchan import __version__
-from vchan.client import HOST_SOCKET, HOST_TOPIC, Client
+from vchan import __version__, builds
+from vchan.client import Client
 from vchan.errors import VchanError
 from vchan.host.help_text import Parser
 from vchan.host.ops.deaths import Death, Deaths
+from vchan.programs.connection import HOST_SOCKET, HOST_TOPIC
 
 LOG = logging.getLogger("vchan-masakari")
 
@@ -154,7 +155,7 @@ def connect(cloud: str | None) -> SendNotification:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="vchan-masakari", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=f"vchan-masakari {__version__}")
+    parser.add_argument("--version", action="version", version=builds.version_line(parser.prog))
     parser.add_argument("--socket", default=HOST_SOCKET, help="vchan-host's [%(default)s]")
     parser.add_argument("--os-cloud", metavar="NAME", help="in clouds.yaml [OS_CLOUD]")
     parser.add_argument(

@@ -22,14 +22,14 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from typing import Any, Final
 
-from vchan import __version__
-from vchan.client import HOST_SOCKET
+from vchan import builds
 from vchan.errors import ConfigError, VchanError
 from vchan.host.faults import log_fault
 from vchan.host.help_text import Parser
 from vchan.host.ops.asking import ask
 from vchan.host.ops.status_page import POLICY, Look, page
 from vchan.io.streams import listen_unix
+from vchan.programs.connection import HOST_SOCKET
 
 LOG = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").partition(": ")[2],
         epilog="exit status: 0 ended by a signal; 2 wrong arguments, or it cannot listen there",
     )
-    parser.add_argument("--version", action="version", version=f"vchan-page {__version__}")
+    parser.add_argument("--version", action="version", version=builds.version_line(parser.prog))
     parser.add_argument(
         "--listen",
         metavar="ADDRESS:PORT|unix:PATH",

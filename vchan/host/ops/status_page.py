@@ -17,6 +17,7 @@ from xml.etree.ElementTree import Element, tostring
 from vchan import __version__
 from vchan.host.ops.asking import HostAnswers
 from vchan.host.ops.doctor import Finding, Level, examine_daemon, examine_rows, examine_vm
+from vchan.session import printable
 
 REFRESH_S: Final = 10
 """From one look of a browser at the page to its next."""
@@ -27,10 +28,12 @@ TEXT_CHARS_MAX: Final = 300
 """Of any one word of others on the page: a reason may hold a message. At it: the rest is cut."""
 TOPICS_MAX: Final = 8
 """Topics that a VM's row names. At it: the row says how many more there are."""
+ADDRESSES_MAX: Final = 4
+"""Addresses of a guest that its row has. At it: the row says how many more there are."""
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --line: #8886; --soft: #888; }
-body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em auto; max-width: 84em; padding: 0 1em; }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em auto; max-width: 99em; padding: 0 1em; }
 h1 { font-size: 1.5em; margin: 1em 0 .2em; } h2 { font-size: 1.1em; margin: 1.4em 0 .3em; }
 p { margin: .2em 0; } .soft { color: var(--soft); }
 ul.parts, ul.numbers { display: flex; flex-wrap: wrap; gap: .5em; list-style: none; margin: .6em 0;
@@ -46,6 +49,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 .mark { border-radius: .3em; padding: .05em .5em; white-space: nowrap; color: #fff; }
 .ok { background: #28713a; } .warning { background: #8f5a00; } .problem { background: #b3261e; }
 .none { background: #666; }
+td.guest { min-width: 16em; }
 code { font-size: .8em; white-space: nowrap; }
 """
 _STYLE_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
@@ -82,6 +86,7 @@ _NUMBERS: Final = (
 
 _MARKS: Final = {
     "ready": "ok",
+    "booting": "warning",
     "refused": "problem",
     "quarantined": "warning",
     "connecting": "warning",
@@ -234,6 +239,7 @@ def _vms(
         "name",
         "domain",
         "channel",
+        "guest, as it says",
         "topics",
         "in",
         "out",
@@ -277,18 +283,30 @@ def _vm(
         _element("td", _bdi(row["name"]), _element("br"), _element("code", _bdi(row["uuid"]))),
         _element("td", _bdi(row["domain"])),
         _element("td", _state(row["channel"])),
-        _element("td", *_topics(row["topics"])),
+        _element("td", *_guest(row.get("guest") or {}), {"class": "guest"}),
+        _element("td", *_listed(row["topics"], TOPICS_MAX)),
         *(_element("td", number, {"class": "number"}) for number in numbers),
         _element("td", _bdi(row["problem"] or "")),
     )
 
 
-def _topics(topics: Sequence[str]) -> Iterable[Element | str]:
-    for number, topic in enumerate(topics[:TOPICS_MAX]):
+def _guest(guest: Mapping[str, Any]) -> Iterable[Element | str]:
+    """What it has reported of itself: its claim."""
+    if guest.get("phase"):
+        yield from (_state(guest["phase"]), " ")
+    if guest.get("os"):
+        yield _bdi(guest["os"])
+    if guest.get("addresses"):
+        yield _element("br")
+        yield from _listed(guest["addresses"], ADDRESSES_MAX)
+
+
+def _listed(words: Sequence[str], most: int) -> Iterable[Element | str]:
+    for number, word in enumerate(words[:most]):
         yield from ([", "] if number else [])
-        yield _bdi(topic)
-    if len(topics) > TOPICS_MAX:
-        yield f" and {len(topics) - TOPICS_MAX} more"
+        yield _bdi(word)
+    if len(words) > most:
+        yield f" and {len(words) - most} more"
 
 
 def _left_out(count: int, what: str) -> list[Element]:
@@ -320,7 +338,7 @@ def _bdi(text: object) -> Element:
     """A word of others: bounded, of printable characters, its writing direction its own affair."""
     said = str(text)
     cut = said if len(said) <= TEXT_CHARS_MAX else said[: TEXT_CHARS_MAX - 1] + "…"
-    return _element("bdi", "".join(c if c.isprintable() else "?" for c in cut))
+    return _element("bdi", printable(cut))
 
 
 def _mark(kind: str, text: str) -> Element:

@@ -17,7 +17,6 @@ import builtins
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +27,7 @@ from vchan.host.oslo_wire.envelope import (
     bounded_json,
     close_envelope,
     encode_json,
+    is_utf8,
     name_of,
     open_envelope,
     shortened,
@@ -82,6 +82,7 @@ CONTEXT_ALLOW: Final = frozenset(
 is_admin are nothing a guest could check, so it is better off without them."""
 CONTEXT_ALLOW_ALL: Final = frozenset({"*"})
 _CONTEXT_PREFIX: Final = "_context_"
+_PREFIX_CHARS: Final = len(_CONTEXT_PREFIX)
 _EXPIRATION: Final = re.compile("[0-9]{1,15}")
 _FAILURE_PARTS: Final[Mapping[str, type]] = {
     "message": str,
@@ -92,8 +93,7 @@ _FAILURE_PARTS: Final[Mapping[str, type]] = {
 """What a failure may have besides class and module."""
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerRequest:
+class BrokerRequest(NamedTuple):
     """A call, cast, fanout or notification, as it came from the broker.
 
     `id` is the same on every redelivery. `timeout_s` is the caller's whole timeout, counted from
@@ -143,8 +143,9 @@ def decode(body: bytes, *, expiration: str | None) -> BrokerRequest:
     """
     message = open_envelope(body)
     identity = _identity(message, body)
+    assert len(identity) == ID_BYTES, "the guest is sent so many"
     context = {
-        key.removeprefix(_CONTEXT_PREFIX): value
+        key[_PREFIX_CHARS:]: value
         for key, value in message.items()
         if key.startswith(_CONTEXT_PREFIX)
     }
@@ -153,7 +154,7 @@ def decode(body: bytes, *, expiration: str | None) -> BrokerRequest:
     msg_id, reply_q = name_of(message, "_msg_id"), name_of(message, "_reply_q")
     if (msg_id is None) != (reply_q is None):
         raise EnvelopeError("_msg_id and _reply_q: one without the other")
-    if reply_q is not None and any("\ud800" <= letter <= "\udfff" for letter in reply_q):
+    if reply_q is not None and not is_utf8(reply_q):
         # It would be published to on the channel that all VMs' replies share.
         raise EnvelopeError("_reply_q has a lone surrogate: no queue is called so")
     return BrokerRequest(
@@ -251,6 +252,7 @@ def encode_reply(
             result = bounded_json(result_json, "the agent's reply", RESULT_BYTES_MAX, most)
     except EnvelopeError as error:
         failure = make_failure("BadReply", "vchan.errors", str(error))
+    assert ending or failure is None, "who says that it works on a call has not failed at it"
     message = {"result": result, "failure": failure, "ending": ending, "_msg_id": msg_id}
     if unique_id:
         message["_unique_id"] = unique_id

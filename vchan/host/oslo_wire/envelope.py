@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from vchan.errors import VchanError
+from vchan.rpc.bodies import json_text
 from vchan.rpc.messages import NAME_BYTES_MAX
 
 REQUEST_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -27,9 +28,10 @@ some 1000, less what is on the stack already: what passes here must not break a 
 INT_DIGITS_MAX: Final = 309
 """Digits of an integer from a guest: as many as the largest float has. What they cost grows with
 their square."""
+_SHORT_CHARS: Final = NAME_BYTES_MAX // 4
+"""Characters of a name that has no more than NAME_BYTES_MAX bytes, whatever they are."""
 REASON_CHARS_MAX: Final = 200
 """What is wrong with a message, for the log: it may quote the message."""
-_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _ascii = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -57,7 +59,7 @@ def open_envelope(body: bytes) -> dict[str, Any]:
         raise EnvelopeError(f"oslo.version is {shortened(version)}: only 2.x is known")
     if not isinstance(text, str):
         raise EnvelopeError("oslo.message is not a string")
-    message = bounded_json(text.encode("utf-8", "surrogatepass"), "oslo.message")
+    message = _parse(text, "oslo.message")
     if not isinstance(message, dict):
         raise EnvelopeError("oslo.message is not a JSON object")
     return message
@@ -65,7 +67,8 @@ def open_envelope(body: bytes) -> dict[str, Any]:
 
 def close_envelope(message: Mapping[str, Any]) -> bytes:
     """The AMQP body that holds a message."""
-    return encode_json({"oslo.version": "2.0", "oslo.message": encode_json(message).decode()})
+    text = encode_json(message).decode()
+    return encode_json({"oslo.version": "2.0", "oslo.message": text})
 
 
 def name_of(message: Mapping[str, Any], key: str) -> str | None:
@@ -79,7 +82,7 @@ def name_of(message: Mapping[str, Any], key: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise EnvelopeError(f"{key} is {shortened(value)}, not a string")
-    if len(value.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
+    if len(value) > _SHORT_CHARS and len(value.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
         raise EnvelopeError(f"{key} is over {NAME_BYTES_MAX} bytes (NAME_BYTES_MAX)")
     return value
 
@@ -103,18 +106,41 @@ def bounded_json(
     try:
         # surrogatepass, because Python's own encoders write a lone surrogate that way.
         text = data.decode("utf-8", "surrogatepass")
-        is_plain = values_max is None or not _may_have_long_int(data)
-        value = json.loads(text) if is_plain else _decode_bounded(text)
+    except ValueError as error:
+        raise EnvelopeError(f"{what} is not JSON: {error}") from error
+    is_plain = values_max is None or not _may_have_long_int(data)
+    return _parse(text, what, _decode_json if is_plain else _decode_bounded)
+
+
+def _decode_json(text: str) -> Any:
+    """`json.loads` without what that looks for before, which takes as long again."""
+    text = text.strip(_WHITE)
+    value, end = _raw_decode(text)
+    if end != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
+
+
+def _parse(text: str, what: str, decode: Callable[[str], Any] = _decode_json) -> Any:
+    """JSON of a bounded depth.
+
+    Raises:
+        EnvelopeError: It is none.
+    """
+    try:
+        value = decode(text)
     except RecursionError as error:
         raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep") from error
     except ValueError as error:
         raise EnvelopeError(f"{what} is not JSON: {error}") from error
     # Cheap first: most messages have fewer brackets in all.
-    if data.count(b"[") + data.count(b"{") > DEPTH_MAX and _deeper_than(value, DEPTH_MAX):
+    if text.count("[") + text.count("{") > DEPTH_MAX and _deeper_than(value, DEPTH_MAX):
         raise EnvelopeError(f"{what} is nested over {DEPTH_MAX} deep")
     return value
 
 
+_raw_decode: Final = json.JSONDecoder().raw_decode
+_WHITE: Final = " \t\n\r"
 _DIGITS: Final = re.compile(rb"[0-9]{10}")
 
 
@@ -167,9 +193,20 @@ def _deeper_than(value: object, depth_max: int) -> bool:
 def encode_json(value: object) -> bytes:
     """Compact UTF-8 JSON, of what a parser made."""
     try:
-        return _compact.encode(value).encode()
+        return json_text(value).encode()
     except UnicodeEncodeError:  # a lone surrogate: UTF-8 cannot say it, an escape can
         return _ascii.encode(value).encode()
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it has no lone surrogate."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shortened(value: object) -> str:

@@ -27,11 +27,10 @@ from vchan.host.oslo_wire.envelope import (
 from vchan.host.oslo_wire.mail import own_queue
 from vchan.host.policy.rules import Ask, Kind
 from vchan.rpc import httpcall, reports
+from vchan.rpc.arguments import PRIORITIES
 from vchan.rpc.bodies import decode_raw, encode_raw
 from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request
 
-PRIORITIES: Final = frozenset({"audit", "debug", "info", "warn", "error", "critical", "sample"})
-"""What oslo.messaging's Notifier knows."""
 REPORT_EXCHANGE: Final = "vchan"
 """Of a report, for the policy: the topic is what is reported."""
 _KINDS: Final = CALL | FANOUT | NOTIFICATION
@@ -181,6 +180,7 @@ def publication(vm: str, request: Request, asked: Asked, context: Mapping[str, A
         context: The whole context, as the control side may see it.
     """
     ask = asked.ask
+    assert ask.kind in (Kind.CALL, Kind.CAST, Kind.NOTIFY), "the host itself serves the others"
     message: dict[str, Any] = {f"_context_{key}": value for key, value in context.items()}
     message["_unique_id"] = request.id.hex()
     if ask.kind is Kind.NOTIFY:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 
-from vchan.host.policy.audit_record import Record, Sampler, format_left_out, format_record
+from vchan.host.policy.audit_record import (
+    Record,
+    Sampler,
+    format_end,
+    format_left_out,
+    format_record,
+    unended,
+)
 from vchan.io.loop import Loop, Timer
 
 AUDIT_LOG: Final = "/var/log/vchan/audit.log"
@@ -18,6 +26,9 @@ STDERR: Final = "-"
 FILE_MODE: Final = 0o640
 REOPEN_S: Final = 5.0
 """A file that cannot be opened is tried again this often at most."""
+LAST_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Of the log's end, read at the start for streams that a killed daemon has begun: the lines of a
+day or more, and a twentieth of a second. At it: what began before has no end on record."""
 LEFT_OUT_S: Final = 10.0
 """Lines that were left out are told of within so long of the flood's end."""
 
@@ -49,6 +60,13 @@ class AuditLog:
         self._open_not_before_s = 0.0
         self._timer: Timer | None = None
         self._open()
+        self._end_begun()
+
+    def _end_begun(self) -> None:
+        """A daemon that was killed could not write how its streams ended."""
+        if self._fd >= 0 and self.path != STDERR:
+            for begun in unended(_last_lines(self.path), self._host):
+                self._append(format_end(begun, time=_time()))
 
     def write(self, record: Record, lines_per_s: float) -> None:
         """Log a decision, if its VM has not had too many lines lately."""
@@ -165,3 +183,14 @@ def _ends_with_newline(path: str, size: int) -> bool:
         return os.pread(fd, 1, size - 1) == b"\n"
     finally:
         os.close(fd)
+
+
+def _last_lines(path: str) -> Iterator[bytes]:
+    """None where it cannot be read. The first may be half a line."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return
+    with os.fdopen(fd, "rb") as file, suppress(OSError):
+        file.seek(max(0, os.fstat(fd).st_size - LAST_BYTES_MAX))
+        yield from file

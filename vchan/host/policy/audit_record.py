@@ -9,10 +9,10 @@ Rules of this file
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, NamedTuple
 
-from vchan.host.policy.rules import Ask, Facts, Verdict
+from vchan.host.policy.rules import Ask, Effect, Facts, Kind
 from vchan.host.policy.token_bucket import TokenBucket
 
 FIELD_CHARS_MAX: Final = 255
@@ -29,9 +29,12 @@ REFUSED: Final = "refused"
 """The verdict where not the policy but a limit decided."""
 ENDED: Final = "ended"
 """The verdict where a stream that was allowed has ended."""
+NO_END: Final = "the daemon that carried it was killed: how much it carried is not known"
+"""The reason of an end that the next daemon writes."""
 _ALWAYS: Final = frozenset({"vm", "name", "project", "bytes_in", "bytes_out"})
 """There even if empty: to be searched for."""
 _CUT: Final = "..."
+_FORWARD: Final = b'"kind": "forward"'
 _encode = json.JSONEncoder(separators=(", ", ": ")).encode
 
 
@@ -58,11 +61,6 @@ class Record(NamedTuple):
     by: str = ""
     into: int | None = None
     out_of: int | None = None
-
-
-def decision(facts: Facts, ask: Ask, verdict: Verdict, request_id: bytes = b"") -> Record:
-    """The record of the policy's verdict."""
-    return Record(facts, ask, verdict.effect.value, verdict.rule, request_id)
 
 
 def format_record(record: Record, *, time: str, host: str, left_out: int = 0) -> bytes:
@@ -107,13 +105,42 @@ def format_record(record: Record, *, time: str, host: str, left_out: int = 0) ->
         for name, value in fields.items()
         if value or name in _ALWAYS
     }
-    return _encode(shown).encode("ascii") + b"\n"
+    line = _encode(shown).encode("ascii")
+    assert b"\n" not in line, "whatever a guest has named, it writes no line of its own"
+    return line + b"\n"
 
 
 def format_left_out(facts: Facts, left_out: int, *, time: str, host: str) -> bytes:
     """The line that says how many were not written, where none comes that could say it."""
     record = Record(facts, None, "left out", "audit_lines_per_s")
     return format_record(record, time=time, host=host, left_out=left_out)
+
+
+def unended(lines: Iterable[bytes], host: str) -> list[dict[str, Any]]:
+    """The streams that this host's daemon has begun, by these lines of its log, and not ended."""
+    forward, begun = Kind.FORWARD.value, dict[str, dict[str, Any]]()
+    for line in lines:
+        if _FORWARD not in line:  # most of them; and to parse is slow
+            continue
+        try:
+            row = json.loads(line)
+            stream, verdict = row["request"], row["verdict"]
+            if row["host"] != host or row["kind"] != forward:
+                continue
+        except (ValueError, RecursionError, TypeError, LookupError):
+            continue  # half a line, or not ours
+        if verdict == Effect.ALLOW.value:
+            begun[stream] = row
+        elif verdict == ENDED:
+            begun.pop(stream, None)
+    return list(begun.values())
+
+
+def format_end(begun: dict[str, Any], *, time: str) -> bytes:
+    """The end of a stream that a daemon before this one has begun."""
+    kept = {name: value for name, value in begun.items() if name not in ("rule", "left_out")}
+    ended = {"time": time, "verdict": ENDED, "reason": NO_END}
+    return _encode({**kept, **ended}).encode("ascii") + b"\n"
 
 
 def _cut(text: str, chars_max: int) -> str:

@@ -24,6 +24,7 @@ from vchan.host.policy.rules import (
     ContextRule,
     Effect,
     Glob,
+    Kind,
     LimitRule,
     OwnRule,
     Policy,
@@ -61,6 +62,7 @@ def lint(policy: Policy) -> list[Suspicion]:
         *_owned_already(policy),
         *_said_already(policy.context_rules),
         *_everything(policy.rules),
+        *_services(policy.rules),
         *_everybody((*policy.limit_rules, *policy.own_rules, *policy.context_rules)),
         *_wide_contexts(policy.context_rules),
         *_unused_contexts(policy),
@@ -263,9 +265,40 @@ def _everything(rules: Sequence[Rule]) -> Iterator[Suspicion]:
         is_open = includes(rule.topic.text, "*") and includes(rule.exchange.text, "*")
         if opened and is_open and rule.effect is not Effect.DENY:
             verb = "allows" if rule.effect is Effect.ALLOW else "conducts"
+            which = "to every target" if opened == [Kind.FORWARD] else "on every topic"
             who = "" if rule.who else " for every VM"
-            text = f"{verb} {', '.join(opened)} on every topic{who}"
+            text = f"{verb} {', '.join(opened)} {which}{who}"
             yield Suspicion(rule.where, "everything", text)
+
+
+_SERVICES: Final = {"exec": "programs", "files": "files", "shell": "a shell"}
+"""The standard agent's, and what they are to the guest's owner."""
+
+
+def _services(rules: Sequence[Rule]) -> Iterator[Suspicion]:
+    """The standard agent's services that a forward's pattern lets in. Who names one means it, and
+    what an earlier line decides for all VMs of this one's is not this one's."""
+    forwards = [rule for rule in rules if Kind.FORWARD in rule.kinds]
+    for at, rule in enumerate(forwards):
+        is_named = not is_pattern(rule.topic.text)
+        if rule.effect is not Effect.ALLOW or is_named or not rule.exchange.matches("service"):
+            continue
+        let_in = [
+            name
+            for name in sorted(_SERVICES)
+            if rule.topic.matches(name)
+            and not any(_decides_before(earlier, rule, name) for earlier in forwards[:at])
+        ]
+        if let_in:
+            named = ", ".join(f"service:{name}" for name in let_in)
+            what = ", ".join(_SERVICES[name] for name in let_in)
+            text = f"includes {named}: {what} in the guest; if they are meant, name them"
+            yield Suspicion(rule.where, "service", text)
+
+
+def _decides_before(earlier: Rule, rule: Rule, service: str) -> bool:
+    is_meant = earlier.exchange.matches("service") and earlier.topic.matches(service)
+    return bool(is_meant) and _who_covers(earlier.who, rule.who)
 
 
 def _everybody(lines: Iterable[LimitRule | OwnRule | ContextRule]) -> Iterator[Suspicion]:

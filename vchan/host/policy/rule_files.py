@@ -12,13 +12,12 @@ from typing import Final
 from vchan.errors import ConfigError
 from vchan.host.policy.rule_parser import FILE_CHARS_MAX, FILES_MAX, PolicyError, parse
 from vchan.host.policy.rules import Policy
+from vchan.rpc.arguments import PRIORITIES
 
 POLICY_DIR: Final = "/etc/vchan/policy.d"
 SUFFIX: Final = ".policy"
 LISTEN_TOPICS: Final = "[vchan] listen_topics"
 LISTEN_NOTIFICATIONS: Final = "[vchan] listen_topics, for notifications"
-PRIORITIES: Final = ("audit", "debug", "info", "warn", "error", "critical", "sample")
-"""Of oslo.messaging's notifiers: what their messages' topics end with, TOPIC.PRIORITY."""
 """What stands for a file's name where a rule comes from that option."""
 
 _NAME: Final = re.compile(r"[0-9]{2}-[A-Za-z0-9][A-Za-z0-9._-]*\.policy")
@@ -66,7 +65,7 @@ def notification_rules(listen_topics: Sequence[str]) -> str:
         f"listen any {topic}.{priority} allow"
         for topic in listen_topics
         if not topic.endswith("*")
-        for priority in PRIORITIES
+        for priority in PRIORITIES  # what topics of notifications end with, TOPIC.PRIORITY
     )
 
 

@@ -4,7 +4,7 @@ Pure. A text that cannot be parsed whole is a `PolicyError`, and whoever has no 
 denies everything (`Policy.denying`).
 
     KIND[,KIND]  WHO...  TARGET...      allow | deny | conductor
-    forward      WHO...  any | tcp:PORT | unix:/PATH  allow | deny
+    forward      WHO...  any | tcp:PORT | unix:/PATH | service:NAME  allow | deny
     mode         WHO...  [TARGET...]    one-way-cast | one-way-call | cast | call
     limit        WHO...                 NAME=VALUE...
     own          WHO...  EXCHANGE/TOPIC
@@ -28,6 +28,7 @@ from vchan.host.policy.rules import (
     DIRECTIONS,
     FANOUT_SUFFIX,
     FORWARD_KINDS,
+    FORWARD_TARGETS,
     KINDS,
     LABEL_KINDS,
     MODES,
@@ -196,7 +197,7 @@ def _parse_forward(line: _Line, kinds: frozenset[str], who: tuple[tuple[str, Glo
     """Its targets are no topics, and it is a program on the host that asks."""
     if kinds != {Kind.FORWARD}:
         raise line.error("forward has targets of its own; expected it on a line of its own")
-    expected = "a target: any, tcp:PORT or unix:/PATH"
+    expected = f"a target: any, {FORWARD_TARGETS}"
     word = line.next(expected)
     target = {}
     if word != "any":
@@ -365,7 +366,7 @@ def _parse_limit(line: _Line) -> LimitRule:
         values[name] = _limit_value(line, name, text)
         word = line.peek()
         line.at += 1
-    return LimitRule(line.where, line.text, who, tuple(values.items()))
+    return LimitRule(line.where, who, tuple(values.items()))
 
 
 def _parse_own(line: _Line) -> OwnRule:

@@ -112,8 +112,9 @@ ANY_KINDS: Final = ("listen", "reply", "cast", FANOUT, "call", "notify", "http",
 the host may connect to what runs in guests."""
 KINDS: Final = (*ANY_KINDS, "forward")
 """The words for kinds, as rules have them."""
-FORWARD_KINDS: Final = ("tcp", "unix")
-"""Of a forward's targets: tcp:PORT, unix:/PATH."""
+FORWARD_KINDS: Final = ("tcp", "unix", "service")
+"""Of a forward's targets: tcp:PORT, unix:/PATH, service:NAME."""
+FORWARD_TARGETS: Final = "tcp:PORT, unix:/PATH or service:NAME"
 WITHOUT_METHOD: Final = frozenset({"listen", "reply", "report"})
 CONDUCTED: Final = frozenset({"cast", FANOUT, "call", "notify"})
 """What can be sent to the conductor in the target's place."""
@@ -243,7 +244,6 @@ class LimitRule:
     """A `limit` line: these limits for these VMs."""
 
     where: str
-    text: str
     who: tuple[tuple[str, Glob], ...]
     values: tuple[tuple[str, int], ...]
 
@@ -594,14 +594,14 @@ def forward_ask(target: str, values: Mapping[str, str] | None = None) -> Ask:
     """A program's wish to be connected to something in a guest.
 
     Args:
-        target: tcp:PORT or unix:/PATH.
+        target: tcp:PORT, unix:/PATH or service:NAME.
 
     Raises:
         ConfigError: It is none.
     """
     kind, _, name = target.partition(":")
     if kind not in FORWARD_KINDS or not name:
-        raise ConfigError(repr(target), "is no target of forward; expected tcp:PORT or unix:/PATH")
+        raise ConfigError(repr(target), f"is no target of forward; expected {FORWARD_TARGETS}")
     for key in values or ():
         raise ConfigError(f"{key}=", "a forward has none")
     return Ask(Kind.FORWARD, kind, name)

@@ -23,8 +23,8 @@ class TokenBucket:
     def take(self, amount: float, now_s: float) -> float:
         """Take them in any case; returns how many seconds to wait before more."""
         self._refill(now_s)
-        self._level -= amount
-        return max(0.0, -self._level / self.rate)
+        level = self._level = self._level - amount
+        return -level / self.rate if level < 0 else 0.0
 
     def try_take(self, amount: float, now_s: float) -> bool:
         """Take them if they are there."""
@@ -34,7 +34,13 @@ class TokenBucket:
         self._level -= amount
         return True
 
+    def reaches(self, level: float, now_s: float) -> float:
+        """In how many seconds it has so many, if nothing is taken: 0 if it has."""
+        self._refill(now_s)
+        return max(0.0, (level - self._level) / self.rate)
+
     def _refill(self, now_s: float) -> None:
         if now_s > self._at_s:
-            self._level = min(self.burst, self._level + (now_s - self._at_s) * self.rate)
+            level = self._level + (now_s - self._at_s) * self.rate
+            self._level = level if level < self.burst else self.burst
             self._at_s = now_s

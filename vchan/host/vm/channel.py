@@ -16,7 +16,7 @@ from vchan.errors import LinkError, Rejected
 from vchan.host.hypervisor.domains import Domain, Phase
 from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.clock import GuestClock
-from vchan.host.vm.downward import BrokerPort, Downward
+from vchan.host.vm.downward import MUTE, BrokerPort, Downward
 from vchan.host.vm.gate import Gate
 from vchan.host.vm.reports import Reports
 from vchan.host.vm.streams import VmStreams
@@ -24,12 +24,23 @@ from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import Offer
 from vchan.io.link import TURN_S, Link
 from vchan.io.loop import Alarm, Scheduler, Timer
+from vchan.io.steps import Steps
 from vchan.io.streams import Stream, connect_unix
 from vchan.rpc.in_flight import Outcome, earliest
-from vchan.rpc.messages import Request, Subscribe, Topic, encode
+from vchan.rpc.messages import (
+    Request,
+    Subscribe,
+    Topic,
+    encode,
+    is_outcome,
+    is_request,
+    is_subscribe,
+)
 from vchan.rpc.reports import TOPIC as REPORTS
 from vchan.session import (
+    ASK_TICK_S,
     BACKLOG_BYTES_MAX,
+    CHANNEL_ACK_DELAY_S,
     CONTROL,
     AnySession,
     Config,
@@ -37,6 +48,7 @@ from vchan.session import (
     Heard,
     Lost,
     Opened,
+    Peer,
     Received,
     Refused,
     Role,
@@ -47,11 +59,11 @@ from vchan.session import (
 )
 from vchan.streams.carrier import fill
 from vchan.streams.messages import is_of_family
-from vchan.wire.frames import BYTE_STREAMS, RAW_BODIES
+from vchan.wire.frames import BYTE_STREAMS, RAW_REQUESTS
 
-RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
+RECONNECT_S: Final[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 """Between attempts while libvirt says that the domain is there."""
-CURE_S: Final = (0.0, 10.0, 30.0, 60.0, 300.0)
+CURE_S: Final[tuple[float, ...]] = (0.0, 10.0, 30.0, 60.0, 300.0)
 """A silent channel is closed and connected anew: the one cure for QEMU's wedge. A guest without a
 daemon is silent too, so it is done ever more rarely."""
 SILENCE_S: Final = 4.0
@@ -66,6 +78,20 @@ NOBODY_ANSWERS: Final = "nobody answers: is vchan-guest installed and running in
 """Of a channel that is connected: or the VM is still booting, or QEMU lets another program in."""
 ABSENT_S: Final = 60.0
 """A guest that has been away so long leaves its requests to the broker."""
+
+TOLD: Final = "told to speak"
+GREETED: Final = "greeting said"
+OPENED: Final = "session open"
+TOPICS: Final = "topics heard"
+CONSUMING: Final = "consuming"
+DELIVERED: Final = "first request"
+SENT: Final = "sent to the guest"
+ANSWERED: Final = "answered"
+"""The steps of an arrival, in order: see `io.steps`."""
+HUSHED: Final = "hushed"
+HANDED_BACK: Final = "consumers closed"
+RELEASED: Final = "released"
+"""The steps of a departure."""
 
 
 class _Metered(NamedTuple):
@@ -105,6 +131,7 @@ class Home(NamedTuple):
         instance: Names this run of the daemon, and no other.
         context_allow: The context keys that may enter a guest.
         log: Told what an operator may want to know.
+        debug: Told what a programmer may.
         sets_time: Guests' clocks are set when they go on after they stood still.
     """
 
@@ -113,6 +140,7 @@ class Home(NamedTuple):
     context_allow: frozenset[str] = frozenset()
     log: Callable[[str], None] = lambda _: None
     sets_time: bool = False
+    debug: Callable[[str], None] = lambda _: None
 
 
 HandleMail = Callable[["Channel", Any, bytes, Callable[[], str | None]], str | None]
@@ -153,6 +181,11 @@ class Channel:
         self._handle_mail = handle_mail
         self._loop = loop
         self._log_line = home.log
+        named = f"{self.name} ({self.vm})"
+        self.arrival = Steps(loop, "arrival", ANSWERED, lambda line: home.debug(f"{named}: {line}"))
+        self.departure = Steps(
+            loop, "departure", RELEASED, lambda line: home.debug(f"{named}: {line}")
+        )
         self._end = end
         self.throttle = throttle or Throttle(Limits())
         self._tell_quarantine = quarantined
@@ -165,6 +198,8 @@ class Channel:
                 reassembly_bytes_max=self.throttle.limits.reassembly_bytes,
                 silence_s=SILENCE_S,
                 features=self._own_features,
+                ack_delay_s=CHANNEL_ACK_DELAY_S,
+                ask_tick_s=ASK_TICK_S,
             ),
             os.urandom,
         )
@@ -197,7 +232,10 @@ class Channel:
         self._reconnect_timer: Timer | None = None
         self._absent_timer: Timer | None = None
         self._alarm = Alarm(loop, self._timed_out)
+        self._timer_planned = False
+        self._is_over = False
         self._mail_timer: Timer | None = None
+        self._stream_timer: Timer | None = None  # until when byte streams wait
         self._mail_planned = False
         self._spoke_s: float | None = None
         self._heard_at_s: float | None = None
@@ -220,6 +258,8 @@ class Channel:
     def speak(self) -> None:
         """Begin the session, or go on after `hush`."""
         assert self._domain.phase is Phase.SERVING
+        self.departure.end()
+        self.arrival.begin(TOLD)
         if self._session.peer is not None:  # it was spoken with before
             self.downward.opened(resumed=True, now_s=self._loop.time())
             self.set_timer()
@@ -228,6 +268,7 @@ class Channel:
             self._plan_absence()
         if self._link is not None:
             self._link.speak()
+            self.arrival.reach(GREETED)
         elif self._reconnect_timer is None:
             self._open()
 
@@ -238,6 +279,8 @@ class Channel:
         running elsewhere for up to a quarter of a second.
         """
         assert self._domain.phase is Phase.LEAVING
+        self.arrival.end()
+        self.departure.begin(HUSHED)
         self.downward.suspend(self._loop.time())
         if self._link is not None:
             self._link.hush()
@@ -252,6 +295,8 @@ class Channel:
         be done whatever became of the others."""
         return (
             self._count_doubt,
+            self.arrival.end,
+            partial(self.departure.reach, RELEASED),
             self._cancel_timers,
             self._close_link,
             self.close_stream,
@@ -262,11 +307,13 @@ class Channel:
     def _own_features(self) -> int:
         """Streams towards a guest alone: two hosts' daemons would both wait for the other to
         accept."""
-        return RAW_BODIES | (BYTE_STREAMS if self._end.role is Role.HOST else 0)
+        return RAW_REQUESTS | (BYTE_STREAMS if self._end.role is Role.HOST else 0)
 
     def _cancel_timers(self) -> None:
+        self._is_over = True
         self._alarm.cancel()
-        for timer in (self._reconnect_timer, self._absent_timer, self._mail_timer):
+        timers = (self._reconnect_timer, self._absent_timer, self._mail_timer, self._stream_timer)
+        for timer in timers:
             if timer is not None:
                 timer.cancel()
 
@@ -349,14 +396,28 @@ class Channel:
     # ---------------------------------------------------------------- the session
 
     def _send(self, message: bytes, stream: int) -> None:
+        if self.arrival.is_under_way and is_request(message):
+            self.arrival.reach(SENT)
         if self._link is not None:
             self._link.send(message, stream)
         else:
             self._session.send(message, stream)
 
     def _refill(self) -> bool:
-        """What there is of byte streams for the guest, beside the requests."""
+        """What there is of byte streams for the guest, beside the requests: their bytes and their
+        acknowledgements wait while the guest is near a rate, so that it is never over one for
+        them, and its answers are read."""
+        if self._stream_timer is not None:
+            return False
+        wait_s = self.throttle.reserved(self._loop.time())
+        if wait_s > 0:
+            self._stream_timer = self._loop.call_later(wait_s, self._end_stream_wait)
+            return False
         return fill(self._session, self.streams.next_for_guest)
+
+    def _end_stream_wait(self) -> None:
+        self._stream_timer = None
+        self._wake_link()
 
     def _wake_link(self) -> None:
         if self._link is not None and self.streams.is_used:
@@ -379,30 +440,10 @@ class Channel:
                     self.first_answer_s, self._spoke_s = now_s - self._spoke_s, None
                 self.downward.receive(message, now_s)
                 self.set_timer()
+                if self.arrival.is_under_way:
+                    self._note_heard(message)
             case Opened(peer, resumed):
-                self._is_silent = False
-                self._heard_at_s = now_s
-                self._attempts = self._cures = 0
-                self._trouble = ""
-                self._cancel_absence()
-                before = f", last with {peer.attached}" if peer.attached else ""
-                kind = "session resumed" if resumed else "new session"
-                self._tell(f"{kind} with guest {peer.name!r}{before}")
-                if not resumed:
-                    self._told_topics = ()
-                    takes = peer.features & self._own_features & BYTE_STREAMS
-                    self.streams.guest_connected(takes_streams=bool(takes))
-                self.say_topics()
-                self.downward.opened(
-                    resumed=resumed,
-                    now_s=now_s,
-                    before=peer.attached,
-                    guest=peer.instance,
-                    takes_raw=peer.takes_raw,
-                )
-                if not resumed and peer.attached:  # it was restored, or has migrated
-                    self.went_on()
-                self.set_timer()
+                self._opened(peer, resumed, now_s)
             case Silent(for_s):
                 self._is_silent = True
                 self.downward.upward.silent()
@@ -424,6 +465,38 @@ class Channel:
                 self._trouble = f"refused{' by the guest' if by_peer else ''}: {reason}"
                 self._tell(self._trouble)
 
+    def _opened(self, peer: Peer, resumed: bool, now_s: float) -> None:
+        self.arrival.reach(OPENED)
+        self._is_silent = False
+        self._heard_at_s = now_s
+        self._attempts = self._cures = 0
+        self._trouble = ""
+        self._cancel_absence()
+        before = f", last with {peer.attached}" if peer.attached else ""
+        kind = "session resumed" if resumed else "new session"
+        self._tell(f"{kind} with guest {peer.name!r}{before}")
+        if not resumed:
+            self._told_topics = ()
+            takes = peer.features & self._own_features & BYTE_STREAMS
+            self.streams.guest_connected(takes_streams=bool(takes))
+        self.say_topics()
+        self.downward.opened(
+            resumed=resumed,
+            now_s=now_s,
+            before=peer.attached,
+            guest=peer.instance,
+            takes_raw=peer.takes_raw,
+        )
+        if not resumed and peer.attached:  # it was restored, or has migrated
+            self.went_on()
+        self.set_timer()
+
+    def _note_heard(self, message: bytes) -> None:
+        if is_subscribe(message):
+            self.arrival.reach(TOPICS)
+        elif is_outcome(message):
+            self.arrival.reach(ANSWERED, after=SENT)
+
     def _is_of_streams(self, message: bytes) -> bool:
         """Of a guest that may say nothing, not even these are heard."""
         return is_of_family(message) and self.streams.guest_takes and not self.downward.is_mute
@@ -438,9 +511,7 @@ class Channel:
             why = ": ".join(filter(None, (self.state, self.problem)))
             raise Rejected(f"{self.name}: no streams now: its channel is {why}")
         if self.downward.is_mute:
-            raise Rejected(
-                f"{self.name}: nothing that this VM says is heard, by this host's policy"
-            )
+            raise Rejected(f"{self.name}: {MUTE}: {self._gate.mute_by}")
         if not self.streams.guest_takes:
             raise Rejected(f"{self.name}: its vchan-guest takes no byte streams: upgrade it")
 
@@ -582,11 +653,16 @@ class Channel:
         return True
 
     @property
+    def _is_missed(self) -> bool:
+        """Whether a connection is needed and not there: QEMU closes the socket of who has left."""
+        return self._link is None and self._domain.phase is not Phase.LEAVING
+
+    @property
     def problem(self) -> str:
         """Why it does not work, or ""."""
         if self._quarantine_problem:
             return self._quarantine_problem
-        if self._link is None:
+        if self._is_missed:
             return self._trouble or "no attempt to connect has ended yet"
         if self._domain.phase is not Phase.SERVING or self._session.state is State.OPEN:
             return ""
@@ -594,16 +670,21 @@ class Channel:
 
     @property
     def _quarantine_problem(self) -> str:
-        now_s = self._loop.time()
-        until_s = self.throttle.breaker.quarantined_until(now_s)
-        if until_s is None:
-            return ""
-        return f"in quarantine for {until_s - now_s:.0f} s more: {self.throttle.breaker.reason}"
+        return self.throttle.breaker.problem(self._loop.time())
 
     # ---------------------------------------------------------------- time and state
 
     def set_timer(self) -> None:
-        """Keep one timer at or before the next timeout. Call it after using `downward`."""
+        """Keep one timer at or before the next timeout. Call it after using `downward`: the time is
+        looked for once, after all that is done in a turn."""
+        if not self._timer_planned:
+            self._timer_planned = True
+            self._loop.call_soon(self._set_timer)
+
+    def _set_timer(self) -> None:
+        self._timer_planned = False
+        if self._is_over:
+            return
         at_s = self.downward.next_timeout()
         if self.downward.waits_for_reception:
             at_s = earliest(at_s, self._loop.time() + RECEPTION_S)
@@ -638,7 +719,7 @@ class Channel:
         """One word for `vchan list`."""
         if self._quarantine_problem:
             return "quarantined"
-        if self._link is None:
+        if self._is_missed:
             return "connecting"
         if self._domain.phase is not Phase.SERVING:
             return str(self._domain.phase.value)

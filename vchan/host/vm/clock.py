@@ -10,7 +10,7 @@ from typing import Any, Final
 from vchan.errors import VchanError
 from vchan.rpc.bodies import decode_failure, decode_json, encode_invocation
 from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome
-from vchan.rpc.messages import AGENT_GONE, CALL, Request
+from vchan.rpc.messages import AGENT_GONE, CALL, GUEST_TOPIC, Request
 
 STEP_S: Final = 1.0
 """A smaller difference is left to the guest: to its NTP, if it has one."""
@@ -72,7 +72,7 @@ class GuestClock:
 
         body = encode_invocation(method, args)
         timeout_ms = int(ANSWER_S * 1000)
-        request = Request(os.urandom(16), CALL, timeout_ms, 0, "openstack", "vchan.guest", "", body)
+        request = Request(os.urandom(16), CALL, timeout_ms, 0, *GUEST_TOPIC, "", body)
         try:
             self._submit(request, heard)
         except VchanError as error:

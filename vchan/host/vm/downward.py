@@ -51,6 +51,7 @@ from vchan.rpc.in_flight import (
     Requester,
     Send,
     Taken,
+    doubted,
     earliest,
 )
 from vchan.rpc.messages import (
@@ -59,6 +60,7 @@ from vchan.rpc.messages import (
     EXPIRED,
     FANOUT,
     GUEST_TOPIC,
+    IN_PLACE,
     LOCAL,
     OUT_OF_TURN,
     REDELIVERED,
@@ -76,6 +78,7 @@ from vchan.rpc.messages import (
     decode,
     is_request,
     is_subscribe,
+    milliseconds,
 )
 from vchan.rpc.outcomes import Ran, ending_of
 
@@ -106,7 +109,8 @@ GUEST_TAKES_NO_RAW: Final = (
     "this VM's vchan-guest takes no raw bodies: upgrade it, or call with JSON"
 )
 DENIED_REPLY: Final = "the host's policy does not let this VM answer"
-MUTE: Final = "this VM is not listened to, by the host's policy or as its channel has no way back"
+MUTE: Final = "this VM is not listened to"
+"""Callers are told why, too. A guest is not: a host's policy is not its business."""
 
 _DROPPED: Final = {
     EXPIRED: "casts_expired",
@@ -160,6 +164,11 @@ class _Entry:
         self.fanout = False
         self.beat_s = float("-inf")  # when the next heartbeat may be published
 
+    @property
+    def is_call(self) -> bool:
+        """A service waits for its reply."""
+        return self.origin is not None and self.origin.is_call
+
 
 class _Answer(NamedTuple):
     """A call that is being completed.
@@ -205,7 +214,6 @@ class Downward:
         reports: Reports | None = None,
     ) -> None:
         self.vm = vm
-        self._send = send
         self._unread = unread
         self._tell = tell
         self._broker = broker
@@ -213,11 +221,13 @@ class Downward:
         self._context_allow = context_allow
         # The session carries both directions: `receive` hands on what belongs to the other.
         self.upward = Upward(vm, send, broker, gate, offer, host, unread, reports)
-        self._requester = Requester(send, repeat_flags=REDELIVERED | OUT_OF_TURN)
+        self._requester = Requester(send, marks_turns=True)
         self._guest = b""  # the run of its daemon that we talk to
         self._finished: dict[bytes, bytes] = {}  # as which run said; the oldest first
         self._entries: dict[bytes, _Entry] = {}
         self._answers: dict[bytes, _Answer] = {}  # with the broker's thread, which completes them
+        self._completing: set[bytes] = set()  # likewise, casts among them
+        self._left_over: set[bytes] = set()  # of these, what an earlier run of its daemon had
         self._awaited: set[bytes] = set()  # given back to the broker, to be handed out again
         self._bytes = 0  # of all entries and answers
         self._is_full = False  # the broker keeps what there is, until half of it is over
@@ -229,7 +239,7 @@ class Downward:
         self._confirmed: frozenset[Topic] = frozenset()  # what the broker says it has queues for
         self._consume_not_before_s = 0.0
         self._suspended = False
-        self._is_first_topics = True
+        self._is_new = True  # nothing was asked of the broker yet
         self._mute = False
         self._handing_back = False  # released, and the broker has not said so yet
         self._consume_at_s: float | None = None
@@ -295,24 +305,28 @@ class Downward:
         now_s: float,
         before: str = "",
         guest: bytes = b"",
-        takes_raw: bool = False,
+        takes_raw: int = 0,
     ) -> None:
         """The guest's session is open, or the guest speaks again after `suspend`.
 
         Args:
             before: The host that the guest had its last session with.
             guest: Names the run of the guest's daemon, unless `resumed`.
-            takes_raw: It takes RAW requests.
+            takes_raw: See `Peer.takes_raw`.
         """
+        self._begin()
         was_suspended, self._suspended = self._suspended, False
         self.upward.opened(resumed=resumed, now_s=now_s, before=before)
         self._mute = self._gate.is_mute
         if not resumed:
             is_known, self._guest = bool(guest) and guest == self._guest, guest
+            if not is_known:
+                self._left_over = set(self._completing)
             self._unheard = b""
             self._served.begin()
-            no_raw = "" if takes_raw else GUEST_TAKES_NO_RAW
-            self._requester.opened(now_s, is_known=is_known, no_raw=no_raw)
+            self._requester.opened(
+                now_s, is_known=is_known, takes_raw=takes_raw, no_raw=GUEST_TAKES_NO_RAW
+            )
         else:
             self._requester.resume(now_s)
             if was_suspended:
@@ -363,7 +377,7 @@ class Downward:
         match message:
             case Reply() | Receipt() | Returned():
                 for outcome in self._requester.receive(message):
-                    self._settle_outcome(outcome, now_s)
+                    self._note_outcome(outcome, now_s)
             case Subscribe(topics):
                 if self._served.name(topics, now_s):
                     self._on_judged(now_s)
@@ -390,11 +404,16 @@ class Downward:
     def _on_judged(self, now_s: float) -> None:
         if self._consumed - self.topics:
             self._consume_not_before_s = max(self._consume_not_before_s, now_s + WITHDRAW_S)
-        if self._is_first_topics:
-            # What was released before, for this VM, may still be on its way to us.
-            self._is_first_topics = False
-            self._release()
+        self._begin()
         self._consume_in_time(now_s)
+
+    def _begin(self) -> None:
+        """What was released before, for this VM, may still be on its way to us. That is found out
+        before anything is consumed: later it would close the channel that the VM's answers come
+        on."""
+        if self._is_new:
+            self._is_new = False
+            self._release()
 
     def _count_over_limit(self, topics: int) -> None:
         self.counters["topics_over_limit"] += topics
@@ -420,7 +439,7 @@ class Downward:
         """Of its topics, those that are no other VM's."""
         return frozenset(filter(self._gate.owns, self.topics))
 
-    def _settle_outcome(self, outcome: Outcome, now_s: float) -> None:
+    def _note_outcome(self, outcome: Outcome, now_s: float) -> None:
         entry = self._entries[outcome.id]
         entry.guest = self._guest
         if entry.local is not None:
@@ -434,7 +453,8 @@ class Downward:
                 self.counters["answered"] += 1
                 if not self._gate.may_reply(entry.topic):
                     self.counters["replies_denied"] += 1
-                    failed, body = True, encode_failure("BadReply", DENIED_REPLY)
+                    text = f"{DENIED_REPLY}: {self._gate.why_no_reply(entry.topic)}"
+                    failed, body = True, encode_failure("BadReply", text)
                 self._reply(request_id, entry, failed, body)
             case Heartbeat():
                 self._publish_heartbeat(entry, now_s)
@@ -443,7 +463,7 @@ class Downward:
                 self._handed_back(request_id, entry, reason, text, now_s)
             case Overdue(request_id):
                 self.counters["expired"] += 1
-                if entry.origin is not None and not entry.origin.is_call:
+                if not entry.is_call:
                     self._count_dropped(request_id, entry, "casts_expired", "its time is over")
                 self._finish(request_id)
 
@@ -466,14 +486,14 @@ class Downward:
     def _handed_back(
         self, request_id: bytes, entry: _Entry, reason: int, text: str, now_s: float
     ) -> None:
-        is_call = entry.origin is not None and entry.origin.is_call
+        is_call = entry.is_call
         if not is_call and reason not in COMES_AGAIN:
             counter = _DROPPED.get(reason, "casts_refused")
             why = f"{counter.removeprefix('casts_').replace('_', ' ')}: {text}"
             self._count_dropped(request_id, entry, counter, why)
         if reason == EXPIRED:
             self._finish(request_id)
-        elif entry.origin is not None and entry.origin.is_call:
+        elif is_call:
             ending = ending_of(reason)
             kind = ending.error.__name__
             if ending.ran is Ran.NO:
@@ -497,7 +517,7 @@ class Downward:
     ) -> None:
         """As `_refuse`, of what cannot be given to the guest; unless it was, before."""
         if redelivered:
-            failure = encode_failure("AgentGone", f"{text}; it may have run before")
+            failure = encode_failure("AgentGone", doubted(text))
             self._reply(request_id, entry, True, failure)
         else:
             self._refuse(request_id, entry, kind, text)
@@ -566,44 +586,63 @@ class Downward:
             return  # of a channel that is gone: taken now, it would overtake what comes before it
         if returns >= RETURNS_WARN:
             self._warn_of_returns(origin, returns)
-        entry = self._entries.get(origin.id)
-        if entry is not None:
+        if self._is_copy(token, origin.id):
             self.counters["redelivered"] += 1
-            entry.tokens += (token,)
-            self._awaited.discard(origin.id)
-            return
-        if self._is_over(origin.id):
-            self.counters["redelivered"] += 1
-            self._broker.complete(self.vm, origin.id, (token,))
             return
         if self._awaited and not redelivered:
             self._look_for_dropped(topic, fanout=fanout)
         flags = (FANOUT if fanout else 0) | (REDELIVERED if redelivered else 0)
+        if self._left_over and not redelivered:  # that may come behind this, at another host
+            flags |= OUT_OF_TURN
         request = self._make_request(origin, topic, flags)
         if not self._has_room(len(request.body)):
-            self.counters["held_up"] += 1
-            self._is_full = True
-            self._look_at_s = now_s + RETRY_S
-            self._release()  # keeps it in its place in the queue
+            self._hold_up(now_s)
             return
         self.counters["requests"] += 1
         entry = _Entry(topic, origin, None, len(request.body))
         entry.fanout = fanout
         entry.tokens = (token,)
         self._add(origin.id, entry)
-        was_sent = flags & REDELIVERED != 0
-        if self._mute and origin.is_call:
-            self._refuse_unsent(origin.id, entry, "Rejected", MUTE, was_sent)
+        self._pass_on(request, entry, now_s)
+
+    def _is_copy(self, token: Hashable, request_id: bytes) -> bool:
+        """Of a request that is not over, or is being completed, or was over for an earlier run of
+        the guest's daemon. Then it ends with that."""
+        assert self._broker is not None
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            entry.tokens += (token,)
+            self._awaited.discard(request_id)
+        elif self._is_over(request_id):
+            self._left_over.add(request_id)
+            self._broker.complete(self.vm, request_id, (token,))
+        else:
+            return False
+        return True
+
+    def _hold_up(self, now_s: float) -> None:
+        """Leave the broker what it has, in its place in the queue, until there is room."""
+        self.counters["held_up"] += 1
+        self._is_full = True
+        self._look_at_s = now_s + RETRY_S
+        self._release()
+
+    def _pass_on(self, request: Request, entry: _Entry, now_s: float) -> None:
+        """Send it to the guest, or refuse it. Raises as `delivered`."""
+        request_id, was_sent = request.id, request.flags & REDELIVERED != 0
+        if self._mute and request.is_call:
+            text = f"{MUTE}: {self._gate.why_no_reply(entry.topic)}"
+            self._refuse_unsent(request_id, entry, "Rejected", text, was_sent)
             return
         try:
             self._requester.submit(request, now_s)
         except LimitExceeded as error:
-            self._requester.forget(origin.id)
-            if origin.is_call:
-                self._refuse_unsent(origin.id, entry, "LimitExceeded", str(error), was_sent)
+            self._requester.forget(request_id)
+            if request.is_call:
+                self._refuse_unsent(request_id, entry, "LimitExceeded", str(error), was_sent)
             else:
-                self._count_dropped(origin.id, entry, "casts_too_large", str(error))
-                self._finish(origin.id)
+                self._count_dropped(request_id, entry, "casts_too_large", str(error))
+                self._finish(request_id)
             raise
 
     def _is_over(self, request_id: bytes) -> bool:
@@ -655,8 +694,8 @@ class Downward:
         return Request(
             origin.id,
             flags | CALL if origin.is_call else flags,
-            _milliseconds(origin.timeout_s),
-            _milliseconds(origin.monitor_timeout_s),
+            milliseconds(origin.timeout_s),
+            milliseconds(origin.monitor_timeout_s),
             topic.exchange,
             topic.name,
             self.vm,
@@ -691,6 +730,7 @@ class Downward:
         else:
             data = encode_reply(origin.msg_id, result_json=body, values_max=gate.limits.json_values)
         self._answers[request_id] = _Answer(len(data), entry.guest, has_not_run)
+        self._completing.add(request_id)
         self._bytes += len(data)
         reply = ReplyPublication(origin.reply_q, data, has_not_run)
         self._broker.complete(self.vm, request_id, self._drop(request_id).tokens, reply)
@@ -713,6 +753,7 @@ class Downward:
         entry = self._drop(request_id)
         self._remember(request_id, entry.guest)
         if entry.tokens:
+            self._completing.add(request_id)
             self._broker.complete(self.vm, request_id, entry.tokens)
 
     def _remember(self, request_id: bytes, guest: bytes) -> None:
@@ -733,6 +774,9 @@ class Downward:
                 self._bytes -= answer.size
                 if proven or not answer.has_not_run:  # else it comes again, and is decided anew
                     self._remember(request_id, answer.guest)
+        assert self._bytes >= 0 and (self._entries or self._answers or not self._bytes)
+        self._completing.difference_update(ids)
+        self._left_over.difference_update(ids)
         self._look_for_room()
         if proven:
             self._requester.settle(ids)
@@ -798,7 +842,7 @@ class Downward:
             Rejected: It is a call, and the VM may not answer; or RAW, and its daemon takes none.
         """
         if self._mute and request.is_call:
-            raise Rejected(MUTE)
+            raise Rejected(f"{MUTE}: {self._gate.why_no_reply(request.target)}")
         if self._local_open >= LOCAL_REQUESTS_MAX:
             limit = LOCAL_REQUESTS_MAX
             raise LimitExceeded("open local requests", limit + 1, limit, "LOCAL_REQUESTS_MAX")
@@ -810,7 +854,7 @@ class Downward:
             return
         is_repeat = request.flags & REDELIVERED  # of what a daemon before this one had
         request = request._replace(
-            flags=request.flags | (OUT_OF_TURN if is_repeat else LOCAL),
+            flags=request.flags & ~IN_PLACE | (OUT_OF_TURN if is_repeat else LOCAL),
             body=cut_context(request, partial(self._passing, request.target)),
         )
         size = len(request.body)
@@ -846,7 +890,7 @@ class Downward:
             for request_id in list(self._entries):
                 if self._requester.has_sent(request_id):
                     self._requester.forget(request_id)
-                    self._settle_outcome(Taken(request_id), now_s)
+                    self._note_outcome(Taken(request_id), now_s)
 
     # ---------------------------------------------------------------- the end
 
@@ -871,6 +915,8 @@ class Downward:
         self._served.clear()
         entries, self._entries = self._entries, {}
         self._answers.clear()
+        self._completing.clear()
+        self._left_over.clear()
         self._awaited.clear()
         self._local_open = self._bytes = 0
         self._is_full = False
@@ -895,7 +941,7 @@ class Downward:
     def handle_timeout(self, now_s: float) -> None:
         """Do what is due. Calling it early or late is harmless."""
         for outcome in self._requester.handle_timeout(now_s):
-            self._settle_outcome(outcome, now_s)
+            self._note_outcome(outcome, now_s)
         self.upward.handle_timeout(now_s)
         judge_at_s = self._served.judge_at_s
         if judge_at_s is not None and now_s >= judge_at_s and self._served.judge(now_s):
@@ -917,10 +963,3 @@ class Downward:
             "denied_topics": sorted(f"{t.exchange}/{t.name}" for t in self.denied),
             "from_guest": self.upward.summary(),
         }
-
-
-def _milliseconds(seconds: float | None) -> int:
-    """For the wire: 0 means none, so what is nearly over is 1."""
-    if seconds is None:
-        return 0
-    return int(min(max(1, seconds * 1000), 0xFFFFFFFF))  # a caller's may be beyond any int

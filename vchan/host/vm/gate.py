@@ -10,11 +10,24 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.oslo_wire.upward_envelope import Asked
 from vchan.host.policy.audit_record import Record
-from vchan.host.policy.rules import INTO, OUT_OF, Ask, Effect, Facts, Kind, Policy, Verdict
+from vchan.host.policy.rules import (
+    DEFAULT,
+    INTO,
+    OUT_OF,
+    Ask,
+    Effect,
+    Facts,
+    Kind,
+    Policy,
+    Verdict,
+)
 from vchan.host.policy.vm_limits import Limits
 from vchan.rpc.bodies import REDELIVERED_KEY
 from vchan.rpc.messages import DEFAULT_EXCHANGE, Request, Topic
 
+NO_WAY_BACK: Final = "the channel has no way back"
+ANY_TOPIC: Final = Topic(DEFAULT_EXCHANGE, "")
+"""That no rule for one topic matches: asked about in everybody's place."""
 LISTENS_MAX: Final = 512
 """Topics whose last decision is known: twice as many as a VM may ever serve."""
 CONDUCTOR_VERSION: Final = "1.0"
@@ -64,6 +77,10 @@ class Gate(Protocol):
         """Whether nothing that this VM says is listened to, not even what it serves."""
 
     @property
+    def mute_by(self) -> str:
+        """By which rule it is mute, or as its channel has no way back; "" if it is not."""
+
+    @property
     def given_topics(self) -> frozenset[Topic]:
         """What a mute VM serves: the policy's word, as its own does not count."""
 
@@ -75,6 +92,10 @@ class Gate(Protocol):
 
     def may_reply(self, topic: Topic) -> bool:
         """Whether what its agents answer is listened to."""
+
+    def why_no_reply(self, topic: Topic) -> str:
+        """Why what its agents answer is not listened to, for whose callers this is: by which rule
+        of which file."""
 
     def may_raise(self, module: str) -> bool:
         """Whether callers may rebuild exceptions of this module from what its agents answer."""
@@ -172,6 +193,13 @@ class VmGate:
         return self.is_one_way or not self._policy().may_speak(self.facts)
 
     @property
+    def mute_by(self) -> str:
+        """See `Gate`."""
+        if self.is_one_way:
+            return NO_WAY_BACK
+        return self._reply_verdict(ANY_TOPIC).rule if self.is_mute else ""
+
+    @property
     def given_topics(self) -> frozenset[Topic]:
         """See `Gate`."""
         named = self._policy().named_topics(self.facts)
@@ -192,11 +220,12 @@ class VmGate:
         """See `Gate`."""
         return self._policy().owns(self.facts, topic.exchange, topic.name)
 
-    def denials(self) -> dict[str, dict[str, str]]:
+    def denials(self) -> dict[str, Any]:
         """Which rule has denied what, for operators: topics that its agents would serve
-        (`denied_by`), and topics on which they would answer (`replies_denied_by`)."""
+        (`denied_by`), topics on which they would answer (`replies_denied_by`), and everything
+        (`mute_by`; "": it may say something)."""
         tables = {"denied_by": self._listens, "replies_denied_by": self._replies}
-        return {
+        found = {
             name: {
                 f"{topic.exchange}/{topic.name}": verdict.rule
                 for topic, verdict in table.items()
@@ -204,13 +233,26 @@ class VmGate:
             }
             for name, table in tables.items()
         }
+        return {**found, "mute_by": self.mute_by}
+
+    def why_no_reply(self, topic: Topic) -> str:
+        """See `Gate`. Not on record: nothing was said."""
+        if self.is_one_way:
+            return NO_WAY_BACK
+        rule = self._reply_verdict(topic).rule
+        who = "no rule allows" if rule == DEFAULT else f"{rule} denies"
+        return f"{who} reply {topic.exchange}/{topic.name}"
+
+    def _reply_verdict(self, topic: Topic) -> Verdict:
+        ask = Ask(Kind.REPLY, topic.exchange, topic.name, self.facts.uuid)
+        return self._policy().decide(self.facts, ask)
 
     def may_reply(self, topic: Topic) -> bool:
         """See `Gate`. On record only if not: those that may are as many as the calls."""
-        ask = Ask(Kind.REPLY, topic.exchange, topic.name, self.facts.uuid)
-        verdict = self._policy().decide(self.facts, ask)
+        verdict = self._reply_verdict(topic)
         if verdict.effect is not Effect.ALLOW:
             _remember(self._replies, topic, verdict)
+            ask = Ask(Kind.REPLY, topic.exchange, topic.name, self.facts.uuid)
             self._record(self.facts, ask, verdict, b"", "")
         elif self._replies:
             self._replies.pop(topic, None)
@@ -248,7 +290,7 @@ class VmGate:
         """See `Gate`."""
         verdict = self._policy().decide(self.facts, ask)
         if verdict.effect is not Effect.DENY:
-            verdict = Verdict(Effect.DENY, "the channel has no way back")
+            verdict = Verdict(Effect.DENY, NO_WAY_BACK)
         self._record(self.facts, ask, verdict, request_id, "nothing that this VM says is heard")
 
     def context(self, given: Mapping[str, Any], ask: Ask, *, redelivered: bool) -> dict[str, Any]:

@@ -28,9 +28,10 @@ NOTE_WAIT_S: Final = 5.0
 """How long after a VM's arrival what hosts before have written, or still write, is waited for: by
 all the hosts that it comes to together. It takes milliseconds; a host that cannot for so long is as
 good as gone. At it: what the guest sends again is published, and marked."""
-SETTLED_S: Final = 10.0
+SETTLED_S: Final = 12.0
 """By then the guest has sent again what it had sent to the hosts before. Its agents come back to a
-daemon that was restarted within a second or two."""
+daemon that was restarted within a second or two. A guest that stands still is found silent after
+10 s at the latest, and its time stops then: sooner than that this must not be over."""
 PAST_MAX: Final = NOTE_IDS_MAX
 """Ids that are remembered; the oldest go first."""
 CLOSED_MAX: Final = 4 * STAYS_MAX
@@ -74,6 +75,10 @@ class Handover:
         """Our own arrival has come back."""
         self.is_settled = False
         """Whatever was published before, the guest has sent again by now."""
+        self.may_lack_stays = False
+        """A host may have had the VM of which neither the queue tells, for the broker took nothing
+        then, nor the guest's daemon, for it is new. It has published nothing, but its programs may
+        have run what the guest sends again."""
         self.settled_s = 0.0
         self._read_until_s = 0.0
         self._began_s = 0.0
@@ -97,6 +102,7 @@ class Handover:
         self._before = before
         self._is_empty = True
         self.is_read = self.is_settled = False
+        self.may_lack_stays = len(self._ours) == 1 and not before
         self._began_s, self._read_until_s = now_s, now_s + NOTE_WAIT_S
         for awaited in self._open.values():
             awaited.until_s = now_s + NOTE_WAIT_S - awaited.waited_s
@@ -172,6 +178,7 @@ class Handover:
         """Wait no longer than is of use."""
         if self.stay and now_s >= self.settled_s:
             self.is_settled = True
+            self.may_lack_stays = False
             self._open.clear()
 
     # ---------------------------------------------------------------- what is known

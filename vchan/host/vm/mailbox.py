@@ -6,7 +6,6 @@ Pure: no I/O, no clock. Whoever owns it counts the time that `work` takes.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Hashable
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ class Mailbox:
         self.worked = 0
         """Bytes read, ever: each slice counts when it is read, so that it is paid for then."""
         self._paid = 0  # of the first message
-        self._waiting: deque[tuple[Hashable, bytes]] = deque()
+        self._waiting: list[tuple[Hashable, bytes]] = []  # a list: an empty deque takes 0.6 KiB
         self._reading: Generator[None, None, Letter] | None = None  # of the first of them
 
     def __len__(self) -> int:
@@ -52,7 +51,7 @@ class Mailbox:
     def drop(self, token: Hashable) -> None:
         """The first one is handled elsewhere. Harmless if it is another."""
         if self._waiting and self._waiting[0][0] == token:
-            _, body = self._waiting.popleft()
+            _, body = self._waiting.pop(0)
             self.bytes -= len(body)
             self._reading = None
             self._paid = 0
@@ -82,7 +81,7 @@ class Mailbox:
         self.worked += max(0, len(body) - self._paid)
         self._paid = 0
         self._reading = None
-        self._waiting.popleft()
+        self._waiting.pop(0)
         self.bytes -= len(body)
         assert self.bytes >= 0 and (self._waiting or not self.bytes)
         return Read(token, len(body), message, problem)

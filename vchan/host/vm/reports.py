@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from vchan.errors import VchanError
 from vchan.host.policy.token_bucket import TokenBucket
-from vchan.rpc.reports import AGENTS, ENDING, FACTS, METRICS, PHASE, PHASES, WHAT
+from vchan.rpc.reports import AGENTS, FACTS, METRICS, PHASE, PHASES, WHAT
+from vchan.session import printable
 
 VALUES_MAX: Final = 600
 """Values in one report, keys not counted: 64 units have four each, 32 addresses five. At it: the
@@ -51,21 +52,19 @@ class Reports:
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[dict[str, Any], float]] = {}
+        self._heard: set[str] = set()  # kinds of which services know what is kept
         self._rate = TokenBucket(REPORTS_PER_S, REPORTS_BURST)
 
-    def note(
-        self, what: str, args: Mapping[str, Any], now_s: float, *, again: bool = False
-    ) -> dict[str, Any] | None:
+    def note(self, what: str, args: Mapping[str, Any], now_s: float) -> dict[str, Any] | None:
         """Keep a report.
 
         Args:
             what: One of `WHAT`.
             args: As the guest sent them: any JSON.
-            again: It may have been noted before, and nobody know what came of it.
 
         Returns:
-            The report, if services are to hear of it: it differs from the last, and no other host
-            has heard it, as far as the guest says.
+            The report, if services are to hear of it: it is not what they have `heard`, and no
+            other host has told them, as far as the guest says.
 
         Raises:
             TooManyReports, BadReport: Nothing was kept.
@@ -81,11 +80,17 @@ class Reports:
         assert isinstance(kept, dict)
         if what == PHASE and kept.get("phase") not in PHASES:
             raise BadReport(f'expected "phase", one of {", ".join(PHASES)}')
-        before = self._kept.get(what)
+        if what not in self._kept or self._of(what) != kept:
+            self._heard.discard(what)
         self._kept[what] = (kept, now_s)
-        is_same = before is not None and before[0] == kept  # a new run of the guest's daemon
-        is_known = args.get("known") is True or (is_same and not again)
-        return None if is_known or what == METRICS else kept
+        if args.get("known") is True or what == METRICS:
+            self._heard.add(what)
+        return None if what in self._heard else kept
+
+    def heard(self, what: str, report: Mapping[str, Any]) -> None:
+        """Services have heard of a report; it may not be the last any more."""
+        if what in self._kept and self._of(what) == report:
+            self._heard.add(what)
 
     def shown(self, now_s: float) -> dict[str, Any]:
         """Everything, by kind, with how old each is: for `vchan facts`."""
@@ -106,11 +111,6 @@ class Reports:
             "addresses": list(_addresses(facts))[:ADDRESSES_SHOWN_MAX],
             "agents_failed": sorted(_failed_agents(self._of(AGENTS))),
         }
-
-    @property
-    def has_ended(self) -> bool:
-        """The guest's daemon said that it ends, and nothing since."""
-        return self._of(PHASE).get("phase") == ENDING
 
     def measured(self) -> dict[str, Any]:
         """Its metrics, as far as they are numbers that we know: for Prometheus."""
@@ -162,7 +162,7 @@ def _number(value: int | float) -> int | float:
 def _plain(text: str) -> str:
     if len(text) > TEXT_CHARS_MAX:
         raise BadReport(f"a text of {len(text)} characters; TEXT_CHARS_MAX is {TEXT_CHARS_MAX}")
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(text)
 
 
 def _text(value: object) -> str | None:

@@ -101,6 +101,7 @@ class ServedTopics:
         most = self._gate.limits.topics
         self._count_over_limit(max(0, len(allowed) - most))
         self.allowed = frozenset(allowed[:most])
+        assert self.allowed <= self._seen, "what is consumed was counted"
 
     def _admit(self, topic: Topic) -> bool:
         if not self._verdicts[topic]:

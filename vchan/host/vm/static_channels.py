@@ -20,7 +20,7 @@ from vchan.rpc.messages import DEFAULT_EXCHANGE, TOPICS_MAX, Topic
 from vchan.session import Role
 from vchan.session.oneway import Writer
 
-RECONNECT_S: Final = (0.02, 0.05, 0.1, 0.25)
+RECONNECT_S: Final[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.25)
 """Between looks for the other end. It costs next to nothing: a unix socket says at once."""
 LISTEN: Final = "listen"
 KINDS: Final = ("connect", LISTEN, "pipe")

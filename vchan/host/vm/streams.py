@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vchan.errors import ConfigError, Rejected
 from vchan.host.policy.audit_record import ENDED
@@ -45,6 +45,10 @@ REASONS: Final = {
 """Why a stream ended, in a word."""
 TEXT_CHARS_MAX: Final = 200
 """Of a guest's own word on that, on record. At it: the rest is cut."""
+FOR_CHARS_MAX: Final = 100
+"""Of a program's word for whom it asks. At it: the rest is cut."""
+HAS_ENDED: Final = "the program that opened it has ended"
+"""Said to guests, and on record."""
 
 
 class Program(NamedTuple):
@@ -76,6 +80,7 @@ class VmStreams:
         self._wake = wake
         self._board = Switchboard(self._judge)
         self._programs: dict[int, Program] = {}
+        self._direct: set[int] = set()  # who connect to the socket themselves: see `detach`
         self.guest_takes = False
         """The guest says so in its greeting: it may be sent messages of the family."""
         self.is_used = False
@@ -114,14 +119,22 @@ class VmStreams:
             raise Rejected(str(error)) from error
         verdict = self._gate.forward(ask)
         if verdict.effect is not Effect.ALLOW:
-            self._refuse(ask, verdict, b"", program)
+            self._refuse(ask, verdict, b"", _who(program))
             raise Rejected(_denial(target, verdict))
 
-    def detach(self, number: int) -> None:
-        """A program is gone, or goes on elsewhere."""
-        self._board.detach(number)
+    def detach(self, number: int, *, is_gone: bool = False) -> None:
+        """A program is gone, or goes on elsewhere.
+
+        Args:
+            is_gone: It has closed its connection itself. Then it has ended: it closes none while it
+                has streams. That is not so of one whose connection another process brings here
+                (`ssh -L`): it says another pid than the kernel does.
+        """
+        has_ended = is_gone and number in self._direct
+        self._board.detach(number, ended=HAS_ENDED if has_ended else "")
         self._settle()
         self._programs.pop(number, None)
+        self._direct.discard(number)
 
     def from_program(self, number: int, data: bytes) -> None:
         """Take a message of a program's."""
@@ -163,32 +176,39 @@ class VmStreams:
     # ---------------------------------------------------------------- what is allowed
 
     def _judge(self, number: int, opened: Open) -> Open | str:
-        """See `Judge`. The facts that a program gives of itself are not passed on."""
+        """See `Judge`. Of the facts that a program gives, for whom it asks is passed on."""
         program = self._programs[number]
         try:
             ask = forward_ask(opened.target)
         except ConfigError as error:
             return str(error)
+        if _facts(opened.facts).get("pid") == program.pid:
+            self._direct.add(number)
         verdict = self._gate.forward(ask)
         if verdict.effect is not Effect.ALLOW:
-            self._refuse(ask, verdict, opened.id, program)
+            self._refuse(ask, verdict, opened.id, _who(program, opened.facts))
             return _denial(opened.target, verdict)
-        facts = {"host": self._host, "uid": program.uid, "pid": program.pid}
+        facts: dict[str, str | int] = {
+            "host": self._host,
+            "uid": program.uid,
+            "pid": program.pid,
+        }
+        if for_whom := _for_whom(opened.facts):
+            facts["for"] = for_whom
         return opened._replace(facts=json.dumps(facts, separators=(",", ":")))
 
-    def _refuse(self, ask: Ask, verdict: Verdict, stream: bytes, program: Program) -> None:
+    def _refuse(self, ask: Ask, verdict: Verdict, stream: bytes, by: str) -> None:
         self.counters["streams_refused"] += 1
-        effect = verdict.effect.value
-        self._gate.streamed(StreamNote(ask, effect, verdict.rule, stream, _who(program)))
+        self._gate.streamed(StreamNote(ask, verdict.effect.value, verdict.rule, stream, by))
 
     # ---------------------------------------------------------------- what has happened
 
     def _settle(self) -> None:
         for event in self._board.take_events():
             match event:
-                case Began(stream, number, target):
+                case Began(stream, number, target, facts):
                     self.counters["streams"] += 1
-                    ask, by = _ask(target), _who(self._programs[number])
+                    ask, by = _ask(target), _who(self._programs[number], facts)
                     rule = self._gate.forward(ask).rule
                     self._gate.streamed(StreamNote(ask, Effect.ALLOW.value, rule, stream, by))
                 case Over():
@@ -202,7 +222,7 @@ class VmStreams:
         self.counters["streams_reset"] += bool(over.reason)
         self.counters["stream_bytes_in"] += over.down
         self.counters["stream_bytes_out"] += over.up
-        by = _who(self._programs[over.number])
+        by = _who(self._programs[over.number], over.facts)
         note = StreamNote(_ask(over.target), ENDED, "", over.id, by, _ending(over))
         self._gate.streamed(note._replace(into=over.down, out_of=over.up))
 
@@ -221,8 +241,26 @@ def _ask(target: str) -> Ask:
     return Ask(Kind.FORWARD, kind, name)
 
 
-def _who(program: Program) -> str:
-    return f"uid {program.uid}, pid {program.pid}"
+def _who(program: Program, facts: str = "") -> str:
+    """The kernel's word for the program; and its own, for whom it asks."""
+    for_whom = _for_whom(facts)
+    return f"uid {program.uid}, pid {program.pid}" + (f", for {for_whom}" if for_whom else "")
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """A program's."""
+    try:
+        read = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _for_whom(facts: str) -> str:
+    told = _facts(facts).get("for")
+    if not isinstance(told, str):
+        return ""
+    return "".join(c if " " <= c <= "~" else "?" for c in told[:FOR_CHARS_MAX])
 
 
 def _ending(over: Over) -> str:

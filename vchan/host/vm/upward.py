@@ -22,7 +22,7 @@ Rules of this file
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
 from itertools import pairwise
@@ -66,6 +66,7 @@ from vchan.rpc.in_flight import (
     Responder,
     Send,
     Taken,
+    doubted,
     earliest,
 )
 from vchan.rpc.messages import (
@@ -85,7 +86,6 @@ from vchan.rpc.messages import (
     encode,
     with_time_left,
 )
-from vchan.rpc.reports import TOPIC as REPORTS
 from vchan.session import CONTROL
 
 RETRY_S: Final = 1.0
@@ -133,7 +133,7 @@ class UpwardBrokerPort(Protocol):
         """Publish; `Upward.sent` comes with the id."""
 
     def listen_for_answers(self, vm: str) -> None:
-        """From now on `Upward.mail` brings what is in the VM's own queue."""
+        """From now on `Downward.mail` brings what is in the VM's own queue."""
 
     def ack(self, token: Any) -> None:
         """The broker may forget this message."""
@@ -158,6 +158,7 @@ class _Item:
         "conducted",
         "deadline_s",
         "doubtful",
+        "news",
         "number",
         "request",
         "state",
@@ -173,6 +174,7 @@ class _Item:
         self.deadline_s = deadline_of(request, now_s)
         self.state = _State.QUEUED
         self.doubtful = False  # it may have been published before
+        self.news: tuple[str, Mapping[str, Any]] | None = None  # of a report: its kind, and what
         self.bytes = len(request.body)
         self.cancel: Callable[[], None] | None = None
 
@@ -187,7 +189,12 @@ class _Item:
 
     def was_sent_before(self, number: int) -> bool:
         """The guest may have sent it to another host, too: it says so, or came after this one."""
-        return self.request.flags & REDELIVERED != 0 or self.number <= number
+        return self.is_repeated or self.number <= number
+
+    @property
+    def is_repeated(self) -> bool:
+        """The guest says so."""
+        return self.request.flags & REDELIVERED != 0
 
     def remaining(self, now_s: float) -> Request:
         """The request, with the time it has left."""
@@ -244,7 +251,7 @@ class Upward:
         self._room_at_s: float | None = None  # when to look whether there is room
         self._responder = Responder(send)
         self._items: dict[bytes, _Item] = {}
-        self._queue: deque[_Item] = deque()
+        self._queue: list[_Item] = []  # a list: an empty deque takes 0.6 KiB
         self._sending: OrderedDict[bytes, _Item] = OrderedDict()
         self._unsent: list[_Item] = []  # not confirmed: to go before the queue
         self._bytes = 0
@@ -358,13 +365,15 @@ class Upward:
             self._gate.refused(asked.ask, request.id, problem)
             self._give_back(request.id, BUSY, problem, maybe_ran=was_sent)
             return
+        news = None
         if asked.ask.kind is Kind.REPORT:
             told = self._note_report(request, asked, now_s)
             if told is None:
                 return
-            asked = told
+            news, asked = (asked.ask.topic, told[0]), told[1]
         number = self.counters["guest_requests"]
         item = _Item(number, request, asked, verdict.effect is Effect.CONDUCTOR, now_s)
+        item.news = news
         self._items[request.id] = item
         self._bytes += item.bytes
         self._calls += request.is_call
@@ -372,13 +381,15 @@ class Upward:
         self._arrive()
         self._publish_next(now_s)
 
-    def _note_report(self, request: Request, asked: Asked, now_s: float) -> Asked | None:
-        """Keep what the guest tells of itself. Returns what is published of it, if anything is: it
-        is taken when the broker has it. What is not published may be told twice: the last word
-        counts."""
+    def _note_report(
+        self, request: Request, asked: Asked, now_s: float
+    ) -> tuple[Mapping[str, Any], Asked] | None:
+        """Keep what the guest tells of itself. Returns what is news of it and what is published of
+        that, if anything is: it is taken when the broker has it. What is not published may be told
+        twice: the last word counts."""
+        what = asked.ask.topic
         try:
-            again = request.flags & REDELIVERED != 0
-            news = self.reports.note(asked.ask.topic, asked.args, now_s, again=again)
+            news = self.reports.note(what, asked.args, now_s)
         except BadReport as error:
             self.counters["guest_refused"] += 1
             reason = BUSY if isinstance(error, TooManyReports) else REFUSED
@@ -388,10 +399,15 @@ class Upward:
         self.counters["guest_reports"] += 1
         notification = None
         if news is not None and self._broker is not None:
-            notification = self._gate.notification(asked.ask.topic, news, request.id)
-        if notification is None:
+            notification = self._gate.notification(what, news, request.id)
+        if news is None or notification is None:
             self._responder.take(request.id, now_s)
-        return notification
+            return None
+        if any(item.news == (what, news) for item in self._items.values()):
+            # Of a run of the guest's daemon before this one, which must not take it for told yet.
+            self._responder.give_back(request.id, BUSY, "the same was told, and waits to go on")
+            return None
+        return news, notification
 
     def turn_away(self, request: Request, text: str, now_s: float) -> None:
         """Refuse a request without a look at its body, and put that on record. One that was let
@@ -404,12 +420,12 @@ class Upward:
         self._gate.unheard(head(request), request_id)
         reason = REFUSED
         if request.flags & REDELIVERED:
-            reason, text = AGENT_GONE, f"{text}; it may have run before"
+            reason, text = AGENT_GONE, doubted(text)
         self._send(encode(Returned(request_id, reason, text)), CONTROL)
 
     def _give_back(self, request_id: bytes, reason: int, text: str, *, maybe_ran: bool) -> None:
         if maybe_ran:
-            reason, text = AGENT_GONE, f"{text}; it may have run before"
+            reason, text = AGENT_GONE, doubted(text)
         if reason == AGENT_GONE:
             self._history.remember(request_id, Past.GONE)
         self._responder.give_back(request_id, reason, text)
@@ -441,7 +457,7 @@ class Upward:
         if item.past is not None:
             self._history.remember(request_id, item.past)
         if item.state is _State.QUEUED:
-            self._queue = deque(other for other in self._queue if other is not item)
+            self._queue = [other for other in self._queue if other is not item]
             self._unsent = [other for other in self._unsent if other is not item]
         elif item.cancel is not None:
             item.cancel()
@@ -468,7 +484,7 @@ class Upward:
             if is_new and item.request.is_call and not self._has_room_for_call(now_s):
                 self._room_at_s = self._room_at_s or now_s + ROOM_S
                 return
-            self._queue.popleft()
+            self._queue.pop(0)
             if is_new:
                 is_unclear = past is Past.DOUBT or (is_again and not history.knows_all)
                 item.doubtful = item.doubtful or is_unclear
@@ -485,8 +501,7 @@ class Upward:
         """It was published before."""
         request_id = item.request.id
         if past is Past.TAKEN:
-            self._forget(request_id)
-            self._responder.take(request_id, now_s)
+            self._take(item, now_s)
         elif past is Past.GONE:
             self._forget(request_id)
             text = "it was sent before, and what came of it is not known any more"
@@ -512,8 +527,7 @@ class Upward:
         if removed:
             self.counters["guest_context_keys_removed"] += len(removed)
             self._gate.removed(OUT_OF, Topic(ask.exchange, ask.topic), removed)
-        is_report = request.target == REPORTS
-        if not (item.conducted or is_report) and self._give_to_local(item, request, context):
+        if not (item.conducted or item.news) and self._give_to_local(item, request):
             return
         if item.asked.ask.kind is Kind.HTTP or self._broker is None:
             text = f"this host does not serve {describe(item.asked.ask)}"
@@ -539,8 +553,11 @@ class Upward:
         self._sending[request.id] = item
         self._broker.publish_request(self.vm, request.id, made)
 
-    def _give_to_local(self, item: _Item, request: Request, context: Mapping[str, Any]) -> bool:
+    def _give_to_local(self, item: _Item, request: Request) -> bool:
         request_id = request.id
+        # Another host's program may have run it though its broker, which was away, tells nothing.
+        is_again = item.doubtful or (item.is_repeated and self._history.may_lack_stays)
+        context = self._gate.context(item.asked.context, item.asked.ask, redelivered=is_again)
         item.state = _State.LOCAL  # before the offer: the answer may come in it
         item.cancel = self._offer(
             request._replace(body=rebuilt_body(request, item.asked, context)),
@@ -579,7 +596,7 @@ class Upward:
             return
         if self._unsent:
             self._unsent.sort(key=lambda item: item.number)
-            self._queue.extendleft(reversed(self._unsent))
+            self._queue[:0] = self._unsent
             self._unsent = []
             assert all(one.number < next_.number for one, next_ in pairwise(self._queue))
             self._retry_at_s = now_s + RETRY_S
@@ -592,6 +609,9 @@ class Upward:
         request_id = item.request.id
         if unroutable:
             self.counters["guest_unroutable"] += 1
+            if item.news is not None:  # kept here; no service has ever listened for it
+                self._take(item, now_s)
+                return
             self._forget(request_id)
             text = f"nobody serves {describe(item.asked.ask)}"
             self._give_back(request_id, NO_AGENT, text, maybe_ran=item.doubtful)
@@ -604,19 +624,16 @@ class Upward:
             if item.request.is_call:
                 self._wait_for_answer(item)
             else:
-                self._forget(request_id)
-                self._responder.take(request_id, now_s)
+                self._take(item, now_s)
+
+    def _take(self, item: _Item, now_s: float) -> None:
+        """A cast is over: whom it is for has it."""
+        if item.news is not None:
+            self.reports.heard(*item.news)
+        self._forget(item.request.id)
+        self._responder.take(item.request.id, now_s)
 
     # ---------------------------------------------------------------- answers
-
-    def mail(self, token: Hashable, body: bytes, now_s: float) -> str:
-        """Take a message of the VM's own queue. Returns what is wrong with it, or ""."""
-        assert not self.mailbox
-        self.mailbox.put(token, body)
-        problem = None
-        while problem is None:
-            problem = self.work(now_s)
-        return problem
 
     def work(self, now_s: float) -> str | None:
         """Read a slice of what is first in the mailbox. None: there is more of it; else what is
@@ -746,6 +763,7 @@ class Upward:
         self._held[request_id] = _Held(token, answer, now_s + HELD_S)
         if len(self._held) > HELD_MAX:
             self._drop_held()
+        assert len(self._held) <= HELD_MAX, "the broker gives no more until some are acknowledged"
 
     def _drop_held(self) -> None:
         """The oldest answer is the broker's no more."""

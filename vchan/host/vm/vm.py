@@ -38,7 +38,7 @@ from vchan.host.hypervisor.domains import (
 from vchan.host.oslo_wire.mail import own_queue
 from vchan.host.policy.rules import Facts
 from vchan.host.policy.vm_limits import Limits
-from vchan.host.vm.channel import Channel, End, Home
+from vchan.host.vm.channel import CONSUMING, DELIVERED, HANDED_BACK, Channel, End, Home
 from vchan.host.vm.downward import BrokerPort
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.reports import Reports
@@ -72,7 +72,7 @@ ChannelEvent = (
     | events.PublishResult
     | events.Mail
 )
-ENDINGS: Final = frozenset({Why.STOPPED, Why.FAILED})
+VM_ENDS: Final = frozenset({Why.STOPPED, Why.FAILED})
 """Of a VM, and of its byte streams with it. Otherwise it may go on elsewhere, or later."""
 VmEvent = ChannelEvent | events.Failed
 """What the broker says of one VM."""
@@ -107,12 +107,12 @@ class StreamsHandle(NamedTuple):
     Attributes:
         receive: Takes a message of the program's.
         next_message: The next one for it, if there is one.
-        close: It is gone.
+        close: It is gone; whether it has closed its connection itself.
     """
 
     receive: Callable[[bytes], None]
     next_message: Callable[[], bytes | None]
-    close: Callable[[], None]
+    close: Callable[[bool], None]
 
 
 class Refusals:
@@ -317,7 +317,7 @@ class HostedVm:
             case Hush():
                 self._enter(Channel.hush, None)
             case Release(_, why):
-                if why in ENDINGS:
+                if why in VM_ENDS:
                     self._enter(lambda channel: channel.streams.end(why.value), None)
                 self.release(why.value)
 
@@ -399,16 +399,16 @@ class HostedVm:
         return StreamsHandle(
             lambda data: self._enter(lambda each: each.streams.from_program(number, data), None),
             lambda: self._next_for_program(number),
-            lambda: self._close_streams(number),
+            lambda is_gone: self._close_streams(number, is_gone=is_gone),
         )
 
     def _next_for_program(self, number: int) -> bytes | None:
         none: bytes | None = None
         return self._enter(lambda channel: channel.streams.next_for_program(number), none)
 
-    def _close_streams(self, number: int) -> None:
+    def _close_streams(self, number: int, *, is_gone: bool = False) -> None:
         if self._programs.pop(number, None) is not None:
-            self._enter(lambda channel: channel.streams.detach(number), None)
+            self._enter(lambda each: each.streams.detach(number, is_gone=is_gone), None)
 
     def _send_away(self, reason: str) -> None:
         """Programs with byte streams find nothing here any more: they hear what there still is for
@@ -433,6 +433,7 @@ class HostedVm:
         now_s, downward = self._loop.time(), channel.downward
         match event:
             case events.Delivered():
+                channel.arrival.reach(DELIVERED)
                 self._deliver(channel, event)
             case events.Undecodable(_, token, reason, queue, beginning):
                 self._drop_undecodable(channel, queue, reason, beginning)
@@ -448,9 +449,11 @@ class HostedVm:
             case events.Released(_, reason):
                 LOG.info("%s (%s): consumers closed: %s", self.name, self.uuid, reason)
                 downward.released()
+                channel.departure.reach(HANDED_BACK)
             case events.Consuming(_, consumed):
                 downward.consuming(consumed)
                 if consumed:
+                    channel.arrival.reach(CONSUMING)
                     topics = ", ".join(sorted(topic.name for topic in consumed))
                     LOG.info("%s (%s): consuming %s", self.name, self.uuid, topics)
             case events.Completed(_, ids, proven):
@@ -577,11 +580,11 @@ class HostedVm:
         """Something in the VM's code failed, and is in the log: close the channel, for longer each
         time."""
         self._fault = fault
-        self._part.end()
-        self._send_away(f"vchan-host failed on it: {fault}")
-        self._give_up()
-        now_s = self._loop.time()
         reason = f"vchan-host failed on it: {fault}"
+        self._part.end()
+        self._send_away(reason)
+        self._give_up(reason)
+        now_s = self._loop.time()
         is_news = self._throttle.fault(reason, now_s)
         until_s = self._throttle.breaker.quarantined_until(now_s) or now_s
         if is_news:
@@ -595,11 +598,10 @@ class HostedVm:
         LOG.warning(text, self.name, self.uuid, for_s, reason, extra=ALWAYS)
         self._tell_quarantine(self.facts, reason)
 
-    def _give_up(self) -> None:
+    def _give_up(self, reason: str) -> None:
         """Take the channel apart as far as it works."""
         channel, self._channel = self._channel, None
         if channel is not None:
-            reason = f"vchan-host failed on it: {self._fault}"
             steps: list[Callable[[], None]] = [partial(self._count, channel), channel.close_stream]
             self._attempt(lambda: steps.extend(channel.steps_of_release(reason)))
             for step in steps:
@@ -659,11 +661,9 @@ class HostedVm:
 
     @property
     def _fault_problem(self) -> str:
-        until_s = self._throttle.breaker.quarantined_until(self._loop.time())
-        if self._channel is not None or until_s is None:
+        if self._channel is not None:
             return ""
-        left_s = until_s - self._loop.time()
-        return f"in quarantine for {left_s:.0f} s more: {self._throttle.breaker.reason}"
+        return self._throttle.breaker.problem(self._loop.time())
 
     @property
     def topics(self) -> frozenset[Topic]:
