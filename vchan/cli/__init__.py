@@ -7,6 +7,8 @@
     output        tables, JSON, CSV and lines: what fits the terminal, and cannot steer it
     host          the daemon at its socket; which VM a word means
     configuration the files that the daemon reads, as they are now
+    terminal      the operator's own, while a program in a VM has it
+    way           a command's byte streams into a VM, from daemon to daemon
     failures      what is said of an error, and with which exit status
 
 A module for each group of commands, each with `add_commands`, which `parser` calls:
@@ -15,6 +17,9 @@ A module for each group of commands, each with `add_commands`, which `parser` ca
     guests        facts, freeze, thaw
     requests      call, cast, ping
     forward       forward
+    programs      exec, shell
+    copies        cp; `progress` is the line that a terminal shows of it
+    proxy         proxy: a package, for it is a process that stays
     watching      top, watch: what changes; `changes` says what that is
     audit         log
     checks        doctor, policy

@@ -6,14 +6,13 @@ import argparse
 from typing import Any, Final
 
 from vchan.cli.output import FORMATS
-from vchan.client import HOST_SOCKET
+from vchan.programs.connection import HOST_SOCKET
+from vchan.rpc.arguments import TIMEOUT_S_MAX
 
 TIMEOUT_S: Final = 10.0
 """For an answer, unless --timeout says otherwise: a person waits."""
-TIMEOUT_S_MAX: Final = 86400
-"""The longest --timeout: a day is a slip of the hand."""
 
-VM: Final = "a VM: its name, its UUID, or the beginning of its UUID if no other VM has it"
+VM: Final = "a VM: its name, its UUID, or at least four characters of its UUID's beginning"
 DEFAULTS: Final = {
     "socket": HOST_SOCKET,
     "timeout": TIMEOUT_S,
@@ -40,7 +39,7 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= TIMEOUT_S_MAX:
-        limit = f"over 0 and at most {TIMEOUT_S_MAX}"
+        limit = f"over 0 and at most {TIMEOUT_S_MAX:g}"
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds {limit}")
     return value
 

@@ -15,8 +15,9 @@ from vchan.cli.failures import EXIT_FAILED, EXIT_OK, advice_of
 from vchan.cli.host import Host, connected, is_gone
 from vchan.cli.output import is_shaped, printable, say, show_record, show_rows, text_line
 from vchan.cli.values import pairs
-from vchan.client import EXCHANGE
 from vchan.errors import ConfigError, LinkError, RemoteError
+from vchan.programs.requests import EXCHANGE
+from vchan.rpc.reports import WHAT as REPORTS
 
 if TYPE_CHECKING:
     from vchan.host.ops.doctor import Finding
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 FINDING_COLUMNS: Final = ("level", "where", "text", "remedy")
 LINT_COLUMNS: Final = ("where", "code", "text")
-STEP_COLUMNS: Final = ("rule", "text", "mismatch")
 
 
 def add_commands(commands: Any) -> None:
@@ -66,14 +66,15 @@ def add_commands(commands: Any) -> None:
         "kind",
         nargs="?",
         metavar="KIND",
-        help="what is asked for: listen, reply, cast, fanout, call, notify, http or forward",
+        help="what is asked for: listen, reply, cast, fanout, call, notify, http, "
+        "report or forward",
     )
     check.add_argument(
         "target",
         nargs="?",
         metavar="TARGET",
-        help=f"of whom: TOPIC (of exchange {EXCHANGE}), or EXCHANGE/TOPIC; "
-        "of forward: tcp:PORT or unix:/PATH",
+        help=f"of whom: TOPIC (of exchange {EXCHANGE}), or EXCHANGE/TOPIC; of http: the service; "
+        f"of report: {', '.join(REPORTS)}; of forward: tcp:PORT, unix:/PATH or service:NAME",
     )
     check.add_argument(
         "details", nargs="*", metavar="KEY=VALUE", help="more of it: server, namespace, method"
@@ -146,7 +147,7 @@ def _examine_row(host: Host, row: dict[str, Any], *, is_all: bool) -> Iterator[F
     findings = examine_vm(row, detail)
     yield from findings
     if not findings and not is_all:
-        yield works(row)
+        yield works(row, detail)
 
 
 def _unreachable(error: LinkError) -> Finding:
@@ -242,9 +243,7 @@ def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
     from vchan.host.policy.rules import Effect, make_ask, make_facts
 
     facts = make_facts(pairs(options.vm.split(",") if options.vm else []))
-    target = options.target or ""
-    if target and "/" not in target and options.kind != "forward":
-        target = f"{EXCHANGE}/{target}"  # as agents and their callers have it
+    target = _whole_target(options.kind, options.target or "")
     ask = make_ask(options.kind, target, pairs(options.details))
     whose = (facts, ask.exchange, ask.topic)
     verdict, steps, contexts, keys = policy.explain(facts, ask)
@@ -252,11 +251,9 @@ def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
         {"rule": rule.where, "text": rule.text, "mismatch": str(why) if why else None}
         for rule, why in (*steps, *contexts)
     ]
-    if options.format == "json" and not options.columns:
+    if is_shaped(options):
         told = {"effect": verdict.effect, "rule": verdict.rule, "looked_at": rows}
         show_record(options, {**told, "owner": policy.owns(*whose), "context_keys": dict(keys)})
-    elif is_shaped(options):
-        show_rows(options, rows, STEP_COLUMNS)
     else:
         for step in (*steps, *contexts):
             text_line(printable(f"{step.rule.where}: {step.rule.text}"))
@@ -265,6 +262,26 @@ def _explain_request(policy: Policy, options: argparse.Namespace) -> int:
             text_line(f"passes of its context, besides the options' keys: {', '.join(keys)}")
         text_line(f"{verdict.effect}: {verdict.rule}")
     return EXIT_FAILED if verdict.effect is Effect.DENY else EXIT_OK
+
+
+def _whole_target(kind: str, target: str) -> str:
+    """EXCHANGE/TOPIC, as the daemon asks: a topic alone is of the exchange that such requests have.
+
+    Raises:
+        ConfigError: There are no such reports.
+    """
+    from vchan.host.oslo_wire.upward_envelope import REPORT_EXCHANGE
+    from vchan.host.policy.rules import Kind
+    from vchan.rpc.httpcall import TOPIC as HTTP
+
+    if kind == Kind.FORWARD:
+        return target
+    of_its_own: dict[str, str] = {Kind.HTTP: HTTP.exchange, Kind.REPORT: REPORT_EXCHANGE}
+    exchange = of_its_own.get(kind, EXCHANGE)
+    whole = f"{exchange}/{target}" if target and "/" not in target else target
+    if kind == Kind.REPORT and whole not in {f"{exchange}/{what}" for what in REPORTS}:
+        raise ConfigError(f"report {target!r}", f"expected {', '.join(REPORTS)}")
+    return whole
 
 
 def _said_of(step: Step) -> str:

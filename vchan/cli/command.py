@@ -45,7 +45,8 @@ def run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "vchan":
             raise
-        text = f"{options.command} needs {error.name}: pip install 'vchan[host]'"
+        extra = "dev" if options.command == "dev" else "host"
+        text = f"{options.command} needs {error.name}: pip install 'vchan[{extra}]'"
         output.say(f"{text}, or the package vchan-host")
         return EXIT_FAILED
     return status

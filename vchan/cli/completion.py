@@ -18,9 +18,12 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "VERDICT": ("allow", "deny", "conductor", "refused", "quarantine"),
 }
 """What may stand where an argument has this metavar."""
-FILES: Final = frozenset({"FILE", "PATH"})
+FILES: Final = frozenset({"FILE", "PATH", "SOURCE", "DESTINATION"})
 VMS: Final = "-f value -c name list"
 """What prints the names of a host's VMs, one a line."""
+DAEMON: Final = "--socket"
+"""The option that says which daemon is asked, for them too. Of its value, as it was typed, the
+shells' scripts take quotes, and a home directory for ~: nothing that is typed is run."""
 
 
 class Argument(NamedTuple):
@@ -51,21 +54,24 @@ class Command(NamedTuple):
 
 def commands(parser: argparse.ArgumentParser) -> list[Command]:
     """All commands, the whole one first."""
-    return [_command(" ".join(path), each) for path, each in walk(parser)]
+    words = {**WORDS, "COMMAND": tuple(commands_of(parser))}
+    return [_command(" ".join(path), each, words) for path, each in walk(parser)]
 
 
-def _command(path: str, parser: argparse.ArgumentParser) -> Command:
+def _command(
+    path: str, parser: argparse.ArgumentParser, known: Mapping[str, tuple[str, ...]]
+) -> Command:
     below = subcommands(parser)
-    arguments = [_argument(action) for action in parser._actions if action is not below]
+    arguments = [_argument(action, known) for action in parser._actions if action is not below]
     options = [each for each in arguments if each.names]
     return Command(path, options, [a for a in arguments if not a.names], commands_of(parser))
 
 
-def _argument(action: argparse.Action) -> Argument:
+def _argument(action: argparse.Action, known: Mapping[str, tuple[str, ...]]) -> Argument:
     value = "" if action.nargs == 0 else str(action.metavar or action.dest).upper()
-    words = tuple(map(str, action.choices)) if action.choices else WORDS.get(value, ())
+    words = tuple(map(str, action.choices)) if action.choices else known.get(value, ())
     text = str(action.help or "").replace("%(default)s", str(action.default))
-    return Argument(tuple(action.option_strings), value, words, text, action.nargs == "*")
+    return Argument(tuple(action.option_strings), value, words, text, action.nargs in ("*", "+"))
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
@@ -89,12 +95,21 @@ def _quoted(text: str) -> str:
 # ---------------------------------------------------------------- bash
 
 _BASH_END: Final = f"""\
+_vchan_vms()
+{{
+    local asked=() path=${{socket//[\\\\\\"\\']/}}
+    [[ $path != \\~/* ]] || path=$HOME/${{path:2}}
+    [[ ! $path ]] || asked=({DAEMON} "$path")
+    # compgen expands its words, and bash quotes none that it inserts.
+    "${{words[0]}}" "${{asked[@]}}" {VMS} 2>/dev/null | grep -x '[[:alnum:]_.:@+-]*'
+}}
+
 _vchan_complete()
 {{
     local IFS=$'\\n'
     case $1 in
-        VM) mapfile -t COMPREPLY < <(compgen -W "$("${{words[0]}}" {VMS} 2>/dev/null)" -- "$cur") ;;
-        FILE | PATH) _filedir ;;
+        VM) mapfile -t COMPREPLY < <(compgen -W "$(_vchan_vms)" -- "$cur") ;;
+        {" | ".join(sorted(FILES))}) _filedir ;;
         DIR) _filedir -d ;;
         WORDS) mapfile -t COMPREPLY < <(compgen -W "${{2// /$IFS}}" -- "$cur") ;;
     esac
@@ -102,11 +117,15 @@ _vchan_complete()
 
 _vchan()
 {{
-    local cur prev words cword i path='' count=0 options valued below operands value
+    local cur prev words cword i path='' count=0 options valued below operands value socket=''
     _init_completion -n = || return
     _vchan_facts ''
     for ((i = 1; i < cword; i++)); do
         if [[ ${{words[i]}} == -* ]]; then
+            case ${{words[i]}} in
+                {DAEMON}) socket=${{words[i + 1]}} ;;
+                {DAEMON}=*) socket=${{words[i]#*=}} ;;
+            esac
             [[ " $valued " != *" ${{words[i]}} "* ]] || ((i += 1))
         elif [[ " $below " == *" ${{words[i]}} "* ]]; then
             path="${{path:+$path }}${{words[i]}}"
@@ -165,13 +184,27 @@ def _bash_kind(argument: Argument) -> str:
 
 # ---------------------------------------------------------------- zsh
 
+_ZSH_DAEMON: Final = (
+    "    local socket=''",
+    "    local -a before",
+    "    before=($words[2,CURRENT-1])",
+    f"    local -i at=${{before[(I){DAEMON}(|=*)]}}",
+    "    if (( at )); then",
+    "        socket=${before[at]#*=}",
+    f"        [[ $before[at] != {DAEMON} ]] || socket=$before[at+1]",
+    "        socket=${${(Q)socket}/#\\~\\//$HOME/}",
+    "    fi",
+)
+"""The whole command, where no command below has taken its words from it yet."""
+
 
 def _zsh(every: list[Command]) -> Iterator[str]:
     yield f"""\
 _vchan_vms()
 {{
-    local -a vms
-    vms=(${{(f)"$(_call_program vms vchan {VMS} 2>/dev/null)"}})
+    local -a asked vms
+    [[ -z $socket ]] || asked=({DAEMON} ${{(q)socket}})  # _call_program has it read once more
+    vms=(${{(f)"$(_call_program vms vchan $asked {VMS} 2>/dev/null)"}})
     compadd -a vms
 }}
 """
@@ -179,10 +212,12 @@ _vchan_vms()
         yield f"{_zsh_name(command.path)}()\n{{"
         yield "    local curcontext=$curcontext state line"
         yield "    typeset -A opt_args"
+        yield from () if command.path else _ZSH_DAEMON
         yield "    _arguments -C -s -S \\"
         yield from (f"        {spec} \\" for each in command.options for spec in _zsh_option(each))
         if command.below:
-            yield "        ': :->command' '*:: :->rest'"
+            # (-): the options behind a command are that command's.
+            yield "        '(-): :->command' '(-)*:: :->rest'"
             yield from _zsh_below(command)
         else:
             yield from (f"        {_zsh_operand(each)} \\" for each in command.operands)
@@ -213,7 +248,8 @@ def _zsh_option(option: Argument) -> Iterator[str]:
     repeats = "*" if option.names == ("-c", "--column") else ""
     for name in option.names:
         after = f":{option.value}:{_zsh_kind(option)}" if option.value else ""
-        yield _quoted(f"{repeats}{name}[{text}]{after}")
+        joined = "=" if name.startswith("--") else "+"  # the value may be in the option's word
+        yield _quoted(f"{repeats}{name}{joined if after else ''}[{text}]{after}")
 
 
 def _zsh_operand(operand: Argument) -> str:
@@ -234,7 +270,20 @@ def _zsh_kind(argument: Argument) -> str:
 def _fish(every: list[Command]) -> Iterator[str]:
     yield f"""\
 function __vchan_vms
-    vchan {VMS} 2>/dev/null
+    set -l asked
+    set -l is_next 0
+    for word in (commandline -opc)[2..]
+        if test $is_next = 1
+            set asked {DAEMON} $word
+            set is_next 0
+        else if test "$word" = {DAEMON}
+            set is_next 1
+        else if string match -q -- '{DAEMON}=*' $word
+            set asked {DAEMON} (string replace -- {DAEMON}= '' $word)
+        end
+    end
+    test -z "$asked"; or set asked[2] (string replace -r '^~/' "$HOME/" -- $asked[2])
+    vchan $asked {VMS} 2>/dev/null
 end
 
 # Succeeds where the words so far lead to this command; with a number, after so many operands.

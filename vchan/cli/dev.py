@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from vchan.cli.failures import EXIT_OK
@@ -13,7 +14,7 @@ from vchan.cli.output import flush, text_line
 from vchan.cli.requests import show_result
 from vchan.cli.values import parse_values
 from vchan.client import Client
-from vchan.errors import ConfigError
+from vchan.errors import ConfigError, LinkDown
 from vchan.rpc.messages import GUEST_TOPIC
 
 TOPIC_LOOK_S: Final = 0.1
@@ -54,9 +55,10 @@ def add_commands(commands: Any) -> None:
         "--http", type=_port, default=0, metavar="PORT", help="run vchan-http, too, on this port"
     )
     run.add_argument("agent", metavar="AGENT", help="a file of Python's, or a command")
-    run.add_argument(
+    words = run.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="what the agent is given"
     )
+    words.required = False  # argparse takes it for an argument that must be there
     run.set_defaults(run=_run)
     requests = [
         actions.add_parser(name, help=f"a {name} to that agent", description=text)
@@ -94,13 +96,20 @@ def _run(options: argparse.Namespace) -> int:
     wanted = dev.Wanted(
         (options.agent, *options.words),
         options.dir or dev.default_directory(),
-        options.policy,
+        _directory("--policy", options.policy),
         tuple(options.watch),
         frozenset(options.accept),
         options.http,
         options.verbose,
     )
     return dev.run(wanted, _say)
+
+
+def _directory(option: str, path: str) -> str:
+    """Its absolute path; "" if none is given."""
+    if path and not Path(path).is_dir():
+        raise ConfigError(option, f"{path} is no directory")
+    return str(Path(path).absolute()) if path else ""
 
 
 def _say(text: str) -> None:
@@ -113,6 +122,10 @@ def _ask(options: argparse.Namespace) -> int:
 
     arguments = parse_values(options.args)
     socket = f"{options.dir or dev.default_directory()}/host.sock"
+    if not Path(socket).exists():
+        where = f" --dir {options.dir}" if options.dir else ""
+        hint = f"start one in another terminal: vchan dev run{where} AGENT"
+        raise LinkDown(socket, f"no vchan dev runs there; {hint}")
     with Client(socket) as client:
         host = Host(client, socket, options.timeout)
         topic = options.topic or _topic_of(host, dev.NAME, options.timeout)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from vchan.cli.output import OutputFailed, printable
-from vchan.client import HOST_SOCKET
 from vchan.errors import (
     CallTimeout,
     ConfigError,
@@ -20,6 +19,7 @@ from vchan.errors import (
     RemoteError,
     VchanError,
 )
+from vchan.programs.connection import HOST_SOCKET
 
 EXIT_OK: Final = 0
 """Done."""
@@ -31,6 +31,8 @@ EXIT_UNREACHABLE: Final = 3
 """The daemon cannot be reached."""
 EXIT_TIMEOUT: Final = 4
 """No answer in time: the method may have run."""
+EXIT_OURS: Final = 255
+"""Of exec and shell, as of ssh: there was no program, or nobody knows how it ended."""
 EXIT_INTERRUPTED: Final = 130
 """Ctrl-C, as shells count a process that signal 2 has ended."""
 
@@ -39,6 +41,7 @@ exit status: {EXIT_OK} done; {EXIT_FAILED} refused, not delivered, or the method
 {EXIT_USAGE} wrong arguments; {EXIT_UNREACHABLE} vchan-host cannot be reached;
 {EXIT_TIMEOUT} no answer in time: the method may have run; {EXIT_INTERRUPTED} interrupted
 doctor: {EXIT_FAILED} if there is a problem; policy check: {EXIT_FAILED} if the request is denied
+exec, shell: the program's own; 128 and the signal that ended it; {EXIT_OURS} if there was none
 """
 
 

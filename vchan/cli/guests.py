@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from vchan.cli.arguments import add_vm, seconds
 from vchan.cli.failures import EXIT_OK
 from vchan.cli.host import as_known, connected
-from vchan.cli.output import is_shaped, printable, show_record, text_line
+from vchan.cli.output import (
+    cell,
+    flat,
+    is_shaped,
+    printable,
+    say,
+    show_record,
+    text_line,
+)
 from vchan.rpc.messages import GUEST_TOPIC
 
+NOTHING_REPORTED: Final = (
+    "has reported nothing: the policy must allow report, option report in the guest as well, and "
+    "its vchan-guest must know how"
+)
 LEASE_S: Final = 10.0
 """File systems stand still for so long at most, unless --lease says otherwise."""
 
@@ -50,8 +63,38 @@ def add_commands(commands: Any) -> None:
 def _facts(options: argparse.Namespace) -> int:
     with connected(options) as host:
         status = host.status_of(options.vm)
-        show_record(options, host.ask("facts", vm=as_known(options.vm, status)))
+        told = host.ask("facts", vm=as_known(options.vm, status))
+    if is_shaped(options):
+        show_record(options, told)
+    elif not told:
+        say(printable(f"{options.vm} {NOTHING_REPORTED}"))
+    for what, report in () if is_shaped(options) else told.items():
+        for line in _facts_lines(what, report):
+            text_line(line)
     return EXIT_OK
+
+
+def _facts_lines(what: str, report: Mapping[str, Any]) -> Iterator[str]:
+    """A report, for people: what is a list has a line for each."""
+    fields = dict(report)
+    yield printable(f"{what}, {fields.pop('age_s', 0):.0f} s ago")
+    for name, value in flat(fields):
+        title = printable(f"{name.replace('_', ' ').replace('.', ' ')}:")
+        values = value if isinstance(value, list) else [value if value != {} else "none"]
+        for number, each in enumerate(values or ["none"]):
+            yield f"  {'' if number else title:20} {_said(each)}"
+
+
+def _said(value: Any) -> str:
+    """A value for people: an address as they write it, of all else that has fields each field."""
+    try:
+        return printable(f"{value['address']}/{value['prefix']} {value['interface']}")
+    except (TypeError, KeyError):
+        if not isinstance(value, dict):
+            return cell(value)
+    return ", ".join(
+        printable(f"{name.replace('_', ' ')} {cell(each)}") for name, each in value.items()
+    )
 
 
 def _freeze(options: argparse.Namespace) -> int:

@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from vchan.cli.output import printable, say
-from vchan.client import HOST_TOPIC, Client
+from vchan.client import Client
 from vchan.errors import CallTimeout, ConfigError, LinkDown, NoSuchDomain, RemoteError
+from vchan.programs.connection import HOST_TOPIC
 
 PREFIX_CHARS_MIN: Final = 4
 """Of a UUID's beginning: fewer are a slip of the hand, and soon another VM's too."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from vchan.errors import ConfigError, VchanError
+from vchan.session import printable as printable
 
 FORMATS: Final = ("table", "json", "value", "csv")
 GAP: Final = "  "
@@ -36,11 +37,6 @@ class OutputFailed(VchanError):
 
 
 # ---------------------------------------------------------------- text
-
-
-def printable(text: str) -> str:
-    """Without what could steer a terminal, or end the line."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
@@ -342,6 +338,23 @@ def say(line: str) -> None:
         pass
 
 
+def stderr_columns() -> int:
+    """Columns of the terminal that standard error is; 0 if it is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # a serial line says 0
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def show_status(line: str) -> None:
+    """A line on the terminal that standard error is, in place of the last one; "" clears it."""
+    try:
+        sys.stderr.write(f"\r{line}\x1b[K")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
 class _Closed(io.TextIOBase):
     """In place of a standard output that was closed before this program began."""
 
@@ -364,7 +377,8 @@ def prepare() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            # A closed output refuses what is written to it; nobody could be told of an error's.
+            os.open(os.devnull, os.O_RDONLY if fd == 1 else os.O_RDWR)
 
 
 def abandon() -> None:

@@ -11,16 +11,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from vchan import __version__
+from vchan import builds
 from vchan.cli import (
     about,
     audit,
     checks,
+    copies,
     dev,
     forward,
     guests,
     metrics,
     output,
+    programs,
+    proxy,
     requests,
     vms,
     watching,
@@ -28,7 +31,21 @@ from vchan.cli import (
 from vchan.cli.arguments import DEFAULTS, add_common
 from vchan.cli.failures import EXIT_OK, STATUSES
 
-GROUPS = (vms, guests, requests, forward, watching, audit, checks, metrics, dev, about)
+GROUPS = (
+    vms,
+    guests,
+    requests,
+    forward,
+    programs,
+    copies,
+    proxy,
+    watching,
+    audit,
+    checks,
+    metrics,
+    dev,
+    about,
+)
 """Modules of commands, in the order in which --help has them."""
 
 _EPILOG = f"""\
@@ -79,7 +96,7 @@ class _Version(argparse.Action):
     """--version, which notices that it was not written."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        output.text_line(f"vchan {__version__}")
+        output.text_line(builds.version_line("vchan"))
         output.flush()
         parser.exit(EXIT_OK)
 

@@ -21,8 +21,9 @@ from vchan.cli.output import (
     text_line,
 )
 from vchan.cli.values import parse_values
-from vchan.client import EXCHANGE
 from vchan.errors import CallTimeout, NoSuchAgent, NoSuchDomain, RemoteError
+from vchan.programs.requests import EXCHANGE
+from vchan.rpc.messages import GUEST_TOPIC
 
 PINGS: Final = 3
 """Questions of `vchan ping`, unless --count says otherwise."""
@@ -140,8 +141,7 @@ def _request(options: argparse.Namespace) -> int:
         except NoSuchAgent as error:
             if status is None or status.get("state") != "ready":
                 raise
-            name = f"{exchange}/{topic}"
-            raise NoSuchAgent(f"{error}: {_why_unserved(name, options.vm, status)}") from error
+            raise NoSuchAgent(f"{error}; {_what_is_served(options.vm, status)}") from error
     if options.command == "call":
         show_result(value, options)
     elif is_shaped(options):
@@ -150,11 +150,10 @@ def _request(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _why_unserved(topic: str, vm: str, status: Mapping[str, Any]) -> str:
-    """Why nobody in a VM is given a topic's requests."""
-    requests = status.get("requests") or {}
-    served = ", ".join(requests.get("topics") or ()) or "nothing"
-    return f"nobody in {vm} serves {topic}; what is served there: {served}"
+def _what_is_served(vm: str, status: Mapping[str, Any]) -> str:
+    """What might have been meant."""
+    served = (status.get("requests") or {}).get("topics")
+    return f"served in {vm}: {', '.join(served or ()) or 'nothing'}"
 
 
 def target(topic: str, exchange: str | None = None) -> tuple[str, str]:
@@ -192,7 +191,7 @@ def show_text(value: str) -> None:
     import sys
 
     if sys.stdout.isatty():
-        text_line("".join(c if c.isprintable() or c in "\n\t" else "?" for c in value))
+        text_line(printable(value, besides="\n\t"))
     else:
         text_line(value.encode("utf-8", "backslashreplace").decode())
 
@@ -215,7 +214,7 @@ def _ping(options: argparse.Namespace) -> int:
                 asked += 1
                 start_s = time.perf_counter()
                 try:
-                    host.client.call("vchan.guest", "ping", server=server, timeout_s=host.left_s)
+                    host.client.call(GUEST_TOPIC.name, "ping", server=server, timeout_s=host.left_s)
                 except CallTimeout as error:
                     last = error
                     rows.show(

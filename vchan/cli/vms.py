@@ -181,6 +181,7 @@ def _vm_lines(status: Mapping[str, Any]) -> Iterator[str]:
         ("serves", requests.get("topics")),
         ("not consumed", requests.get("unconsumed_topics")),
         ("denied", _denied(status, requests)),
+        ("not listened to", _rule(status.get("mute_by"))),
         ("answers denied", [f"{t} ({r})" for t, r in status.get("replies_denied_by", {}).items()]),
         ("broker", status.get("broker_problems")),
         ("under way", f"{requests['open']} into it, {upward.get('open', 0)} out of it")
@@ -193,6 +194,10 @@ def _vm_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield from _counters("its session", counters)
     yield from _counters("requests into it", requests)
     yield from _counters("requests out of it", upward)
+
+
+def _rule(rule: str | None) -> str | None:
+    return "no rule lets it say anything" if rule == "default" else rule
 
 
 def _labels(status: Mapping[str, Any]) -> str | list[str] | None:

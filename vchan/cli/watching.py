@@ -87,7 +87,6 @@ class _Look:
 
     def __init__(self, host: Host, options: argparse.Namespace) -> None:
         host.renew(options.timeout)
-        self.at_s = time.monotonic()
         self.status: dict[str, Any] = host.ask("status")
         rows = host.ask("list")
         if options.name is not None:

@@ -12,11 +12,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from vchan.client import EXCHANGE, TIMEOUT_S, Connection, new_metadata
-from vchan.errors import BadBody, LimitExceeded, LinkError
+from vchan.errors import BadBody, LimitExceeded
 from vchan.gateways.leases import Leased, LeaseOver, Leases, Subscriber
 from vchan.io.loop import Alarm, Loop
+from vchan.programs.connection import Connection
+from vchan.programs.requests import EXCHANGE, TIMEOUT_S, new_metadata
 from vchan.rpc import httpcall
+from vchan.rpc.arguments import PRIORITIES
 from vchan.rpc.bodies import (
     decode_invocation,
     decode_json,
@@ -52,7 +54,6 @@ HTTP_S: Final = 60.0
 """For a service under the cloud to answer; the host waits for less."""
 RECEIVE_MAX: Final = 64
 """Requests one program may have been given and not settled."""
-PRIORITIES: Final = ("audit", "debug", "info", "warn", "error", "critical", "sample")
 
 
 class Done(NamedTuple):
@@ -220,10 +221,7 @@ class Gateway:
 
     def connect(self) -> None:
         """Connect, now or as soon as the daemon is there, and again whenever that is lost."""
-        try:
-            self._connection.connect()
-        except LinkError:
-            pass  # it goes on trying, and `_changed` was told
+        self._connection.start()
 
     def close(self) -> None:
         """Close it for good."""

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
-from vchan.client import AGENT_SOCKET
 from vchan.errors import VchanError
 from vchan.gateways.gateway import LEASE_S, Done, Gateway, Members, Problem, describe
 from vchan.gateways.http_wire import (
@@ -44,7 +43,8 @@ from vchan.guest.options import (
 )
 from vchan.guest.stderr_log import log
 from vchan.io.loop import Loop, Timer
-from vchan.io.streams import explain, listen_unix
+from vchan.io.streams import Acceptor, explain, listen_unix
+from vchan.programs.connection import AGENT_SOCKET
 from vchan.rpc import httpcall
 from vchan.rpc.bodies import decode_json
 
@@ -76,8 +76,6 @@ LINGER_S: Final = 2.0
 """Who is refused in the middle of a request may say the rest, so that it reads why."""
 READ_BYTES: Final = 64 * 1024
 """Read of a connection at a time."""
-ACCEPT_RETRY_S: Final = 1.0
-"""When the process has no descriptor left, connections are accepted again after this."""
 
 _ERROR, _INFO = 3, 6
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -192,8 +190,10 @@ class HttpServer:
         self._uids = options.uids
         self._connections: set[_HttpConnection] = set()
         self._kind, _, self._name = options.listen.partition(":")
-        self._listener = self._listen(options.socket_mode)
-        loop.add_reader(self._listener.fileno(), self._accept)
+        self._acceptor = Acceptor(
+            loop, self._listen(options.socket_mode), self._accepted, partial(log, _ERROR)
+        )
+        self._acceptor.resume()
 
     def _listen(self, mode: int) -> socket.socket:
         if self._kind == "unix":
@@ -212,16 +212,7 @@ class HttpServer:
         """Where it listens."""
         return f"{self._kind}:{self._name}"
 
-    def _accept(self) -> None:
-        try:
-            connected, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # no descriptors left: those who wait must wait on
-            self.log(_ERROR, f"cannot accept a connection: {error.strerror}")
-            self.loop.remove_reader(self._listener.fileno())
-            self.loop.call_later(ACCEPT_RETRY_S, self._accept_again)
-            return
+    def _accepted(self, connected: socket.socket, _: object) -> None:
         connected.setblocking(False)
         connection = _HttpConnection(self, connected, is_known=self._is_known(connected))
         self._connections.add(connection)
@@ -229,10 +220,6 @@ class HttpServer:
             text = f"{CONNECTIONS_MAX} connections are open (CONNECTIONS_MAX)"
             self.log(_ERROR, f"refused a connection: {text}")
             connection.refuse(Problem(503, "Busy", text), linger=False)
-
-    def _accept_again(self) -> None:
-        if self._listener.fileno() >= 0:
-            self.loop.add_reader(self._listener.fileno(), self._accept)
 
     def _is_known(self, connected: socket.socket) -> bool:
         """Whether this user may be served, by the kernel's word. Tokens are another matter."""
@@ -251,8 +238,7 @@ class HttpServer:
 
     def close(self) -> None:
         """Close everything, and remove the socket."""
-        self.loop.remove_reader(self._listener.fileno())
-        self._listener.close()
+        self._acceptor.close()
         for connection in list(self._connections):
             connection.close()
         if self._kind == "unix":

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from vchan.client import AGENT_SOCKET
 from vchan.errors import ConfigError, LinkError
 from vchan.gateways.gateway import Done, Gateway, Problem
 from vchan.gateways.http_wire import BODY_BYTES_MAX, problem_body
@@ -30,6 +29,7 @@ from vchan.guest.options import (
 )
 from vchan.guest.stderr_log import log
 from vchan.io.loop import Loop
+from vchan.programs.connection import AGENT_SOCKET
 from vchan.rpc.bodies import decode_json, encode_json
 
 DEFAULT_LISTEN: Final = "ipc:///run/vchan/zmq.sock"
