@@ -1,7 +1,7 @@
 """Builds what users install: Debian packages, rpms, a zipapp, the wheel, cloud-init's data.
 
     scripts/package [--output DIR] [--deb-version VERSION] [--maintainer WHO] [--url URL]
-                    [--rpm DIST=PYTHON]...
+                    [--rpm DIST=PYTHON]... [--compiled]
 
 Everything is made from the wheel, so that no file is in one and forgotten in another. With the same
 tree, the same SOURCE_DATE_EPOCH (default: the last commit's date) and the same Python, the same
@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import os
+import posixpath
 import py_compile
 import re
 import shutil
@@ -49,6 +50,21 @@ COMPLETIONS = {
     "fish": "usr/share/fish/vendor_completions.d/vchan.fish",
 }
 """Where Debian's shells look for vchan's words."""
+PAGES = ("README.md", "CHANGELOG.md")
+"""What of this directory goes with the documents."""
+DOCUMENTED = {
+    "docs/": "vchan-host/docs/",
+    "examples/": "vchan-guest/examples/",
+    "libvirt/": "vchan-host/examples/libvirt/",
+    "etc/grafana/": "vchan-host/examples/grafana/",
+    "etc/prometheus/": "vchan-host/examples/prometheus/",
+    "packaging/guest/vchan-guest.openrc": "vchan-guest/examples/vchan-guest.openrc",
+    **{page: f"vchan-host/{page}" for page in PAGES},
+}
+"""Where the packages have what documents point to, below /usr/share/doc; what ends in / is a
+directory."""
+LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>[^):#\s]+)(?P<part>#[^)]*)?\)")
+
 LAUNCHER = """\
 #!{python} -I
 from {module} import main
@@ -80,6 +96,12 @@ def main() -> None:
         action="append",
         default=[],
         help="also rpms, for a distribution and its Python: el9=3.11; may be given several times",
+    )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="both Debian packages with compiled modules, too: for this machine's kind, and this "
+        "Python, which is to be Debian's; needs gcc and mypy",
     )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -117,6 +139,10 @@ def build(work: Path, options: argparse.Namespace) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(work / "wheel")
     version = wheel.name.split("-")[1]
+    if options.compiled:
+        run(
+            sys.executable, str(HERE / "compiled.py"), str(work / "wheel"), str(work / "extensions")
+        )
     debian = Debian(work, options.deb_version or version, options.maintainer)
     made = [wheel, build_zipapp(work), debian.guest(), debian.host()]
     for dist, python in options.rpm:
@@ -175,7 +201,7 @@ def guest_files(package: Path) -> dict[str, bytes]:
     return {
         name: path.read_bytes()
         for name, path in names.items()
-        if not HOST_PART.match(name) and not UNUSED.match(name)
+        if not is_host(name) and not UNUSED.match(name)
     }
 
 
@@ -261,20 +287,22 @@ class Packages:
         tree = Tree(self._work / "vchan-host")
         for path in (self._wheel / "vchan").rglob("*.py"):
             name = path.relative_to(self._wheel).as_posix()
-            if HOST_PART.match(name):
+            if is_host(name):
                 tree.copy(path, f"{self._layout.library}/{name}")
         self._commands(tree, lambda module: not module.startswith(GUEST_PROGRAMS))
         source = HERE / "host"
-        for unit in sorted(source.glob("*.service")):
+        for unit in sorted((*source.glob("*.service"), *source.glob("*.socket"))):
             tree.copy(unit, f"{self._layout.system}/systemd/system/{unit.name}")
         tree.write("etc/vchan/vchan.conf", host_configuration().encode())
         tree.copy(source / "logrotate", "etc/logrotate.d/vchan-host")
         policy = "policy.d/90-default.policy"
         tree.copy(ROOT / "etc" / policy, f"etc/vchan/{policy}")
         tree.directory("etc/vchan/conductor.d")
+        tree.directory("etc/vchan/forward.d")
+        tree.directory("etc/vchan/proxy")
         tree.directory("etc/vchan/relay")
         tree.copy_documents("vchan-host", "relay.conf", source / "relay.conf")
-        for example in sorted((ROOT / "libvirt").iterdir()):
+        for example in sorted((ROOT / "libvirt").glob("*.xml")):
             tree.copy_documents("vchan-host", f"libvirt/{example.name}", example)
         for name in ("grafana/vchan.json", "prometheus/vchan.rules.yaml"):
             tree.copy_documents("vchan-host", name, ROOT / "etc" / name)
@@ -283,10 +311,18 @@ class Packages:
             # mandoc has a paragraph begin at a heading by itself.
             text = re.sub(r"(?m)^(\.S[HS] .*\n)\.sp\n", r"\1", page.read_text())
             tree.write_zipped(f"usr/share/man/man{page.suffix[1:]}/{page.name}.gz", text)
-        for page in sorted((ROOT / "docs").rglob("*.md")):
-            name = page.relative_to(ROOT / "docs").as_posix()
-            tree.copy(page, f"usr/share/doc/vchan-host/docs/{name}")
+        self._documents(tree)
         return tree
+
+    def _documents(self, tree: "Tree") -> None:
+        """The documents, with links to where things are in the packages."""
+        found = ((ROOT / "docs").rglob("*.md"), (ROOT / "libvirt").glob("*.md"))
+        for page in sorted((*found[0], *found[1], *(ROOT / page for page in PAGES))):
+            name = page.relative_to(ROOT).as_posix()
+            place = f"usr/share/doc/{place_in_packages(name)}"
+            tree.write(place, with_links_of_packages(name, page.read_text()).encode())
+        for picture in sorted((ROOT / "docs" / "pictures").glob("*.svg")):
+            tree.copy(picture, f"usr/share/doc/vchan-host/docs/pictures/{picture.name}")
 
     def _commands(self, tree: "Tree", wanted: Callable[[str], bool]) -> None:
         """The wheel's commands whose module is wanted, and a manual page for each."""
@@ -319,14 +355,26 @@ class Debian(Packages):
         self._maintainer = maintainer
 
     def guest(self) -> Path:
-        """vchan-guest."""
-        return self._finish(self.guest_tree(), "vchan-guest")
+        """vchan-guest, with what is compiled of its modules."""
+        return self._with_modules(self.guest_tree(), "vchan-guest", lambda name: not is_host(name))
 
     def host(self) -> Path:
-        """vchan-host."""
-        return self._finish(self.host_tree(), "vchan-host")
+        """vchan-host, with what is compiled of its own."""
+        return self._with_modules(self.host_tree(), "vchan-host", is_host)
 
-    def _finish(self, tree: "Tree", name: str) -> Path:
+    def _with_modules(self, tree: "Tree", name: str, wanted: Callable[[str], bool]) -> Path:
+        """A package; compiled modules, if there are some, lie beside their sources."""
+        built = self._work / "extensions"
+        modules = {path.relative_to(built).as_posix(): path for path in built.rglob("*.so")}
+        mine = {path: modules[path] for path in sorted(modules) if wanted(path)}
+        for path, module in mine.items():
+            tree.copy(module, f"{self._layout.library}/{path}")
+        if not mine:
+            return self._finish(tree, name)
+        kind = run("dpkg", "--print-architecture")
+        return self._finish(tree, name, kind, f", libc6 (>= {libc_of(mine.values())})")
+
+    def _finish(self, tree: "Tree", name: str, kind: str = "all", needs: str = "") -> Path:
         year = str(datetime.fromtimestamp(source_date(), UTC).year)
         copyright_text = filled((HERE / "copyright").read_text(), {"YEAR": year})
         tree.write(f"usr/share/doc/{name}/copyright", copyright_text.encode())
@@ -335,13 +383,14 @@ class Debian(Packages):
         source = HERE / name.removeprefix("vchan-")
         control = (source / "control").read_text()
         values = {"VERSION": self._version, "MAINTAINER": self._maintainer, "SIZE": str(size_kib)}
+        values |= {"KIND": kind, "LIBC": needs}
         tree.write("DEBIAN/control", filled(control, values).encode())
         for script in ("postinst", "prerm", "postrm"):
             tree.copy(source / script, f"DEBIAN/{script}", mode=0o755)
         configuration = sorted(path for path in tree.files() if path.startswith("etc/"))
         tree.write("DEBIAN/conffiles", "".join(f"/{path}\n" for path in configuration).encode())
         tree.write_sums()
-        target = self._work / f"{name}_{self._version}_all.deb"
+        target = self._work / f"{name}_{self._version}_{kind}.deb"
         run("dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree.root), str(target))
         return target
 
@@ -517,6 +566,7 @@ class Tree:
             self.manual(page, USAGE=usage)
             return
         about = (importlib.import_module(module).__doc__ or "").split("\n")[0]
+        assert about.endswith("."), f"{module} begins with no sentence that could name {command}(8)"
         about = literal(about.partition(": ")[2].rstrip("."))
         values = {"COMMAND": command, "TITLE": command.upper(), "ABOUT": about, "USAGE": usage}
         self.manual("command.8", as_page=f"{command}.8", **values)
@@ -537,6 +587,36 @@ class Tree:
         names = [name for name in self.files() if not name.startswith("etc/")]
         sums = run("md5sum", *names, cwd=self.root)
         self.write("DEBIAN/md5sums", (sums + "\n").encode())
+
+
+# ---------------------------------------------------------------- documents
+
+
+def place_in_packages(name: str) -> str:
+    """Where one of this project's files is in the packages, below /usr/share/doc; "": in none."""
+    for start, place in DOCUMENTED.items():
+        if name == start or (start.endswith("/") and name.startswith(start)):
+            return place + name[len(start) :]
+    return ""
+
+
+def with_links_of_packages(name: str, text: str) -> str:
+    """A page as it is packaged: a link leads to where the packages have that, and what they do not
+    have is named without one.
+
+    Args:
+        name: The page, in this project.
+    """
+    here = posixpath.dirname(place_in_packages(name))
+
+    def link(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), found["path"]))
+        place = place_in_packages(target)
+        if not place:
+            return found["text"]
+        return f"[{found['text']}]({posixpath.relpath(place, here)}{found['part'] or ''})"
+
+    return LINK.sub(link, text)
 
 
 # ---------------------------------------------------------------- cloud-init
@@ -701,6 +781,19 @@ def literal(text: str) -> str:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def is_host(name: str) -> bool:
+    """Whether the host's package holds a file of the library; else the guest's does."""
+    return HOST_PART.match(name) is not None
+
+
+def libc_of(modules: Iterable[Path]) -> str:
+    """The least version of the C library that has all that compiled modules need of it."""
+    found = {
+        word for each in modules for word in re.findall(rb"GLIBC_(2\.[0-9]+)", each.read_bytes())
+    }
+    return max((word.decode() for word in found), key=lambda version: int(version[2:]))
 
 
 def filled(template: str, values: dict[str, str]) -> str:
