@@ -3,7 +3,9 @@
 A private RabbitMQ, two compute hosts (a libvirtd and a vchan-host each), one QEMU guest with
 vchan-guest and two agents, an unmodified oslo.messaging client that calls and casts to one of them,
 and an unmodified oslo.messaging server that the other one calls and casts to, while the guest
-migrates between the hosts. At the end each side is asked what it ran, and the ends are compared.
+migrates between the hosts. Meanwhile 64 MiB are copied into the guest and out of it, again and
+again, two connections through a forward are never idle, and a shell in the guest is asked one thing
+after the other. At the end each side is asked what it ran, and the ends are compared.
 """
 
 import argparse
@@ -11,20 +13,24 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.rig import RigError, asking
+from tests.rig import RigError, asking, copy_traffic, stream_traffic
 from tests.rig.asking import ASKER, Asked
-from tests.rig.compute import GUEST_DAEMON, ComputeHost, agent_service
+from tests.rig.compute import ComputeHost, agent_service
 from tests.rig.control_service import ControlService
-from tests.rig.guest_image import build, cache_directory
+from tests.rig.ending import end_on_signals
+from tests.rig.guest_image import build
+from tests.rig.kept import cache_directory
 from tests.rig.rabbit import RabbitServer
 from tests.rig.requirements import missing_for_libvirt, missing_for_qemu, missing_for_rabbit
+from tests.rig.stream_traffic import StreamTraffic
 from tests.rig.traffic import Report, TrafficProcess
 from vchan.client import Client
 from vchan.host.hypervisor.domains import DomainEvent, Happened
@@ -33,6 +39,8 @@ from vchan.host.hypervisor.libvirt_client import Hypervisor
 VM = "demo-vm"
 TOPIC = "demo"
 CONTROL_TOPIC = "control"
+MEMORY_MIB = 320
+"""Of the guest, and three times what is copied: that lies in its memory."""
 EXIT_LOST = 1
 EXIT_CANNOT = 3
 ROWS = (
@@ -48,6 +56,11 @@ ROWS = (
     ("lost", "LOST"),
     ("duplicated", "DUPLICATED"),
     ("reordered", "REORDERED"),
+    ("copied_bytes", "bytes copied in and out"),
+    ("forwarded_bytes", "bytes forwarded, both ways"),
+    ("shell_answers", "answers of the shell"),
+    ("stream_bytes", "bytes by streams"),
+    ("streams_broken", "STREAMS BROKEN"),
     ("losses_detected", "losses detected"),
     ("frames_resent", "frames resent"),
 )
@@ -55,10 +68,14 @@ EPILOG = """\
 losses_detected counts holes found in a session, plus frames sent and not acknowledged when a
 session ended (by migration they may be lost; that is not told apart). frames_resent counts frames
 repeated within a session, plus requests handed to the guest again in a later one. casts includes
-fanouts. LOST, DUPLICATED and REORDERED count both directions.
+fanouts. LOST, DUPLICATED and REORDERED count both directions. Bytes by streams (stream_bytes) are
+those of copies whose checksums are right at both ends, and of connections through the forward to
+which every byte came back once and in order. BROKEN (streams_broken) are copies and connections
+that failed or brought other bytes, and the shell, if it said anything but the right answers or was
+not one process to its end.
 
-exit status: 0 nothing lost, duplicated or reordered; 1 something was; 2 wrong arguments; 3 this
-machine lacks a part, or a part failed
+exit status: 0 nothing lost, duplicated, reordered or broken; 1 something was; 2 wrong arguments; 3
+this machine lacks a part, or a part failed
 """
 
 
@@ -100,9 +117,10 @@ class Demo:
         """Everything; returns the figures."""
         directory = self._directory
         rig = Path(__file__).with_name("rig")
-        programs = {
+        programs: dict[str, bytes | Path] = {
             "app/agent.py": rig / "counting_agent.py",
             "app/asker.py": rig / "asking_agent.py",
+            **stream_traffic.FILES,
         }
         with contextlib.ExitStack() as stack:
             self.say("building the guest: kernel, CPython, vchan")
@@ -117,18 +135,34 @@ class Demo:
                     directory / name, number, cache_directory() / "libvirt", rabbit.url
                 )
                 hosts.append(stack.enter_context(host))
+                policy = host.daemon.policy
+                policy.write_text(policy.read_text() + stream_traffic.POLICY)
+                host.daemon.signal(signal.SIGHUP)
             watches = [Watch(host) for host in hosts]
             for watch in watches:
                 stack.callback(watch.stop)
-            self.say("booting the guest on host1: vchan-guest and two agents")
-            services = [GUEST_DAEMON, agent_service("agent", "/app/agent.py", TOPIC), ASKER]
-            uuid = hosts[0].start_vm(VM, image, services)
-            hosts[0].daemon.wait_ready(VM, topics=[TOPIC, asking.TOPIC])
+            self.say("booting the guest on host1: vchan-guest, three agents, an echo")
+            agent = agent_service("agent", "/app/agent.py", TOPIC)
+            services = [*stream_traffic.SERVICES, agent, ASKER]
+            memory_mib = MEMORY_MIB + 3 * self._options.copy_mib
+            uuid = hosts[0].start_vm(VM, image, services, memory_mib=memory_mib)
+            topics = [TOPIC, asking.TOPIC, copy_traffic.TOPIC]
+            hosts[0].daemon.wait_ready(VM, topics=topics)
             self.say(f"ready: {uuid} serves topic {TOPIC}")
-            report, asked = self._migrate(rabbit.url, uuid, hosts)
-            return self._figures(report, asked, hosts, watches)
+            mib = self._options.copy_mib
+            self.say(f"beginning the streams: copies of {mib} MiB each way, a forward, a shell")
+            streams = StreamTraffic(VM, uuid, hosts, directory, copy_bytes=mib << 20)
+            stack.enter_context(streams)
+            report, asked = self._migrate(rabbit.url, uuid, hosts, streams)
+            self.say("ending the streams: waiting for the last copies")
+            streams.finish()
+            for problem in streams.problems:
+                self.say(f"broken: {problem}")
+            return self._figures(report, asked, hosts, watches) | stream_figures(streams)
 
-    def _migrate(self, url: str, uuid: str, hosts: list[ComputeHost]) -> tuple[Report, Asked]:
+    def _migrate(
+        self, url: str, uuid: str, hosts: list[ComputeHost], streams: StreamTraffic
+    ) -> tuple[Report, Asked]:
         directory = self._directory
         options = {"fanouts_per_s": 5, "casts_per_s": 50, "callers": 3}
         with (
@@ -149,10 +183,12 @@ class Demo:
                 start_s = time.monotonic()
                 source.migrate(VM, destination)
                 took_s = time.monotonic() - start_s
+                streams.wait_moved()
                 so_far = traffic.progress
                 self.say(
                     f"migration {number}: {source.name} to {destination.name} in {took_s:.1f} s; "
-                    f"{so_far['calls_answered']} of {so_far['calls_sent']} calls answered"
+                    f"{so_far['calls_answered']} of {so_far['calls_sent']} calls answered, "
+                    f"{streams.forwarded_bytes / 1e6:.0f} MB forwarded"
                 )
                 source, destination = destination, source
             time.sleep(1.0)
@@ -197,11 +233,28 @@ class Demo:
         }
 
 
+def stream_figures(streams: StreamTraffic) -> dict[str, int]:
+    """What the byte streams carried."""
+    return {
+        "copied_bytes": streams.copied_bytes,
+        "forwarded_bytes": streams.forwarded_bytes,
+        "shell_answers": streams.shell_answers,
+        "stream_bytes": streams.copied_bytes + streams.forwarded_bytes,
+        "streams_broken": len(streams.problems),
+    }
+
+
+def status(figures: Mapping[str, Any]) -> int:
+    """The exit status: whether anything was lost, doubled, reordered or broken."""
+    wrong = ("lost", "duplicated", "reordered", "streams_broken")
+    return EXIT_LOST if any(figures[name] for name in wrong) else 0
+
+
 def show(figures: dict[str, Any]) -> None:
     """The table."""
     print()
     for name, title in ROWS:
-        print(f"  {title:28} {figures[name]:8}")
+        print(f"  {title:26} {figures[name]:10}")
     answers = figures["first_answer_ms"]
     if answers:
         ordered = sorted(answers)
@@ -235,12 +288,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--migrations", type=int, default=3, metavar="N", help="[%(default)s]")
+    parser.add_argument("--copy-mib", type=int, default=64, metavar="N", help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=1, help="of the pauses between them")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--keep", action="store_true", help="keep the logs")
     options = parser.parse_args(arguments)
-    if options.migrations < 1:
-        parser.error("--migrations must be at least 1")
+    if min(options.migrations, options.copy_mib) < 1:
+        parser.error("--migrations and --copy-mib must be at least 1")
     return options
 
 
@@ -260,8 +314,9 @@ def main() -> int:
     show(figures)
     if options.json:
         print(json.dumps(figures))
-    return EXIT_LOST if figures["lost"] or figures["duplicated"] or figures["reordered"] else 0
+    return status(figures)
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -18,7 +18,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -291,6 +291,10 @@ class Status(NamedTuple):
     meaning: str
 
 
+WRITE_HELP = frozenset({"vchan.host.config_files", "vchan.host.help_text"})
+"""What writes programs' --help and --version, and ends them if that cannot be done."""
+
+
 def exit_statuses(module: str) -> list[Status]:
     """What a program's module names EXIT_..., its own and what it imports, with the text below."""
     found: set[Status] = set()
@@ -307,7 +311,8 @@ def exit_statuses(module: str) -> list[Status]:
 
 
 def _modules_with_statuses(module: str, seen: set[str]) -> set[str]:
-    """A module, those that it imports of its own package, and those that it has an EXIT_ of."""
+    """A module, those that it imports of its own package, those that it has an EXIT_ of, and those
+    that write its --help."""
     seen.add(module)
     package = module.rpartition(".")[0]
     inside = package if package != "vchan" else module
@@ -316,8 +321,10 @@ def _modules_with_statuses(module: str, seen: set[str]) -> set[str]:
             continue
         names = [name.name for name in node.names]
         others = {node.module} if any(name.startswith("EXIT_") for name in names) else set()
+        imported = {node.module, *(f"{node.module}.{name}" for name in names)}
+        others |= imported & WRITE_HELP
         if f"{node.module}.".startswith(f"{inside}."):
-            others |= {node.module, *(f"{node.module}.{name}" for name in names)}
+            others |= imported
         for other in others - seen:
             if _source_of(other) is not None:
                 _modules_with_statuses(other, seen)
@@ -330,6 +337,7 @@ def _source_of(module: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
+@cache
 def _tree_of(module: str) -> ast.Module:
     source = _source_of(module)
     assert source is not None, module
@@ -378,8 +386,21 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
                 yield from _parsers(command)
 
 
+def _form_of_any_python(formatter: Any) -> Any:
+    """argparse's, but of options with a value as Python has them before 3.13: documents that are
+    compared with the code are the same with each."""
+
+    def option(self: Any, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return str(formatter._format_action_invocation(self, action))
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return ", ".join(f"{name} {value}" for name in action.option_strings)
+
+    return type("Formatter", (formatter,), {"_format_action_invocation": option})
+
+
 def _help_of(parser: argparse.ArgumentParser) -> str:
-    formatter: Any = parser.formatter_class
+    formatter = _form_of_any_python(parser.formatter_class)
     parser.formatter_class = partial(formatter, width=100)  # not as wide as the terminal
     depth = "###" if " " in parser.prog else "##"
     return f"{depth} {parser.prog}\n\n```text\n{parser.format_help().strip()}\n```"

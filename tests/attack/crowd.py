@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from tests.attack.run import CALL_S, PAUSE_S, POLICY, TICK_S, WAIT_S, percentile
 from tests.rig import end_process, rig_directory, wait_until
 from tests.rig.compute import ROOT
+from tests.rig.ending import end_on_signals
 from tests.rig.undriven import UndrivenHost
 from vchan.client import Client
 from vchan.errors import RequestError
@@ -256,4 +257,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -3,8 +3,8 @@
     python -m tests.attack.hostile CHANNEL ATTACK SECONDS [WORD]
 
 CHANNEL is fd:NUMBER, a socket that listens (as QEMU's does), or a port's device. The time counts
-from the first connection. WORD is what some attacks are about: another VM's UUID, the id of a
-request that is another's, or a module. Prints what it did, as JSON.
+from the first connection; SIGTERM ends it before. WORD is what some attacks are about: another VM's
+UUID, the id of a request that is another's, or a module. Prints what it did, as JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -226,6 +227,7 @@ class Hostile:
         self.credit = 0
         self.cost = 0
         self.heard: list[Message] = []
+        self.wanted: dict[bytes, None] = {}  # byte streams that the host asks for
         self.acknowledges = True
         self._decoder = Decoder()
 
@@ -236,7 +238,7 @@ class Hostile:
                 try:
                     self.connect()
                     self.shake_hands()
-                    ATTACKS[name](self, word)
+                    {**ATTACKS, **CONTROLS}[name](self, word)
                 except Gone:
                     self.check_time()
         except TimeIsUp:
@@ -299,10 +301,22 @@ class Hostile:
                     self._hear(frame.payload)
 
     def _hear(self, data: bytes) -> None:
+        if streams.is_of_family(data):
+            self._hear_of_stream(streams.decode(data))
+            return
         message = decode(data)
         if not isinstance(message, BadMessage | Unknown):
             self.heard.append(message)
             self.counts["requests_heard"] += isinstance(message, Request)
+
+    def _hear_of_stream(self, message: streams.StreamMessage | streams.Malformed) -> None:
+        match message:
+            case streams.Open():
+                self.wanted[message.id] = None
+            case streams.Reset():
+                self.wanted.pop(message.id, None)
+            case _:
+                pass
 
     def stand(self, *, deaf: bool = False) -> None:
         """Wait a moment."""
@@ -344,6 +358,7 @@ class Hostile:
         self.credit = session._sender.credit
         self._decoder = session._decoder
         self.heard = []
+        self.wanted.clear()
         for event in events:
             if isinstance(event, Received):
                 self._hear(event.message)
@@ -700,6 +715,34 @@ def stream_games(guest: Hostile, word: str) -> None:
         guest.flow(list(map(streams.encode, said)))
 
 
+def taken_streams(guest: Hostile, word: str) -> None:
+    """Byte streams that a program on the host has opened: some are never answered, some taken and
+    never read, with credit for everything; of some all is asked for again and again, and into some
+    goes what there is no credit for."""
+    blob, much = bytes(8000), 1 << 40
+    tag = guest.random(8)
+    guest.flow([streams.encode(streams.StreamOffer(streams.VERSION, streams.VERSION))])
+    while True:
+        said: list[streams.StreamMessage] = []
+        for stream in guest.wanted:
+            match stream[0] % 4:
+                case 0:
+                    continue
+                case 1:
+                    said.append(streams.Progress(0, stream, tag, 0, much))
+                case 2:
+                    again = streams.ASK | streams.REWIND
+                    said += [streams.Progress(again, stream, tag, 0, much)] * 20
+                case _:
+                    said.append(streams.Progress(0, stream, tag, 0, much))
+                    said.append(streams.Part(0, stream, tag, much, blob))
+        if said:  # what the host has to say is read where its credit is used up
+            guest.check_time()
+            guest.flow(list(map(streams.encode, said)))
+        else:
+            guest.stand()
+
+
 def garbage(guest: Hostile, word: str) -> None:
     """Random bytes, with beginnings of frames among them."""
     blob = b"".join(guest.random(300) + layout.MAGIC + guest.random(40) for _ in range(200))
@@ -747,9 +790,30 @@ ATTACKS: dict[str, Attack] = {
         stops_reading,
         unasked_streams,
         stream_games,
+        taken_streams,
         garbage,
     )
 }
+
+
+def quiet(guest: Hostile, word: str) -> None:
+    """Says nothing more."""
+    while True:
+        guest.stand()
+
+
+def burning(guest: Hostile, word: str) -> None:
+    """Says nothing more, and uses all the processor's time that there is."""
+    while True:
+        guest.check_time()
+
+
+CONTROLS: dict[str, Attack] = {control.__name__: control for control in (quiet, burning)}
+"""What no attack is: what a process costs its machine by being there, and by being busy."""
+
+
+def _end(*_: object) -> None:
+    raise TimeIsUp
 
 
 def main() -> None:
@@ -758,6 +822,7 @@ def main() -> None:
     word = sys.argv[4] if len(sys.argv) > 4 else ""
     is_socket = path.startswith("fd:")
     wire = SocketWire(int(path.removeprefix("fd:"))) if is_socket else PortWire(path)
+    signal.signal(signal.SIGTERM, _end)
     print(json.dumps(Hostile(wire, float(seconds)).attack(name, word)), flush=True)
 
 

@@ -6,10 +6,12 @@ The neighbour's calls are timed before and during each attack, in each of the ro
 the percentiles of all rounds' calls together. Daemon, neighbour, caller and attacker share this
 machine's processors with whatever else it does. So the first three go before everybody else, where
 this program may arrange that, and the attacker behind: a VM's processor time is not taken from the
-daemon's, here it would be. `none` is no attack: what the machine's noise makes of it. Three columns
-do not depend on that; they are the daemon's processor time: `wait` is how long the neighbour and
-its caller waited for the daemon to look at them, 99 of 100 times at most, and `turn` how long its
-turns took that served the attacker.
+daemon's, here it would be. `none` is no attack: what the machine's noise makes of it; `quiet` is a
+process in the attacker's place that says nothing, and `burning` one that says nothing and is busy
+all the while: what they cost the neighbour is the machine's. Three columns do not depend on that;
+they are the daemon's processor time: `wait` is how long the neighbour and its caller waited for the
+daemon to look at them, 99 of 100 times at most, and `turn` how long its turns took that served the
+attacker.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from tests.attack.hostile import ATTACKS
+from tests.attack.hostile import ATTACKS, CONTROLS
+from tests.attack.stream_user import TARGET, using_streams
 from tests.rig import end_process, rig_directory, wait_until
 from tests.rig.compute import ROOT
+from tests.rig.ending import end_on_signals
 from tests.rig.undriven import UndrivenHost
 from vchan.client import Client
 from vchan.errors import RequestError, VchanError
@@ -43,11 +47,12 @@ CALL_S = 30.0
 PAUSE_S = 0.002
 """Between the neighbour's calls: it shall not be the load itself."""
 TICK_S = os.sysconf("SC_CLK_TCK")
-POLICY = """
+POLICY = f"""
 listen,reply  any  agent    allow
 listen,reply  any  t*       allow
 call,cast     any  nobody   allow
 call,cast     any  control  allow
+forward       any  {TARGET}   allow
 """
 
 OUTCOMES = (
@@ -59,6 +64,8 @@ OUTCOMES = (
     "guest_denied",
     "guest_refused",
     "guest_requests",
+    "streams_reset",
+    "dropped",
     "topics_over_limit",
     "backlog_bytes",
 )
@@ -183,8 +190,9 @@ class Scene:
         assert self._neighbour is not None
         policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK  # no attacker inherits it
         with contextlib.suppress(PermissionError):
-            for pid in (self.host.daemon.pid, self._neighbour.pid, 0):
-                os.sched_setscheduler(pid, policy, os.sched_param(1))
+            for pid in (self.host.daemon.pid, self._neighbour.pid, os.getpid()):
+                for thread in Path(f"/proc/{pid}/task").iterdir():  # a client works on its own
+                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(1))
 
     def measure(self, seconds: float, attacker: str = "") -> Cost:
         """Call the neighbour for so long.
@@ -271,7 +279,7 @@ class Scene:
         channel = self._channels[vm].fileno()
         command = ["nice", "-n", "19", sys.executable, "-m", "tests.attack.hostile"]
         with subprocess.Popen(
-            [*command, f"fd:{channel}", name, str(seconds + 1.0), word],
+            [*command, f"fd:{channel}", name, str(seconds + WAIT_S), word],
             cwd=ROOT,
             pass_fds=[channel],
             stdout=subprocess.PIPE,
@@ -285,9 +293,10 @@ class Scene:
                     interval_s=0.02,
                     failure=lambda: f"{name} never began: {self.host.daemon.status(vm)}",
                 )
-                self._provoke(name, vm)
-                during = self.measure(seconds, vm)
+                with self._provoking(name, vm):
+                    during = self.measure(seconds, vm)
                 status = self.host.daemon.status(vm)
+                attacker.terminate()
                 out, _ = attacker.communicate(timeout=WAIT_S)
             finally:
                 if attacker.poll() is None:
@@ -305,8 +314,18 @@ class Scene:
             after.failed,
         )
 
+    @contextlib.contextmanager
+    def _provoking(self, name: str, vm: str) -> Iterator[None]:
+        """Some attackers wait to be asked, once or all the while."""
+        if name == "taken_streams":
+            self.host.daemon.wait_ready(vm)
+            with using_streams(str(self.host.daemon.socket), vm):
+                yield
+        else:
+            self._provoke(name, vm)
+            yield
+
     def _provoke(self, name: str, vm: str) -> None:
-        """Some attackers wait to be asked."""
         if name in ("stops_reading", "exception_injection", "json_bombs_in_answers"):
             self.host.daemon.wait_ready(vm, topics=["agent"])
             for _ in range(300 if name == "stops_reading" else 5):
@@ -358,7 +377,7 @@ def measure(
         seconds: Of each attack in each round, and before it.
         names: By default all.
     """
-    names = names or [*ATTACKS]
+    names = [*CONTROLS, *(names or ATTACKS)]
     vms = {name: [f"{name}.{number}" for number in range(rounds)] for name in names}
     everyone = [vm for vm_names in vms.values() for vm in vm_names]
     with Scene(directory, everyone) as scene:
@@ -434,4 +453,5 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

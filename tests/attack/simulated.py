@@ -380,7 +380,7 @@ def held(channel: Channel) -> dict[str, int]:
     link: Any = channel._link
     return {
         "decoder": session._decoder._held,
-        "reassembly": sum(len(partial.data) for partial in session._receiver._partials.values()),
+        "reassembly": sum(partial.received for partial in session._receiver._partials.values()),
         "backlog": session.backlog_bytes,
         "mail": upward.mailbox.bytes,
         "in flight": session._sender.in_flight,

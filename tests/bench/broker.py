@@ -16,9 +16,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tests.bench import message_cost
 from tests.bench.servers import COUNT_FILE, TOPIC
 from tests.rig import RigError, tail, wait_until
 from tests.rig.rabbit import RabbitServer
@@ -32,20 +34,28 @@ CALL_S = 60
 PLAIN = "plain oslo.messaging"
 LIGHT = "vchan, light agent"
 STOCK = "vchan, stock agent on vchan://"
+PY_AMQP = "py-amqp alone"
+STOCK_MAX = 300
+"""Stock servers in one process: each has a connection and two threads."""
 THREADS = 16
-IDLE_S = 10.0
+IDLE_S = 19.0
+"""Four rounds of what a host asks idle guests: another time holds one more or less."""
 CLOCK_TICK_S = 0.01
+Costs = dict[str, list[tuple[float, message_cost.Cost]]]
+"""See `costs`."""
 POLICY = "listen,reply any any allow\ncall,cast any control allow\n"
 
 
 @contextlib.contextmanager
-def program(log: Path, *words: str, wait: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """A program of ours; `wait` is what it says when it serves."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def program(
+    log: Path, *words: str, wait: str = "", tree: Path = ROOT
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program of a tree's; `wait` is what it says when it serves."""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *words],
-            cwd=ROOT,
+            cwd=tree,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if wait else output,
@@ -147,8 +157,10 @@ class Broker:
 
 
 @contextlib.contextmanager
-def host_daemon(broker: Broker, channels: Mapping[str, Path]) -> Iterator[subprocess.Popen[bytes]]:
-    """vchan-host with these channels, and no libvirt."""
+def host_daemon(
+    broker: Broker, channels: Mapping[str, Path], tree: Path = ROOT
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A tree's vchan-host with these channels, and no libvirt."""
     directory = broker.directory / f"host{time.monotonic_ns()}"
     (directory / "policy.d").mkdir(parents=True)
     (directory / "policy.d" / "50-bench.policy").write_text(POLICY)
@@ -161,7 +173,8 @@ def host_daemon(broker: Broker, channels: Mapping[str, Path]) -> Iterator[subpro
         f"channels = {names}\n"
     )
     out = directory / "out"
-    with program(out, "-m", "vchan.host.daemon", "--config-file", str(config)) as process:
+    words = ("-m", "vchan.host.daemon", "--config-file", str(config))
+    with program(out, *words, tree=tree) as process:
         _wait_channels(directory, len(channels))
         yield process
 
@@ -292,8 +305,8 @@ def _rate(broker: Broker, server: str, count: int, *, cast: bool) -> float:
 # ---------------------------------------------------------------- many VMs
 
 
-def many(broker: Broker, count: int) -> dict[str, float]:
-    """One vchan-host with so many VMs."""
+def many(broker: Broker, count: int) -> tuple[dict[str, float], message_cost.Cost]:
+    """One vchan-host with so many VMs; and what a message costs it."""
     directory = broker.directory / f"{count}"
     directory.mkdir()
     words = ("-m", "tests.bench.servers", "guests", str(directory), str(count))
@@ -319,10 +332,69 @@ def many(broker: Broker, count: int) -> dict[str, float]:
         result["calls_s"] = count / (time.perf_counter() - started_s)
         result["rss_after_kib"] = (usage.status("VmRSS") - empty_kib) / count
         file = directory / COUNT_FILE
-        result["back_s"] = _back(
-            broker, count, f"vchan-host:{host.pid}", lambda: int(file.read_text().split()[0])
+        result.update(
+            _back(
+                broker,
+                count,
+                f"vchan-host:{host.pid}",
+                usage,
+                lambda: int(file.read_text().split()[0]),
+            )
         )
+        keys = [f"{TOPIC}.{name}" for name in channels]
+        return result, message_cost.measure(broker.rabbit, host.pid, keys)
+
+
+def costs(directory: Path, *, rounds: int, vms: list[int], trees: Sequence[Path]) -> Costs:
+    """What a message costs vchan-host, as each tree has it, in turns: by the number of VMs and the
+    tree, of each turn (the load before it, the cost)."""
+    result: Costs = {}
+    with contextlib.ExitStack() as stack:
+        (directory / "r").mkdir()
+        rabbit = stack.enter_context(RabbitServer(directory / "r"))
+        broker = Broker(rabbit, directory)
+        stack.callback(broker.transport.cleanup)
+        for count, turn, tree in product(vms, range(rounds), trees):
+            place = directory / f"{count}-{turn}-{trees.index(tree)}"
+            place.mkdir()
+            load = os.getloadavg()[0]
+            cost = _cost(broker, place, count, tree)
+            result.setdefault(f"{count} {tree.name}", []).append((load, cost))
     return result
+
+
+def _cost(broker: Broker, directory: Path, count: int, tree: Path) -> message_cost.Cost:
+    words = ("-m", "tests.bench.servers", "guests", str(directory), str(count))
+    channels = {f"vm{number}": directory / f"{number}" for number in range(count)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(program(directory / "guests.log", *words, wait="ready"))
+        consumers = broker.consumers()
+        host = stack.enter_context(host_daemon(broker, channels, tree))
+        _wait_consumers(broker, consumers + 2 * count)
+        for name in channels:
+            broker.call(name)
+        keys = [f"{TOPIC}.{name}" for name in channels]
+        return message_cost.measure(broker.rabbit, host.pid, keys)
+
+
+def costs_table(result: Costs) -> str:
+    """For people."""
+    title, heads = message_cost.table({})
+    lines = [title, f"{'VMs, tree':<24}{'load':>6}{heads[24:]}"]
+    for name, turns in result.items():
+        for load, cost in turns:
+            *_, line = message_cost.table({name: cost})
+            lines.append(f"{line[:24]}{load:>6.1f}{line[24:]}")
+    return "\n".join(lines)
+
+
+def floor(broker: Broker) -> message_cost.Cost:
+    """The same messages, with py-amqp and nothing else."""
+    log, queue = broker.directory / "floor.log", "floor"
+    with message_cost.caller(broker.rabbit, exchange="") as caller:
+        words = ("amqp", f"127.0.0.1:{broker.rabbit.port}", queue, caller.reply_q)
+        with program(log, "-m", "tests.bench.servers", *words, wait="ready") as process:
+            return message_cost.with_caller(caller, broker.rabbit, process.pid, [queue])
 
 
 def many_stock(broker: Broker, count: int) -> dict[str, float]:
@@ -350,7 +422,11 @@ def many_stock(broker: Broker, count: int) -> dict[str, float]:
         result["calls_s"] = count / (time.perf_counter() - started_s)
         result["threads"] = usage.status("Threads")  # each server has made its worker
         result["rss_after_kib"] = (usage.status("VmRSS") - empty_kib) / count
-        result["back_s"] = _back(broker, count, "", lambda: int(broker.call(names[0], "count")))
+
+        def reached() -> int:
+            return int(broker.call(names[0], "count"))
+
+        result.update(_back(broker, count, "", usage, reached))
     return result
 
 
@@ -378,14 +454,20 @@ def _rest(broker: Broker, usage: Usage, empty_kib: int, count: int) -> dict[str,
     }
 
 
-def _back(broker: Broker, count: int, of: str, reached: Callable[[], int]) -> float:
-    """From when the broker closes the connection until everybody has had what was sent then."""
+def _back(
+    broker: Broker, count: int, of: str, usage: Usage, reached: Callable[[], int]
+) -> dict[str, float]:
+    """From when the broker closes the connection until everybody has had what was sent then: the
+    time, and the processor time of the daemon and of RabbitMQ."""
+    assert broker.rabbit._server is not None
+    rabbit = Usage(broker.rabbit._server.pid)
     broker.client.prepare(fanout=True).cast({}, "note", x="y")  # our own connection is there
     before = reached()
     wait_until(lambda: _is_still(reached), timeout_s=30, interval_s=0.2, failure=lambda: "busy")
     before = reached()
     broker.close_connections(of)  # takes rabbitmqctl a second, most of it before it does it
     started_s = time.perf_counter()
+    cpu_s, broker_cpu_s = usage.cpu_s(), rabbit.cpu_s()
     while True:
         try:
             broker.client.prepare(fanout=True).cast({}, "note", x="y")
@@ -398,7 +480,11 @@ def _back(broker: Broker, count: int, of: str, reached: Callable[[], int]) -> fl
         interval_s=0.02,
         failure=lambda: f"{reached() - before} of {count} came back",
     )
-    return time.perf_counter() - started_s
+    return {
+        "back_s": time.perf_counter() - started_s,
+        "back_cpu_s": usage.cpu_s() - cpu_s,
+        "back_broker_cpu_s": rabbit.cpu_s() - broker_cpu_s,
+    }
 
 
 def _is_still(reached: Callable[[], int]) -> bool:
@@ -427,6 +513,8 @@ MANY = (
     ("ready_s", "ready s", "{:.1f}"),
     ("calls_s", "calls/s", "{:.0f}"),
     ("back_s", "back s", "{:.1f}"),
+    ("back_cpu_s", "its CPU", "{:.1f}"),
+    ("back_broker_cpu_s", "broker's", "{:.1f}"),
 )
 
 
@@ -439,11 +527,13 @@ def run(directory: Path, *, rounds: int, calls: int, vms: list[int]) -> dict[str
         stack.callback(broker.transport.cleanup)
         with subjects(broker) as compared:
             medians = compare(broker, compared, rounds=rounds, calls=calls)
-        result: dict[str, Any] = {"compared": medians, "many": {}}
+        result: dict[str, Any] = {"compared": medians, "many": {}, "cost": {}}
         for count in vms:
-            result["many"][f"vchan-host, {count} VMs"] = many(broker, count)
+            name = f"vchan-host, {count} VM{'s' if count > 1 else ''}"
+            result["many"][name], result["cost"][name] = many(broker, count)
         if vms:
-            count = min(vms)
+            result["cost"][PY_AMQP] = floor(broker)
+            count = max((count for count in vms if count <= STOCK_MAX), default=STOCK_MAX)
             result["many"][f"{count} stock servers"] = many_stock(broker, count)
     return result
 
@@ -484,5 +574,6 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append(f"{name:<24}{cells}")
         lines.append("KiB/VM: memory over that without VMs, at rest; after: a call to each of them")
         lines.append("back: from when the broker closes the connection until each had a message")
+        lines += ["", *message_cost.table(result["cost"])]
     before, after = result["load"]
     return "\n".join([*lines, "", f"machine's load: {before:.1f} before, {after:.1f} after"])

@@ -22,7 +22,8 @@ from tests.rig import RigError
 from tests.rig.guest import QemuGuest
 from tests.rig.guest_image import VCHAN_PORT
 from vchan.io.streams import connect_unix
-from vchan.rpc.bodies import encode_json
+from vchan.rpc.bodies import encode_json, encode_raw
+from vchan.rpc.messages import CALL, RAW
 
 CALLS = 200
 LARGE_CALLS = 24
@@ -112,6 +113,13 @@ def _count_calls(counter: Counter, vchan: Vchan) -> None:
     ):
         large = encode_json({"method": method, "args": args})
         flood = partial(vchan.flood, AGENT_TOPIC, large, LARGE_CALLS, 8)
+        counter.row(what, both, LARGE_CALLS, flood)
+    for what, method, data, args in (
+        ("64 KiB raw to an agent", "take_raw", bytes(LARGE_BYTES), {}),
+        ("64 KiB raw from an agent", "give_raw", b"", {"size": LARGE_BYTES}),
+    ):
+        large = encode_raw(encode_json({"method": method, "args": args}), data)
+        flood = partial(vchan.flood, AGENT_TOPIC, large, LARGE_CALLS, 8, CALL | RAW)
         counter.row(what, both, LARGE_CALLS, flood)
 
 

@@ -2,7 +2,8 @@
 
 Every subject is a process, or two, at the other end of a unix socket; all run at once and are
 measured in turns. CPU is what the kernel accounts to those processes, in nanoseconds: of all
-figures the one that other load disturbs least.
+figures the one that other load disturbs least. Where compiled modules run, the same daemon and
+agent run beside them on sources.
 """
 
 import base64
@@ -17,13 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from tests.bench.peers import AGENT_TOPIC, DAEMON_TOPIC, GuestAgent, Vchan
 from tests.rig import RigError
 from tests.rig.guest_image import peers_root, port_echo
+from vchan import builds
 from vchan.io.streams import SocketStream, listen_unix
-from vchan.rpc.bodies import encode_json, encode_raw
+from vchan.rpc.bodies import decode_invocation, encode_invocation, encode_json, encode_raw
 from vchan.rpc.messages import CALL, RAW
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +42,24 @@ FILE_CHUNK_BYTES = 1 << 20  # the fastest that guest-file-read has; its own defa
 IN_FLIGHT: Final = (1, 16, 64)
 
 RAW_C, RAW_PYTHON, RELAY = "raw_c", "raw_python", "raw_python_relay"
+JSON_RELAY = "raw_python_json_relay"
 GA, EXEC, DAEMON, AGENT = "qemu_ga", "qemu_ga_exec", "vchan_daemon", "vchan_agent"
+QUICK = "vchan_agent_quick"
+PURE_DAEMON, PURE_AGENT = "vchan_daemon_pure", "vchan_agent_pure"
+PURE_QUICK = "vchan_agent_quick_pure"
 SUBJECTS: Final = {
     RAW_C: "raw C",
     RAW_PYTHON: "raw Python",
     RELAY: "raw Python, 2 processes",
+    JSON_RELAY: "raw Python, 2 processes, lines of JSON",
     GA: "qemu-ga, guest-ping",
     EXEC: "qemu-ga, guest-exec until its output is there",
     DAEMON: "vchan, in the daemon",
     AGENT: "vchan, in an agent",
+    QUICK: "vchan, in an agent, @quick",
+    PURE_DAEMON: "vchan, in the daemon, sources",
+    PURE_AGENT: "vchan, in an agent, sources",
+    PURE_QUICK: "vchan, in an agent, @quick, sources",
 }
 COLUMNS: Final = (
     ("p10_us", "p10 us", "{:.0f}"),
@@ -69,12 +81,21 @@ RATIOS: Final = (
     (DAEMON, "cpu_us_64", GA, "cpu_us_64", ""),
     (AGENT, "cpu_us_1", RELAY, "cpu_us_1", ""),
     (AGENT, "cpu_us_64", RELAY, "cpu_us_1", ""),
+    (AGENT, "cpu_us_64", JSON_RELAY, "cpu_us_64", ""),
+    (AGENT, "cpu_us_64", QUICK, "cpu_us_64", ""),
     (AGENT, "from_mbs", GA, "from_mbs", ""),
     (AGENT, "to_mbs", GA, "to_mbs", ""),
     (AGENT, "raw_from_mbs", AGENT, "from_mbs", ""),
     (AGENT, "raw_to_mbs", AGENT, "to_mbs", ""),
+    (PURE_DAEMON, "cpu_us_1", DAEMON, "cpu_us_1", ">= 1.5"),
+    (PURE_DAEMON, "cpu_us_64", DAEMON, "cpu_us_64", ">= 1.5"),
+    (PURE_AGENT, "cpu_us_1", AGENT, "cpu_us_1", ">= 1.5"),
+    (PURE_AGENT, "cpu_us_64", AGENT, "cpu_us_64", ">= 1.5"),
 )
 """Subject and measure over subject and measure, and what is aimed at."""
+
+
+NO_VARIABLES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Subject(NamedTuple):
@@ -128,6 +149,7 @@ def ratios(result: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, 
     return [
         (f"{one}.{what} / {other}.{that}", result[one][what] / result[other][that], aim)
         for one, what, other, that, aim in RATIOS
+        if one in result
     ]
 
 
@@ -137,6 +159,8 @@ def table(result: Mapping[str, Mapping[str, float]]) -> str:
     lines = ["natively, over unix sockets: 64 bytes there and back; 64 KiB, JSON and raw"]
     lines.append(" " * width + "".join(f"{title:>10}" for _, title, _ in COLUMNS))
     for name, subject in SUBJECTS.items():
+        if name not in result:
+            continue
         cells = (
             form.format(result[name][measured]) if measured in result[name] else ""
             for measured, _, form in COLUMNS
@@ -161,20 +185,42 @@ def _start(
         RAW_C: _echo(stack, str(port_echo())),
         RAW_PYTHON: _echo(stack, sys.executable, str(IN_GUEST / "echo_select.py")),
         RELAY: _echo(stack, sys.executable, str(IN_GUEST / "echo_relay.py")),
+        JSON_RELAY: _json_relay(stack),
     }
-    ga_subjects, ga_bulk = _guest_agent(stack, directory)
-    vchan_subjects, vchan_bulk = _vchan(stack, directory, body)
-    return subjects | ga_subjects | vchan_subjects, ga_bulk + vchan_bulk
+    bulk: list[Transfer] = []
+    parts = [_guest_agent(stack, directory), _vchan(stack, directory, body, DAEMON, AGENT, QUICK)]
+    if builds.running() == "compiled":
+        aside = directory / "pure"
+        aside.mkdir()
+        names, pure = (PURE_DAEMON, PURE_AGENT, PURE_QUICK), {builds.VARIABLE: "pure"}
+        parts.append(_vchan(stack, aside, body, *names, pure))
+    for more_subjects, more_bulk in parts:
+        subjects |= more_subjects
+        bulk += more_bulk
+    return subjects, bulk
 
 
-def _echo(stack: ExitStack, *command: str) -> Subject:
-    """A program that sends back what comes, at the other end of a socket that it inherits."""
+def _json_relay(stack: ExitStack) -> Subject:
+    ours, pid = _inheriting(stack, sys.executable, str(IN_GUEST / "json_relay.py"))
+    peer = GuestAgent(ours)  # it talks as that does
+    peer.ping()
+    return Subject(_with_children(pid), peer.ping, peer.flood)
+
+
+def _inheriting(stack: ExitStack, *command: str) -> tuple[socket.socket, int]:
+    """A program that inherits the other end of a socket, and its process."""
     ours, theirs = socket.socketpair()
     stack.enter_context(closing(ours))
     inherited = theirs.fileno()
     program = _program(*command, f"fd:{inherited}", inherited=inherited)
     pid = stack.enter_context(program)
     theirs.close()
+    return ours, pid
+
+
+def _echo(stack: ExitStack, *command: str) -> Subject:
+    """A program that sends back what comes."""
+    ours, pid = _inheriting(stack, *command)
     payload = bytes(SMALL_BYTES)
 
     def call() -> None:
@@ -192,7 +238,9 @@ def _guest_agent(stack: ExitStack, directory: Path) -> tuple[dict[str, Subject],
     libraries = root / "usr" / "lib" / "x86_64-linux-gnu"
     command = (str(root / "usr/sbin/qemu-ga"), "-m", "unix-listen", "-p", str(path))
     where = ("-f", str(directory / "ga.pid"), "-t", str(directory))
-    pid = stack.enter_context(_program(*command, *where, LD_LIBRARY_PATH=str(libraries)))
+    pid = stack.enter_context(
+        _program(*command, *where, variables={"LD_LIBRARY_PATH": str(libraries)})
+    )
     agent = GuestAgent(_connected(path))
 
     def run() -> None:
@@ -223,21 +271,31 @@ def _guest_agent(stack: ExitStack, directory: Path) -> tuple[dict[str, Subject],
 
 
 def _vchan(
-    stack: ExitStack, directory: Path, body: bytes
+    stack: ExitStack,
+    directory: Path,
+    body: bytes,
+    in_daemon: str,
+    in_agent: str,
+    in_quick: str,
+    variables: Mapping[str, str] = NO_VARIABLES,
 ) -> tuple[dict[str, Subject], list[Transfer]]:
     channel, agents = str(directory / "channel"), str(directory / "agents")
     listener = stack.enter_context(listen_unix(channel, 0o600))
     command = ("-m", "vchan.guest.daemon", "--quiet", "--port", f"unix:{channel}")
-    daemon = stack.enter_context(_program(sys.executable, *command, "--socket", agents))
+    daemon = stack.enter_context(
+        _program(sys.executable, *command, "--socket", agents, variables=variables)
+    )
     listener.settimeout(START_TIMEOUT_S)
     connected, _ = listener.accept()
-    agent = stack.enter_context(_program(sys.executable, str(IN_GUEST / "agent.py"), agents))
+    agent = stack.enter_context(
+        _program(sys.executable, str(IN_GUEST / "agent.py"), agents, variables=variables)
+    )
     vchan = Vchan(SocketStream(connected, channel))
     stack.callback(vchan.close)
     vchan.settle(AGENT_TOPIC)
 
-    def subject(topic: str, *pids: int) -> Subject:
-        return Subject(pids, partial(vchan.call, topic, body), partial(vchan.flood, topic, body))
+    def subject(topic: str, asked: bytes, *pids: int) -> Subject:
+        return Subject(pids, partial(vchan.call, topic, asked), partial(vchan.flood, topic, asked))
 
     def large(topic: str, method: str, **args: Any) -> Callable[[int], object]:
         content = encode_json({"method": method, "args": args})
@@ -248,12 +306,17 @@ def _vchan(
         flags = CALL | RAW
         return lambda count: vchan.flood(AGENT_TOPIC, content, count, LARGE_IN_FLIGHT, flags)
 
-    subjects = {DAEMON: subject(DAEMON_TOPIC, daemon), AGENT: subject(AGENT_TOPIC, daemon, agent)}
+    quick_body = encode_invocation("ping_quickly", decode_invocation(body).args)
+    subjects = {
+        in_daemon: subject(DAEMON_TOPIC, body, daemon),
+        in_agent: subject(AGENT_TOPIC, body, daemon, agent),
+        in_quick: subject(AGENT_TOPIC, quick_body, daemon, agent),
+    }
     return subjects, [
-        (AGENT, "to_mbs", large(AGENT_TOPIC, "take", data="x" * LARGE_BYTES)),
-        (AGENT, "from_mbs", large(AGENT_TOPIC, "give", size=LARGE_BYTES)),
-        (AGENT, "raw_to_mbs", large_raw("take_raw", bytes(LARGE_BYTES))),
-        (AGENT, "raw_from_mbs", large_raw("give_raw", b"", size=LARGE_BYTES)),
+        (in_agent, "to_mbs", large(AGENT_TOPIC, "take", data="x" * LARGE_BYTES)),
+        (in_agent, "from_mbs", large(AGENT_TOPIC, "give", size=LARGE_BYTES)),
+        (in_agent, "raw_to_mbs", large_raw("take_raw", bytes(LARGE_BYTES))),
+        (in_agent, "raw_from_mbs", large_raw("give_raw", b"", size=LARGE_BYTES)),
     ]
 
 
@@ -262,17 +325,17 @@ def _vchan(
 
 def _turn(subject: Subject, calls: int) -> Iterator[tuple[str, float]]:
     """Measures and values of one turn."""
-    before_us = _cpu_us(subject.pids)
+    before_us = cpu_us(subject.pids)
     times_us = sorted(_taken_s(subject.call) * 1e6 for _ in range(calls))
-    yield "cpu_us_1", (_cpu_us(subject.pids) - before_us) / calls
+    yield "cpu_us_1", (cpu_us(subject.pids) - before_us) / calls
     for percent in (10, 50, 99):
         yield f"p{percent}_us", times_us[calls * percent // 100]
     if subject.flood is None:
         return
     for in_flight in IN_FLIGHT[1:]:
-        before_us = _cpu_us(subject.pids)
+        before_us = cpu_us(subject.pids)
         taken_s = _taken_s(partial(subject.flood, 2 * calls, in_flight))
-        yield f"cpu_us_{in_flight}", (_cpu_us(subject.pids) - before_us) / (2 * calls)
+        yield f"cpu_us_{in_flight}", (cpu_us(subject.pids) - before_us) / (2 * calls)
         yield f"rate_{in_flight}", 2 * calls / taken_s
 
 
@@ -282,7 +345,7 @@ def _taken_s(action: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
-def _cpu_us(pids: tuple[int, ...]) -> float:
+def cpu_us(pids: tuple[int, ...]) -> float:
     """CPU time of all threads of these processes, in microseconds."""
     spent_ns = 0
     for pid in pids:
@@ -311,7 +374,11 @@ def _connected(path: Path) -> socket.socket:
 
 
 @contextmanager
-def _program(*command: str, inherited: int | None = None, **variables: str) -> Iterator[int]:
+def _program(
+    *command: str,
+    inherited: int | None = None,
+    variables: Mapping[str, str] = NO_VARIABLES,
+) -> Iterator[int]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     descriptors = () if inherited is None else (inherited,)
     process = subprocess.Popen(command, env=environment, pass_fds=descriptors)

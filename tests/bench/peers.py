@@ -14,7 +14,7 @@ from tests.rig import RigError
 from vchan.io.link import Link
 from vchan.io.loop import Loop
 from vchan.io.streams import Stream
-from vchan.rpc.in_flight import NO_RAW, Answered, HandedBack, Outcome, Requester, Taken
+from vchan.rpc.in_flight import Answered, HandedBack, Outcome, Requester, Taken
 from vchan.rpc.messages import CALL, Request, Subscribe, decode
 from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
 from vchan.wire.frames import RAW_BODIES
@@ -196,8 +196,7 @@ class Vchan:
                     self._tell(outcome)
             case Opened(peer, resumed):
                 if not resumed:
-                    no_raw = "" if peer.takes_raw else NO_RAW
-                    self._requester.opened(self.loop.time(), no_raw=no_raw)
+                    self._requester.opened(self.loop.time(), takes_raw=peer.takes_raw)
             case Refused(reason):
                 self._problem = reason
             case _:

@@ -2,18 +2,22 @@
 
     python -m tests.bench.servers oslo URL SERVER...     one stock RPC server for each name
     python -m tests.bench.servers guests DIRECTORY N     N guests, each on a socket of its own
+    python -m tests.bench.servers amqp ADDRESS QUEUE REPLY_Q    py-amqp, and nothing else
 
 Prints "ready" when it serves; ends when its standard input does.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
 import threading
 import warnings
+from collections import deque
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,16 @@ from vchan.rpc.messages import (
     encode_reply,
     reply_stream,
 )
-from vchan.session import CONTROL, Config, Event, Opened, Received, Role, Session
+from vchan.session import (
+    CHANNEL_ACK_DELAY_S,
+    CONTROL,
+    Config,
+    Event,
+    Opened,
+    Received,
+    Role,
+    Session,
+)
 
 TOPIC = "bench"
 COUNT_FILE = "count"
@@ -83,7 +96,9 @@ class Guest:
     def __init__(self, loop: Loop, path: Path, number: int) -> None:
         self._loop = loop
         self._path = str(path)
-        self._session = Session(Config(Role.GUEST, number.to_bytes(16, "big"), "guest"), os.urandom)
+        instance, delay_s = number.to_bytes(16, "big"), CHANNEL_ACK_DELAY_S
+        config = Config(Role.GUEST, instance, "guest", ack_delay_s=delay_s)
+        self._session = Session(config, os.urandom)
         self._server = listen_unix(self._path, 0o600)
         self._link: Link | None = None
         self.requests = 0
@@ -112,13 +127,13 @@ class Guest:
             assert not isinstance(message, BadMessage | Unknown)
 
 
-def serve_guests(directory: Path, count: int) -> None:
+def serve_guests(directory: Path, number_of: int) -> None:
     """Guests, until standard input ends. A file says how many have had a request."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     assert soft
     with closing(Loop()) as loop:
-        guests = [Guest(loop, directory / f"{number}", number) for number in range(count)]
+        guests = [Guest(loop, directory / f"{number}", number) for number in range(number_of)]
 
         def write_count() -> None:
             reached = sum(guest.requests for guest in guests), sum(map(has_some, guests))
@@ -131,6 +146,46 @@ def serve_guests(directory: Path, count: int) -> None:
         threading.Thread(target=_stop_at_end, args=(loop,), daemon=True).start()
         print("ready", flush=True)
         loop.run()
+
+
+PREFETCH = 64
+"""As vchan-host has it."""
+
+
+def serve_amqp(address: str, queue: str, reply_q: str) -> None:
+    """The least that py-amqp does for a message: it takes and acknowledges a cast; it answers a
+    call, always the same, and acknowledges it when the answer is confirmed."""
+    import amqp
+
+    connection = amqp.Connection(address, heartbeat=0)
+    connection.connect()
+    channel = connection.channel()
+    channel.confirm_select()
+    channel.queue_declare(queue, durable=True, auto_delete=False)
+    channel.basic_qos(0, PREFETCH, a_global=False)
+    waiting: deque[tuple[int, int]] = deque()  # answers not confirmed: number, and call's tag
+    numbers = count(1)
+    answer = json.dumps({"result": 1, "failure": None, "ending": True, "_msg_id": "0" * 32})
+    body = json.dumps({"oslo.version": "2.0", "oslo.message": answer})
+
+    def confirmed(number: int, _multiple: bool) -> None:  # classic queues do so in order
+        while waiting and waiting[0][0] <= number:
+            channel.basic_ack(waiting.popleft()[1])
+
+    def take(message: Any) -> None:
+        if b"_reply_q" not in message.body:
+            channel.basic_ack(message.delivery_tag)
+            return
+        waiting.append((next(numbers), message.delivery_tag))
+        made = amqp.Message(body, content_type="application/json", delivery_mode=2)
+        channel.basic_publish(made, "", reply_q, mandatory=True)
+
+    channel.events["basic_ack"].add(confirmed)
+    channel.basic_consume(queue, callback=take)
+    threading.Thread(target=lambda: os._exit(sys.stdin.read() != ""), daemon=True).start()
+    print("ready", flush=True)
+    while True:
+        connection.drain_events()
 
 
 def _stop_at_end(loop: Loop) -> None:
@@ -148,6 +203,8 @@ def main() -> None:
     what, *words = sys.argv[1:]
     if what == "oslo":
         serve_oslo(words[0], words[1:])
+    elif what == "amqp":
+        serve_amqp(*words)
     else:
         serve_guests(Path(words[0]), int(words[1]))
 

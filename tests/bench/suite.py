@@ -25,8 +25,8 @@ from tests.bench.machine import (
 from tests.bench.peers import AGENT_TOPIC, DAEMON_TOPIC, GuestAgent, RawChannel, Vchan
 from tests.rig.guest_image import PYTHON, VCHAN_PORT
 from vchan.io.streams import connect_unix
-from vchan.rpc.bodies import encode_json
-from vchan.rpc.messages import CALL
+from vchan.rpc.bodies import encode_json, encode_raw
+from vchan.rpc.messages import CALL, RAW
 
 SMALL_BYTES = 64
 LARGE_BYTES = 64 * 1024
@@ -139,6 +139,10 @@ class Suite:
         self._flood_speed("to_guest_mbs", IN_AGENT, AGENT_TOPIC, body, count)
         body = encode_json({"method": "give", "args": {"size": LARGE_BYTES}})
         self._flood_speed("from_guest_mbs", IN_AGENT, AGENT_TOPIC, body, count)
+        body = encode_raw(encode_json({"method": "take_raw", "args": {}}), bytes(LARGE_BYTES))
+        self._flood_speed("raw_to_guest_mbs", IN_AGENT, AGENT_TOPIC, body, count, CALL | RAW)
+        body = encode_raw(encode_json({"method": "give_raw", "args": {"size": LARGE_BYTES}}), b"")
+        self._flood_speed("raw_from_guest_mbs", IN_AGENT, AGENT_TOPIC, body, count, CALL | RAW)
         self._keep_speed(
             "from_guest_mbs", GA, FILE_BYTES, lambda: self._ga.read_file(FILE, FILE_CHUNK_BYTES)
         )

@@ -24,6 +24,7 @@ from tests.cloud.run import Run
 from tests.cloud.stage import Cloud
 from tests.cloud.verdict import table
 from tests.rig import RigError
+from tests.rig.ending import end_on_signals
 
 EXIT_BROKEN: Final = 1
 EXIT_CANNOT: Final = 3
@@ -134,7 +135,6 @@ def main() -> int:
     """The command."""
     arguments = sys.argv[1:]
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return inside(options) if options.inside else outside(options, arguments)
     except RigError as error:
@@ -145,6 +145,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     status = main()
     sys.stdout.flush()
     os._exit(status)  # oslo.messaging's threads would hold it up

@@ -55,7 +55,7 @@ class Journal:
             os.close(file.fd)
 
     def ran(self) -> list[Ran]:
-        """All that was said up to now."""
+        """All that was said up to now, in order."""
         self.read()
         with self._lock:
             return list(self._ran)
@@ -70,18 +70,23 @@ class Journal:
             for path in self.paths():
                 with contextlib.suppress(OSError):
                     self._notice(path)
-            for file in self._files.values():
-                self._take(file)
+            # In the order in which it was said. A guest that moves goes on in a newer file: newer
+            # files' sizes are looked at first, and what they hold is read last.
+            sizes = {
+                each: os.fstat(file.fd).st_size for each, file in reversed(self._files.items())
+            }
+            for number, file in self._files.items():
+                self._take(file, sizes[number])
 
     def _notice(self, path: Path) -> None:
         number = path.stat().st_ino
         if number not in self._files:
             self._files[number] = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
-    def _take(self, file: _File) -> None:
-        if os.fstat(file.fd).st_size < file.place:  # emptied
+    def _take(self, file: _File, size: int) -> None:
+        if size < file.place:  # emptied
             file.place, file.rest = 0, b""
-        while data := os.pread(file.fd, 1 << 16, file.place):
+        while data := os.pread(file.fd, min(1 << 16, size - file.place), file.place):
             file.place += len(data)
             whole, newline, rest = (file.rest + data).rpartition(b"\n")
             self._ran += parse(whole + newline)

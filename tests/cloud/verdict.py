@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Final
 
 DYING_S: Final = 1.5
@@ -94,15 +94,18 @@ class Row:
     casts_twice: int
     casts_marked: int
     """Run again after such a death, and marked so."""
+    casts_overtaken: int
+    """Run for the first time after one that was sent later, by the same sender."""
     problem: str = ""
     """What went wrong, or needed a hand."""
     note: str = ""
 
     @property
     def is_well(self) -> bool:
-        """Nothing was lost or run twice, every call was answered, and nobody had to help."""
+        """All ran, once and in order, every call was answered, and nobody had to help."""
         unanswered = self.calls_sent - self.calls_answered - self.calls_told
-        wrong = (unanswered, self.calls_twice, self.casts_lost, self.casts_twice, self.problem)
+        twice, order = self.calls_twice + self.casts_twice, self.casts_overtaken
+        wrong = (unanswered, twice, order, self.casts_lost, self.problem)
         return self.first_answer_s is not None and not any(wrong)
 
 
@@ -119,6 +122,7 @@ def judge(
     """The row of an operation.
 
     Args:
+        ran: In the order in which it ran.
         kills: It ends the guest, and starts it again.
     """
     mine = {cast.number for cast in sent.casts} | {call.number for call in sent.calls}
@@ -144,6 +148,7 @@ def judge(
         casts_died=len(died),
         casts_twice=_repeats(counted, "cast"),
         casts_marked=sum(run.is_marked for run in runs),
+        casts_overtaken=_overtaken(counted),
         problem=problem or _unanswered(failed, told),
         note=note,
     )
@@ -152,6 +157,13 @@ def judge(
 def _repeats(runs: list[Ran], kind: str) -> int:
     counts = Counter(run.number for run in runs if run.kind == kind)
     return sum(count - 1 for count in counts.values())
+
+
+def _overtaken(runs: list[Ran]) -> int:
+    """A load has one sender, which numbers its casts as it sends them."""
+    first_runs = dict.fromkeys(run.number for run in runs if run.kind == "cast")
+    latest = accumulate(first_runs, max)
+    return sum(number < so_far for number, so_far in zip(first_runs, latest, strict=True))
 
 
 def _died(missing: list[Cast], sent: Sent) -> list[Cast]:
@@ -181,7 +193,18 @@ def longest_silence_s(sent: Sent, times: Times) -> float:
     return max((b - a for a, b in pairwise(points)), default=0.0)
 
 
-HEAD: Final = ("operation", "nova", "first", "silence", "calls", "casts", "lost", "twice", "marked")
+HEAD: Final = (
+    "operation",
+    "nova",
+    "first",
+    "silence",
+    "calls",
+    "casts",
+    "lost",
+    "twice",
+    "marked",
+    "overtaken",
+)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -214,5 +237,6 @@ def _cells(row: Row) -> tuple[str, ...]:
             lost,
             str(row.casts_twice + row.calls_twice),
             str(row.casts_marked),
+            str(row.casts_overtaken),
         ),
     )

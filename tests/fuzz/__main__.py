@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tests.fuzz.corpus import INPUT_BYTES_MAX, fewest, load, save
 from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import TARGETS
+from tests.rig.ending import end_on_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT_MAX = 100
@@ -139,4 +140,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

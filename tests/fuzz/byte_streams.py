@@ -8,7 +8,7 @@ import random
 from tests.fuzz.script import Script
 from vchan.errors import LimitExceeded
 from vchan.streams import Ended, StreamEnds, StreamWanted
-from vchan.streams.ends import ENDED_MAX, IN_FLIGHT_BYTES_MAX, REPLIES_MAX, STREAMS_MAX
+from vchan.streams.ends import DOUBTS_MAX, ENDED_MAX, IN_FLIGHT_BYTES_MAX, REPLIES_MAX, STREAMS_MAX
 from vchan.streams.halves import SEND_BYTES_MAX, WINDOW_BYTES
 from vchan.streams.messages import (
     CHUNK_BYTES_MAX,
@@ -149,6 +149,7 @@ class _World:
     def check(self) -> None:
         ends = self.ends
         assert len(ends._streams) <= 2 * STREAMS_MAX
+        assert len(ends._doubts) <= DOUBTS_MAX
         assert len(ends._ended) <= ENDED_MAX and len(ends._replies) <= REPLIES_MAX
         assert ends.in_flight <= IN_FLIGHT_BYTES_MAX + 2 * STREAMS_MAX  # an END counts as one
         for stream in ends._streams.values():

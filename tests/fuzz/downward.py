@@ -12,6 +12,8 @@ from math import inf
 from typing import Any
 
 from tests.fuzz.script import Script
+from tests.rig.attributes import attributes
+from tests.rig.mail import take_mail
 from vchan.errors import LimitExceeded, Rejected
 from vchan.host.oslo_wire.downward_envelope import BrokerRequest, ReplyPublication
 from vchan.host.oslo_wire.mail import ARRIVAL_KEY, NOTE_KEY, own_queue
@@ -209,7 +211,7 @@ class _World:
         assert upward.open_requests <= 8
         assert 0 <= upward.summary()["calls"] <= 4
         for owner in (downward, upward, downward._requester, upward._responder):
-            for name, table in vars(owner).items():
+            for name, table in attributes(owner).items():
                 assert not isinstance(table, Sized) or len(table) <= TABLE_MAX, name
 
 
@@ -352,7 +354,7 @@ def _mail(script: Script, world: _World) -> None:
         return
     if world.broker.mailbox:
         token = world.broker.deliver(None)
-        world.downward.upward.mail(token, world.broker.mailbox.pop(0), world.now_s)
+        take_mail(world.downward.upward, token, world.broker.mailbox.pop(0), world.now_s)
         return
     request_id = _id(script)
     match script.number() % 5:
@@ -370,7 +372,7 @@ def _mail(script: Script, world: _World) -> None:
             body = encode_json({NOTE_KEY: stays, **lists, "unclear": unclear})
         case _:
             body = script.block() or encode_json({ARRIVAL_KEY: script.pick(("a", "b", "c"))})
-    world.downward.upward.mail(world.broker.deliver(None), body, world.now_s)
+    take_mail(world.downward.upward, world.broker.deliver(None), body, world.now_s)
 
 
 def _lose_channel(script: Script, world: _World) -> None:

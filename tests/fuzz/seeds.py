@@ -85,6 +85,29 @@ def _byte_streams() -> Iterator[bytes]:
     yield bytes((*offer, *opened, 3, 0, 1, 1, 0, 0, 0, *read, 4, 0, 1, 3, 13, *take))
 
 
+def _programs() -> Iterator[bytes]:
+    said = list(_vectors("programs.json", "messages", "message"))
+    running, output, room, end = said[12:16]
+    yield from (_blocks(each) for each in said)
+    yield _blocks(running, output, room, output, end)
+
+
+def _copies() -> Iterator[bytes]:
+    said = {
+        each["name"]: bytes.fromhex(each["message"])
+        for each in json.loads((VECTORS / "copies.json").read_text())["messages"]
+    }
+    yield from (_blocks(each) for each in said.values())
+    root, end = said["a root that is a directory"], said["its end"]
+    file = [said[name] for name in ("a file", "bytes", "the whole")]
+    resumed = [said[name] for name in ("a file that is asked about", "given up", "left out")]
+    yield _blocks(root, *file, said["a directory"], *resumed, end, end, said["the end"])
+
+
+def _blocks(*parts: bytes) -> bytes:
+    return b"".join(len(part).to_bytes(2) + part for part in parts)
+
+
 def _prefixed(*first: int) -> list[bytes]:
     return [bytes((byte,)) + body for byte in first for body in _BODIES]
 
@@ -145,6 +168,8 @@ _SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
     "downward": _downward,
     "byte_stream": lambda: _vectors("byte_streams.json", "messages", "message"),
     "byte_streams": _byte_streams,
+    "program": _programs,
+    "copy": _copies,
     "request": lambda: _prefixed(0, 1, 4),
     "reply": lambda: _prefixed(0, 1),
     "mail": _envelopes,

@@ -128,7 +128,7 @@ class _Victim:
             == sum(each.total for each in partials)
             <= REASSEMBLY_BYTES_MAX
         )
-        assert all(len(each.data) <= each.total for each in partials)
+        assert all(each.received <= each.total for each in partials)
         assert session._decoder._held <= FRAME_BYTES_MAX
         cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sender._sent)
         assert session._sender.in_flight == cost <= IN_FLIGHT_BYTES_MAX

@@ -26,6 +26,8 @@ from vchan.host.policy.rule_parser import PolicyError, parse
 from vchan.host.policy.rules import Ask, Facts, Kind, Policy
 from vchan.rpc import bodies
 from vchan.rpc.messages import BadMessage, Request, Unknown, decode, encode
+from vchan.services import copies, copy_order, programs
+from vchan.services.framing import BadFrame
 from vchan.wire.frames import (
     FLUSH,
     FRAME_BYTES_MAX,
@@ -257,7 +259,61 @@ def domain(data: bytes) -> None:
     assert facts.uuid and facts.name
 
 
+def program(data: bytes) -> None:
+    """What a guest says to `vchan exec`: refused, or bounded by what that has not written."""
+    dialogue = programs.ProgramDialogue()
+    script = Script(data)
+    while not script.at_end:
+        try:
+            dialogue.receive(script.block())
+        except BadFrame as error:
+            assert str(error)
+            return
+        assert 0 <= dialogue.unwritten <= 2 * programs.OUTPUT_BYTES_MAX
+        assert 0 <= dialogue.room <= programs.INPUT_BYTES_MAX
+        if dialogue.room:
+            dialogue.sends(1 + script.number() % dialogue.room)
+
+
+def copy(data: bytes) -> None:
+    """What a guest sends to `vchan cp`: a fault, or names below one root, and no byte too many."""
+    reader = copies.CopyReader()
+    receiving = copy_order.ReceivingEnd(takes_directories=True, resumes=True)
+    script = Script(data)
+    depth, size, at = 0, 0, 0
+    while not script.at_end:
+        try:
+            for message in reader.feed(script.block()):
+                receiving.heed(message)
+                match message:
+                    case copies.DirectoryEntry(_, name):
+                        assert bool(name) == bool(depth) and b"/" not in name and name != b".."
+                        depth += 1
+                    case copies.DirectoryEnd():
+                        depth -= 1
+                    case copies.FileEntry(flags, facts, announced, name):
+                        assert bool(name) == bool(depth) and b"/" not in name and name != b".."
+                        assert facts.mode <= 0o777
+                        size, at = announced, 0
+                        if flags & copies.ASK:
+                            receiving.have(min(size, 5), bytes(32))
+                    case copies.FileBegin(offset):
+                        at = offset
+                    case copies.FileData(content):
+                        at += len(content)
+                    case copies.FileWhole():
+                        assert at == size
+                    case _:
+                        pass
+                assert 0 <= depth <= copy_order.DEPTH_MAX and at <= size
+        except copies.CopyFault as error:
+            assert str(error)
+            return
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
+    "program": program,
+    "copy": copy,
     "frames": frames,
     "greeting": greeting,
     "session": session.run,

@@ -7,6 +7,7 @@ import sys
 from tests.pictures import __doc__ as about
 from tests.pictures.make import CAST, ROOT, differing, write
 from tests.pictures.recording import record
+from tests.rig.ending import end_on_signals
 
 
 def main() -> int:
@@ -35,4 +36,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

@@ -78,6 +78,32 @@ def calls_through_a_broker(data: str) -> str:
     return bars.draw(charts, "Calls through a broker, beside oslo.messaging", note(measured))
 
 
+def many_vms_on_a_host(data: str) -> str:
+    """`scripts/bench --broker --json`: how the cost grows with the number of VMs."""
+    measured = json.loads(data)
+    costs, many = measured["cost"], measured["many"]
+    several = [name for name in costs if name in many and not name.endswith(" 1 VM")]
+    charts = []
+    for kind in ("cast", "call"):
+        bars_of_kind = [bar(name, of[kind]["cpu_us"], "{:.0f}") for name, of in costs.items()]
+        brokers = [
+            bar(f"RabbitMQ, for {name}", of[kind]["broker_us"], "{:.0f}")
+            for name, of in costs.items()
+            if name in many
+        ]
+        title = f"Processor time a {kind}, microseconds (less is better)"
+        charts.append(Chart(title, bars_of_kind + brokers))
+    charts += [
+        Chart(title, [bar(name, many[name][key], form) for name in several])
+        for title, key, form in (
+            ("Memory for each VM at rest, KiB (less is better)", "rss_kib", "{:.0f}"),
+            ("All VMs at rest: % of a core (less is better)", "idle_cpu_percent", "{:.1f}"),
+            ("Back after a cut connection, s (less is better)", "back_s", "{:.1f}"),
+        )
+    ]
+    return bars.draw(charts, "One vchan-host, by how many VMs it has", note(measured))
+
+
 def bar(label: str, value: float, form: str) -> Bar:
     """One of a subject, which is ours if its name says so."""
     return Bar(label, value, form.format(value), label.startswith("vchan"))
@@ -93,6 +119,7 @@ MADE: Final[dict[str, tuple[str, Callable[[str], str]]]] = {
     "demo.svg": ("demo.cast", demo),
     "bench.svg": ("bench.json", calls_in_a_guest),
     "broker.svg": ("broker.json", calls_through_a_broker),
+    "vms.svg": ("broker.json", many_vms_on_a_host),
 }
 """By a picture's name: its data's, and what makes one of the other."""
 

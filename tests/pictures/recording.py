@@ -58,9 +58,13 @@ def record(command: Sequence[str], shown_as: str, directory: Path) -> str:
         command, cwd=directory, stdin=subprocess.DEVNULL, stdout=end, stderr=end
     ) as process:
         os.close(end)
-        while data := _read(terminal):
-            at_s = round(time.monotonic() - began_s, 3)
-            out.append(json.dumps([at_s, "o", decoder.decode(data)]))
+        try:
+            while data := _read(terminal):
+                at_s = round(time.monotonic() - began_s, 3)
+                out.append(json.dumps([at_s, "o", decoder.decode(data)]))
+        except BaseException:
+            process.terminate()  # it is waited for, and stops its parts
+            raise
     os.close(terminal)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(command), "\n".join(out))

@@ -35,6 +35,8 @@ pytestmark = [
 
 SERVER = "http://10.0.2.100"
 WAIT_S = 300.0
+RESULT = "/run/cloud-init/result.json"
+"""There when cloud-init is done. Its own command for that takes an emulated guest many seconds."""
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Machine:
             timeout_s=WAIT_S,
             interval_s=0.3,
             failure=lambda: self.shell.run("systemctl status vchan-guest").output,
+            rest=1.0,
         )
 
 
@@ -149,7 +152,9 @@ def _booted(machine: Machine) -> None:
     machine.wait_session()
     assert machine.host.call("vchan.guest", "ping") == b"{}"
     machine.ready_s = time.monotonic() - machine.started_s
-    machine.shell.wait("cloud-init status | grep -q 'status: done'", timeout_s=BOOT_TIMEOUT_S)
+    # In one program: to start it anew, again and again, would hold up an emulated boot.
+    machine.shell.run(f"until test -e {RESULT}; do sleep 1; done", timeout_s=BOOT_TIMEOUT_S)
+    assert json.loads(machine.shell.check(f"cat {RESULT}"))["v1"]["errors"] == []
 
 
 @pytest.fixture
@@ -232,7 +237,8 @@ def test_the_port_is_unplugged_and_plugged_again(network: Machine) -> None:
 
     network.guest.unplug(VCHAN_PORT)
     network.wait_property("ActiveState", "inactive")
-    assert network.property("Result") == "success"
+    # Started again without a port, by a systemd that does not ask its conditions then: no failure.
+    assert network.property("Result") in ("success", "exec-condition")
     network.guest.plug(VCHAN_PORT)
     network.wait_topic("openstack/agent")
     assert network.property("MainPID") != before
@@ -373,7 +379,10 @@ def test_removal_leaves_nothing(network: Machine) -> None:
 def test_user_data_without_a_network_brings_it_back(network: Machine, artefacts: Artefacts) -> None:
     """cloud-init's own modules, on a machine that has booted long ago."""
     network.shell.write("/run/data.yaml", artefacts.one("user-data-inline.yaml").read_bytes())
-    single = "cloud-init --file /run/data.yaml single --frequency always --name"
+    data = "--file /run/data.yaml"
+    takes_it = network.shell.run("cloud-init single --help | grep --quiet -e --file").status == 0
+    single = f"single {data}" if takes_it else f"{data} single"  # newer releases; older ones
+    single = f"cloud-init {single} --frequency always --name"
     for module in ("write_files", "runcmd", "scripts_user"):
         network.shell.check(f"{single} {module}")
     network.wait_property("ActiveState", "active")

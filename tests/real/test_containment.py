@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from tests.rig import end_process, rig_directory, wait_until
 from tests.rig.requirements import missing_for_rabbit
+from vchan import builds
 
 MISSING = missing_for_rabbit()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
@@ -81,8 +83,11 @@ class Site:
         channels = ",".join(f"{n}=connect:{directory / n}.port" for n in (VICTIM, NEIGHBOUR))
         options = [f"channels = {channels}"]
         self.host = HostDaemon(directory / "h", "h1", "", url, options=options)
-        program = (sys.executable, "-m", "tests.rig.faulty_host", where, vm, str(self.switch))
-        self.host.program = program
+        program: tuple[str, ...] = (sys.executable, "-m", "tests.rig.faulty_host", where, vm)
+        module = import_module(where.partition(":")[0])
+        if not str(module.__file__).endswith(".py"):  # compiled callers would not see the fault
+            program = ("env", f"{builds.VARIABLE}=pure", *program)
+        self.host.program = (*program, str(self.switch))
         self.caller = Caller(url, directory / "caller.log")
 
     def row(self, name: str) -> Any:

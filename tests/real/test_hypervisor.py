@@ -26,7 +26,7 @@ libvirt = pytest.importorskip("libvirt")
 if (MISSING := missing_for_libvirt()) is not None:
     pytest.skip(MISSING, allow_module_level=True)
 
-from tests.rig.guest_image import cache_directory  # noqa: E402  (what follows needs libvirt)
+from tests.rig.kept import cache_directory  # noqa: E402  (what follows needs libvirt)
 from tests.rig.libvirtd import LibvirtHost  # noqa: E402
 from vchan.errors import ConfigError  # noqa: E402
 from vchan.host.hypervisor import libvirt_client as hypervisor_module  # noqa: E402

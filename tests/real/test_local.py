@@ -33,7 +33,8 @@ def host(short_directory: Path) -> Iterator[ComputeHost]:
     """A host without a broker, and the VMs "vm" and "other" with the example agent; "off" is shut
     off."""
     from tests.rig.compute import GUEST_DAEMON, ComputeHost, agent_service
-    from tests.rig.guest_image import build, cache_directory
+    from tests.rig.guest_image import build
+    from tests.rig.kept import cache_directory
     from tests.rig.libvirtd import domain_xml
 
     image = build({"app/agent.py": EXAMPLE}).staged(short_directory / "local-image")
@@ -161,7 +162,11 @@ def test_the_host_is_watched(host: ComputeHost) -> None:
         (("status", "nobody"), cli.EXIT_FAILED, "'nobody': this host has no such"),
         (("attach", "nobody"), cli.EXIT_FAILED, "'nobody': this host has no such"),
         (("call", "off", "agent", "echo"), cli.EXIT_FAILED, "off: it is shutoff"),
-        (("call", "vm", "other", "echo"), cli.EXIT_FAILED, "nobody in vm serves openstack/other"),
+        (
+            ("call", "vm", "other", "echo"),
+            cli.EXIT_FAILED,
+            "no agent serves topic openstack/other; served in vm: openstack/agent",
+        ),
         (("call", "vm", "agent", "dance"), cli.EXIT_FAILED, "agent has no method dance"),
         (("call", "vm", "agent", "fail", "text=ouch"), cli.EXIT_FAILED, "ValueError: ouch"),
         (("call", "vm", "agent", "hostname", "x=1"), cli.EXIT_FAILED, "TypeError"),

@@ -210,8 +210,9 @@ def prometheus(short_directory: Path) -> Iterator[str]:
 
 
 def scraped(address: str, times: int) -> bool:
-    try:
-        found = ask(address, "count_over_time(vchan_up[1m])")
+    try:  # it listens, and answers 503, before it is ready
+        with urllib.request.urlopen(f"http://{address}/-/ready"):
+            found = ask(address, "count_over_time(vchan_up[1m])")
     except OSError:
         return False
     return bool(found) and int(found[0]["value"][1]) >= times

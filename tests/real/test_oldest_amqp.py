@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.guest_image import _locked, _made_once, cache_directory
+from tests.rig.kept import made_once
 from tests.rig.requirements import missing_for_rabbit
 
 MISSING = missing_for_rabbit()
@@ -34,19 +34,17 @@ def oldest() -> str:
 
 def installed(version: str) -> Path:
     """A directory with that release alone; made now, or cached."""
-    with _locked(cache_directory()) as cache:
-        made = cache / f"amqp-{version}"
-        with _made_once(made) as part:
-            if part is not None:
-                command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-                done = subprocess.run(
-                    [*command, "--target", str(part), f"amqp=={version}"],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                if done.returncode:
-                    pytest.skip(f"pip: {done.stderr[-300:]}")
+    with made_once(f"amqp-{version}") as (made, part):
+        if part is not None:
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            done = subprocess.run(
+                [*command, "--target", str(part), f"amqp=={version}"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                pytest.skip(f"pip: {done.stderr[-300:]}")
     return made
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.rig.guest_image import cache_directory
+from tests.rig.environment import environment
 from tests.rig.requirements import missing_for_libvirt
 from vchan.errors import LinkError
 
@@ -29,6 +30,8 @@ LEFT_OUT: Final = {"test_simple_batch": "a notifier waits for the listener: docs
 TESTS_MIN: Final = 28
 """What must at least have run: the releases have 30 and more."""
 TIMEOUT_S: Final = 500.0
+Results = list[dict[str, str]]
+"""How each test ended."""
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +39,15 @@ def oldest() -> Path:
     """The Python of an environment with the oldest release, made once."""
     wanted = [f"oslo.messaging=={OLDEST}", "pytest", "hypothesis", "oslotest", "testscenarios"]
     wanted += ["requests"]  # oslo.messaging's tests import it
-    key = hashlib.sha256(" ".join([sys.version, *wanted]).encode()).hexdigest()[:12]
-    environment = cache_directory() / f"oslo-{OLDEST}-{key}"
-    python = environment / "bin" / "python"
-    if not (environment / "complete").exists():
-        for command in (
-            [sys.executable, "-m", "venv", "--clear", str(environment)],
-            [str(python), "-m", "pip", "install", "--quiet", *wanted],
-        ):
-            subprocess.run(command, check=True, timeout=600)
-        (environment / "complete").touch()
-    # This tree's vchan, so that the driver is found by its entry point.
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(ROOT)]
-    subprocess.run(install, check=True, timeout=600)
-    return python
+    return environment(f"oslo-{OLDEST}", wanted, vchan=True)
 
 
-def run_functional(python: Path, directory: Path) -> list[dict[str, str]]:
-    """How each of oslo.messaging's functional tests ended, with a vchan-host of its own."""
+def run_functional(python: Path, kind: str, directory: Path) -> Results:
+    """How each of oslo.messaging's functional tests ended, with a vchan-host of its own.
+
+    Args:
+        kind: "threading", or "eventlet", which the suite patches into its process itself.
+    """
     from tests.rig.compute import HostDaemon
 
     class Alone(HostDaemon):
@@ -70,7 +64,7 @@ def run_functional(python: Path, directory: Path) -> list[dict[str, str]]:
     url = f"vchan://{daemon.socket}"
     try:
         done = subprocess.run(
-            [str(python), "-W", "ignore", "-m", "tests.rig.oslo_functional", url, *LEFT_OUT],
+            [str(python), "-W", "ignore", "-m", "tests.rig.oslo_functional", kind, url, *LEFT_OUT],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -84,33 +78,63 @@ def run_functional(python: Path, directory: Path) -> list[dict[str, str]]:
     return results
 
 
-@needs_libvirt
-def test_functional_tests_of_both_releases(short_directory: Path, oldest: Path) -> None:
-    """At the same time: they sleep a lot."""
-    runs = {"newest": Path(sys.executable), "oldest": oldest}
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """For what runs at the same time: all of it sleeps a lot."""
     with ThreadPoolExecutor() as pool:
-        ended = {
-            name: pool.submit(run_functional, python, short_directory / f"oslo-{name}")
-            for name, python in runs.items()
-        }
-    for name, results in ended.items():
-        others = [result for result in results.result() if result["how"] != "passed"]
-        report = "\n".join(f"{name}: {each['test']} {each['text']}" for each in others)
-        assert not others, report  # none is skipped either
-        assert len(results.result()) >= TESTS_MIN
+        yield pool
 
 
-def test_our_own_tests_with_the_oldest_release(oldest: Path) -> None:
+@pytest.fixture(scope="module")
+def own_tests(pool: ThreadPoolExecutor, oldest: Path) -> Future[subprocess.CompletedProcess[str]]:
+    """Of the driver, with the oldest release: begun."""
     files = ["tests/unit/test_oslo_driver.py", "tests/unit/test_oslo_driver_contract.py"]
-    done = subprocess.run(
+    return pool.submit(
+        subprocess.run,
         [str(oldest), "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
-        check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def functional(
+    pool: ThreadPoolExecutor, short_directory: Path, oldest: Path
+) -> dict[tuple[str, str], Future[Results]]:
+    """By the threads' kind and the release: begun."""
+    kinds = ["threading"]
+    if importlib.util.find_spec("eventlet") is not None:
+        kinds.append("eventlet")
+    return {
+        (kind, name): pool.submit(run_functional, python, kind, short_directory / f"{kind}-{name}")
+        for kind in kinds
+        for name, python in (("newest", Path(sys.executable)), ("oldest", oldest))
+    }
+
+
+@needs_libvirt
+@pytest.mark.parametrize("kind", ["threading", "eventlet"])
+@pytest.mark.usefixtures("own_tests")
+def test_functional_tests_of_both_releases(
+    functional: dict[tuple[str, str], Future[Results]], kind: str
+) -> None:
+    if (kind, "newest") not in functional:
+        pytest.skip("eventlet is not installed")
+    for name in ("newest", "oldest"):
+        results = functional[kind, name].result()
+        others = [result for result in results if result["how"] != "passed"]
+        report = "\n".join(f"{name}: {each['test']} {each['text']}" for each in others)
+        assert not others, report  # none is skipped either
+        assert len(results) >= TESTS_MIN
+
+
+def test_our_own_tests_with_the_oldest_release(
+    own_tests: Future[subprocess.CompletedProcess[str]],
+) -> None:
+    done = own_tests.result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

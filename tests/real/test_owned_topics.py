@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+import textwrap
 import time
 import uuid
 import warnings
@@ -15,12 +19,12 @@ from tests.rig import rig_directory, wait_until
 from tests.rig.broker_peers import TIMEOUT_S, Clients, Host, raw_channel
 from tests.rig.rabbit import RabbitServer
 from tests.rig.requirements import missing_for_rabbit
+from tests.rig.service_guest import ROOT, VM, ServiceGuest, block_of_page
 from vchan.host.broker import vm_queues
 from vchan.host.broker.config import BrokerConfig, BrokerHost
 from vchan.host.broker.events import Consuming, Delivered, Released, Troubled
 from vchan.host.oslo_wire.downward_envelope import ReplyPublication, encode_reply
-from vchan.host.policy.rule_parser import parse
-from vchan.host.policy.rules import Facts
+from vchan.rpc.arguments import PRIORITIES
 from vchan.rpc.messages import Topic
 
 MISSING = missing_for_rabbit()
@@ -152,6 +156,7 @@ def test_two_hosts_of_a_migration_keep_the_order_and_run_nothing_twice(
         first.consume(vm, topic, own=True)
         cast(clients, topic, range(CASTS))
         assert take(first, 5) == list(range(5))
+        second.broker.listen_for_answers(vm)  # on the same channel, and before: as a guest arrives
         second.broker.consume(vm, frozenset({topic}), frozenset({topic}))
         # It is told whose it is, and tries again.
         assert "another host" in next(filter(None, problems(second)))
@@ -233,34 +238,69 @@ def test_a_queue_of_another_type_is_used_and_said_so(
         assert take(host, 3) == [0, 1, 2]
 
 
-def test_a_stock_notifier_reaches_the_vm_that_owns_its_topic(
-    config: BrokerConfig, clients: Clients, rabbit: RabbitServer, vm: str
-) -> None:
-    """docs/oslo.md's example, with an exchange of its own: the notifier is first, and then not."""
-    exchange = f"nova-{uuid.uuid4().hex[:8]}"
-    policy = parse([("docs", f"own any {exchange}/alerts.{{uuid}}.info")])
-    topic = Topic(exchange, f"alerts.{vm}.info")
-    assert policy.owns(Facts(vm), *topic)
-    cfg.CONF.set_override("control_exchange", exchange)
+def test_a_stock_notifier_reaches_a_stock_listener_in_the_vm(rabbit: RabbitServer) -> None:
+    """docs/oslo.md's example: the notifier is first, and then not. What `listen_topics` lets the
+    listener have besides is denied at no priority."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import oslo_messaging
+    vm_uuid, heard = VM, Heard()
+    policy = block_of_page("oslo.md", "/etc/vchan/policy.d/50-alerts.policy")
+    with rig_directory() as directory, contextlib.ExitStack() as stack:
+        guest = ServiceGuest(directory, rabbit)
 
-        transport = oslo_messaging.get_notification_transport(cfg.CONF, rabbit.url)
-        notifier = oslo_messaging.Notifier(
-            transport, "test", driver="messaging", topics=[f"alerts.{vm}"]
+        def transport_of(url: str) -> Any:
+            transport = oslo_messaging.get_notification_transport(cfg.CONF, url)
+            stack.callback(transport.cleanup)
+            return transport
+
+        names = {"oslo_messaging": oslo_messaging, "vm_uuid": vm_uuid, "endpoint": heard}
+        here = names | {"transport": transport_of(rabbit.url)}
+        cfg.CONF.set_override(
+            "control_exchange", "nova"
+        )  # which the first transport has registered
+        stack.callback(cfg.CONF.clear_override, "control_exchange")
+        exec(example("notifier = "), here)
+        notifier = here["notifier"]
+        stack.enter_context(guest.guest_daemon())
+        stack.enter_context(guest.host("one", {"50-alerts": policy}, "listen_topics = nova/news"))
+        there = names | {"transport": transport_of(f"vchan://{guest.agent_socket}")}
+        exec(example("target = "), there)
+        news = oslo_messaging.Target(exchange="nova", topic="news")
+        every = oslo_messaging.get_notification_listener(
+            there["transport"], [news], [Everything()], executor="threading"
         )
-    try:
-        notifier.info({}, "x.before", {"n": 1})
-        with Host(config) as host:
-            host.consume(vm, topic, own=True)
-            notifier.info({}, "x.after", {"n": 2})
-            for number, event in ((1, "x.before"), (2, "x.after")):
-                delivered = host.events.take(Delivered)
-                request = delivered.request
-                assert (delivered.topic, request.is_notification) == (topic, True)
-                assert (request.method, request.args["event_type"]) == ("info", event)
-                assert request.args["payload"] == {"n": number}
-    finally:
-        cfg.CONF.clear_override("control_exchange")
-        transport.cleanup()
+        for listener in (there["listener"], every):
+            listener.start()
+            stack.callback(listener.wait)
+            stack.callback(listener.stop)
+        guest.wait_for(lambda: len(heard.events) == 1)
+        notifier.info({}, "disk.empty", {"free": 7})
+        guest.wait_for(lambda: len(heard.events) == 2)
+        assert heard.events == [("disk.full", {"free": 0}), ("disk.empty", {"free": 7})]
+        status = json.loads(guest.cli("one", "--json", "status", VM))
+        assert status["requests"]["denied_topics"] == []
+        every_priority = {f"nova/news.{name}" for name in PRIORITIES}
+        assert set(status["requests"]["topics"]) == {f"nova/alerts.{VM}.info"} | every_priority
+
+
+class Heard:
+    """The example's endpoint."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+
+    def info(self, ctxt: Any, publisher: str, event: str, payload: Any, metadata: Any) -> None:
+        self.events.append((event, payload))
+
+
+Everything = type("Everything", (), dict.fromkeys(PRIORITIES, Heard.info))
+"""An endpoint that wants all priorities."""
+
+
+def example(begin: str) -> str:
+    """The lines of the page from this one on."""
+    page = (ROOT / "docs" / "oslo.md").read_text()
+    found = re.search(rf"^    {begin}.*\n(?:    .*\n)*", page, re.MULTILINE)
+    assert found is not None, begin
+    return textwrap.dedent(found[0])

@@ -19,14 +19,9 @@ import pytest
 import yaml
 
 from tests.rig import debian_image, rig_directory
+from tests.rig.booted_tree import BootedTree
 from tests.rig.cloud import Cloud
-from tests.rig.debian_image import (
-    BOOT_TIMEOUT_S,
-    GuestAgent,
-    chroot_command,
-    copy_of_tree,
-    in_chroot,
-)
+from tests.rig.debian_image import Scripts, chroot_command, copy_of_tree, in_chroot
 from tests.rig.hosting import HostEnd
 from tests.rig.packages import ROOT, Artefacts, package
 from tests.unit.cable import Cable
@@ -43,6 +38,8 @@ EXPOSURE_MAX = {
     "vchan-conductor.service": 1.3,
     "vchan-masakari.service": 1.5,
     "vchan-page.service": 1.1,
+    "vchan-proxy.service": 1.5,
+    "vchan-forward@.service": 1.5,
     "vchan-guest.service": 0.5,
     "vchan-http.service": 1.5,
     "vchan-zmq.service": 0.5,
@@ -54,6 +51,9 @@ HOST_UNITS = (
     "vchan-conductor.service",
     "vchan-masakari.service",
     "vchan-page.service",
+    "vchan-proxy.service",
+    "vchan-forward@web.service",
+    "vchan-forward@web.socket",
 )
 GUEST_UNITS = ("vchan-guest.service", "vchan-http.service", "vchan-zmq.service")
 CHECK_CONFIGURATION = """
@@ -80,6 +80,12 @@ def directory() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def artefacts(directory: Path) -> Artefacts:
     return package(directory / "dist")
+
+
+@pytest.fixture(scope="module")
+def compiled(directory: Path) -> Artefacts:
+    """With compiled modules in both Debian packages."""
+    return package(directory / "compiled", "--compiled")
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +151,20 @@ def test_the_manual_is_well_formed(unpacked: Path, directory: Path) -> None:
         assert "warning:" not in shown
 
 
+LINK = r"\]\(([^):#\s]+)(?:#[^)]*)?\)"
+"""To another file."""
+
+
 def test_the_documents_and_the_policys_manual_are_in_the_hosts_package(unpacked: Path) -> None:
     documents = unpacked / "usr/share/doc/vchan-host/docs"
     tracked = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
     assert {path.relative_to(documents) for path in documents.rglob("*.md")} == tracked
+    pages = sorted(documents.parent.rglob("*.md"))
+    assert {"README.md", "CHANGELOG.md"} <= {page.name for page in pages}
+    links = [(page, link) for page in pages for link in re.findall(LINK, page.read_text())]
+    assert len(links) > 100
+    dead = [(page.name, link) for page, link in links if not (page.parent / link).exists()]
+    assert dead == []
     page = unpacked / "usr/share/man/man5/vchan-policy.5.gz"
     text = run("man", "--local-file", str(page), MANWIDTH="100")
     for heading in ("KINDS", "WHO", "TARGET", "EFFECTS", "MODES", "LIMITS", "AUDIT"):
@@ -393,6 +409,55 @@ def test_the_guests_package_comes_and_goes(debian: Path, artefacts: Artefacts) -
     assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
 
 
+VERSION = ("vchan-guest", "--version")
+
+
+def own_kind() -> str:
+    """This machine's, as Debian names it."""
+    return run("dpkg", "--print-architecture").strip()
+
+
+@pytest.mark.parametrize("side", ["guest", "host"])
+def test_the_compiled_package_holds_modules_and_sources(
+    artefacts: Artefacts, compiled: Artefacts, directory: Path, side: str
+) -> None:
+    kind = own_kind()
+    deb = compiled.one(f"vchan-{side}_*_{kind}.deb")
+    assert run("dpkg-deb", "-f", str(deb), "Architecture") == f"{kind}\n"
+    assert re.search(r"libc6 \(>= 2\.[0-9]+\)", run("dpkg-deb", "-f", str(deb), "Depends"))
+    roots = [directory / f"{side}-with", directory / f"{side}-without"]
+    plain = artefacts.one(f"vchan-{side}_*_all.deb")
+    for root, package_file in zip(roots, (deb, plain), strict=True):
+        run("dpkg-deb", "-x", str(package_file), str(root))
+    files = [{path.relative_to(root) for path in root.rglob("*")} for root in roots]
+    assert files[1] - files[0] == set()
+    made = {path for path in files[0] - files[1] if path.suffix == ".so"}
+    assert len(made) == len(files[0] - files[1]) > 10
+    sources = {path.parent / f"{path.name.partition('.')[0]}.py" for path in made}
+    assert {path.stem for path in sources - files[0]} == {"library__mypyc"}
+    assert all(("host" in path.parts) is (side == "host") for path in made)
+    options = ["--allow-root", "--tag-display-limit", "0", "--fail-on", "error,warning"]
+    run("lintian", *options, str(deb))
+    for same in ("*.whl", "vchan-guest.pyz"):
+        assert compiled.one(same).read_bytes() == artefacts.one(same).read_bytes(), same
+
+
+def test_the_compiled_package_is_used_and_falls_back(debian: Path, compiled: Artefacts) -> None:
+    (deb,) = give(debian, compiled.one(f"vchan-guest_*_{own_kind()}.deb"))
+    in_chroot(debian, "dpkg", "--install", deb)
+    try:
+        assert in_chroot(debian, *VERSION).output.endswith(", compiled\n")
+        pure = in_chroot(debian, "env", "VCHAN_BUILD=pure", *VERSION).output
+        assert pure.endswith(", pure: VCHAN_BUILD=pure\n")
+        (library,) = (debian / "usr/lib/python3/dist-packages/vchan").glob("library__mypyc.*.so")
+        of_a_newer_libc = library.read_bytes().replace(b"GLIBC_2.", b"GLIBC_9.")
+        library.write_bytes(of_a_newer_libc)
+        said = in_chroot(debian, *VERSION).output
+        assert ", pure: " in said and "GLIBC_9." in said
+    finally:
+        in_chroot(debian, "dpkg", "--purge", "vchan-guest")
+
+
 @pytest.fixture(scope="module")
 def debian_host(debian: Path, artefacts: Artefacts) -> Iterator[Path]:
     """A Debian system with the host's package, which is purged at the end."""
@@ -404,6 +469,47 @@ def debian_host(debian: Path, artefacts: Artefacts) -> Iterator[Path]:
     yield debian
     in_chroot(debian, "dpkg", "--purge", "vchan-host", "vchan-guest")
     assert in_chroot(debian, "sh", "-c", OUR_FILES).output == before
+
+
+def test_the_hosts_compiled_package_is_used_and_falls_back(
+    debian_host: Path, artefacts: Artefacts, compiled: Artefacts
+) -> None:
+    """Either side's may be there without the other's."""
+    kind = own_kind()
+    guest, host = (compiled.one(f"vchan-{side}_*_{kind}.deb") for side in ("guest", "host"))
+    plain = artefacts.guest, artefacts.host
+
+    def install(*packages: Path) -> None:
+        in_chroot(debian_host, "dpkg", "--install", *give(debian_host, *packages))
+
+    def said() -> str:
+        """Of the build, by each program; some break long lines."""
+        builds = {
+            " ".join(in_chroot(debian_host, *words).output.split()).partition(", ")[2]
+            for words in (("vchan", "version"), ("vchan-host", "--version"), VERSION)
+        }
+        (build,) = {each.partition(": ")[0] for each in builds}
+        return build
+
+    try:
+        for packages, build in (
+            ((guest, host), "compiled"),
+            ((plain[0], host), "pure; the host's modules compiled"),
+            ((guest, plain[1]), "compiled; the host's modules pure"),
+        ):
+            install(*packages)
+            assert said() == build
+            in_chroot(debian_host, "vchan", "policy", "check")  # it runs
+        install(guest, host)
+        modules = debian_host / "usr/lib/python3/dist-packages/vchan/host"
+        (library,) = modules.glob("library__mypyc.*.so")
+        library.write_bytes(library.read_bytes().replace(b"GLIBC_2.", b"GLIBC_9."))
+        assert said() == "compiled; the host's modules pure"
+        assert "GLIBC_9." in in_chroot(debian_host, "vchan", "version").output
+        in_chroot(debian_host, "vchan", "policy", "check")
+    finally:
+        install(*plain)
+    assert said() == "pure"
 
 
 def test_the_hosts_package_is_whole(debian_host: Path) -> None:
@@ -446,8 +552,6 @@ def test_the_services_run_confined(
     debian_host: Path, artefacts: Artefacts, directory: Path
 ) -> None:
     """Booted, with all that their units forbid; neither libvirt nor a broker is there."""
-    image = debian_image.build()
-    disk = directory / "host.disk"
     (debian_host / "etc/cloud/cloud-init.disabled").touch()
     configuration = debian_host / "etc/vchan/vchan.conf"
     default = configuration.read_text()
@@ -455,29 +559,32 @@ def test_the_services_run_confined(
     relay = debian_host / "etc/vchan/relay/control.conf"
     example = (debian_host / "usr/share/doc/vchan-host/examples/relay.conf").read_text()
     relay.write_text(re.sub(r"(?m)^transport_url = .*", f"transport_url = {NO_BROKER}", example))
-    debian_image.make_disk(debian_host, disk)
-    configuration.write_text(default)
-    relay.unlink()
-    booted = debian_image.DebianImage(image.kernel, disk, debian_host)
-    with debian_image.DebianGuest(directory / "host", booted, {}) as guest:
-        shell = guest.agent()
-        journal = "journalctl -b -u vchan-host --no-pager"
-        shell.wait("systemctl is-active vchan-host", timeout_s=BOOT_TIMEOUT_S, why=journal)
-        pid = shell.check("systemctl show --value -p MainPID vchan-host").strip()
-        assert shell.check(f"ps -o user= -p {pid}") == "vchan\n"
-        # It has tried both, and says how it went.
-        shell.wait("vchan --json status | grep -q 'broker.*refused'", why=journal)
-        status = json.loads(shell.check("vchan --json status"))
-        assert "libvirt-sock" in status["libvirt"]
-        shell.check("systemctl reload vchan-host")
-        assert shell.check("stat -c '%U %a' /var/log/vchan/audit.log").startswith("vchan ")
-        assert shell.check("systemctl show --value -p MainPID vchan-host").strip() == pid
-        _others_run_confined(shell, artefacts)
-        shell.check("systemctl stop vchan-host")
-        assert shell.check("systemctl show --value -p Result vchan-host") == "success\n"
+    try:
+        with BootedTree(directory / "host", debian_host) as booted:
+            _all_run_confined(booted, artefacts)
+    finally:
+        configuration.write_text(default)
+        relay.unlink()
 
 
-def _others_run_confined(shell: GuestAgent, artefacts: Artefacts) -> None:
+def _all_run_confined(shell: Scripts, artefacts: Artefacts) -> None:
+    journal = "journalctl -b -u vchan-host --no-pager"
+    shell.wait("systemctl is-active vchan-host", why=journal)
+    pid = shell.check("systemctl show --value -p MainPID vchan-host").strip()
+    assert shell.check(f"ps -o user= -p {pid}") == "vchan\n"
+    # It has tried both, and says how it went.
+    shell.wait("vchan --json status | grep -q 'broker.*refused'", why=journal)
+    status = json.loads(shell.check("vchan --json status"))
+    assert "libvirt-sock" in status["libvirt"]
+    shell.check("systemctl reload vchan-host")
+    assert shell.check("stat -c '%U %a' /var/log/vchan/audit.log").startswith("vchan ")
+    assert shell.check("systemctl show --value -p MainPID vchan-host").strip() == pid
+    _others_run_confined(shell, artefacts)
+    shell.check("systemctl stop vchan-host")
+    assert shell.check("systemctl show --value -p Result vchan-host") == "success\n"
+
+
+def _others_run_confined(shell: Scripts, artefacts: Artefacts) -> None:
     """Those that are installed and run where somebody enables them."""
     others = ("vchan-relay@control", "vchan-conductor", "vchan-http", "vchan-zmq")
     pids = {}
@@ -496,7 +603,7 @@ def _others_run_confined(shell: GuestAgent, artefacts: Artefacts) -> None:
     # An upgrade starts them anew; what is disabled stays so.
     shell.check("systemctl disable --now vchan-http && rm /usr/sbin/policy-rc.d")
     for deb in (artefacts.guest, artefacts.host):
-        shell.check(f"dpkg --install /root/{deb.name} 2>&1", timeout_s=BOOT_TIMEOUT_S)
+        shell.check(f"dpkg --install /root/{deb.name} 2>&1")
     for name in ("vchan-relay@control", "vchan-conductor", "vchan-zmq"):
         shell.check(f"systemctl is-active {name}")
         assert shell.check(f"systemctl show --value -p MainPID {name}").strip() != pids[name]

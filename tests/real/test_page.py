@@ -84,7 +84,9 @@ def odd_host() -> Look:
     rows, vms = [], {}
     for number, word in enumerate(ODD):
         uuid = f"{number}-{word}"
-        of_guest = {"problem": word, "topics": [word, f"openstack/{word}"], "channel": word}
+        guest = {"phase": word, "os": word, "addresses": [word]}
+        of_guest: dict[str, Any] = {"problem": word, "channel": word, "guest": guest}
+        of_guest["topics"] = [word, f"openstack/{word}"]
         rows.append({**row(), **of_guest, "uuid": uuid, "name": word, "domain": word})
         vms[uuid] = {**vm, "broker_problems": [word], "fault": word}
     words = "".join(ODD)
@@ -156,6 +158,18 @@ def test_a_browser_asks_again_by_itself(
             browser.terminate()
 
 
+def reported(number: int) -> dict[str, Any]:
+    """By a guest."""
+    addresses = [f"10.0.{number}.7", *(f"2001:db8:{number}::{n}" for n in range(1, 2 * number + 1))]
+    systems = (
+        "Debian GNU/Linux 12 (bookworm)",
+        "Rocky Linux 9.4 (Blue Onyx)",
+        "Alpine Linux v3.20",
+    )
+    system = systems[number % len(systems)]
+    return {"phase": "booting" if number == 1 else "ready", "os": system, "addresses": addresses}
+
+
 def busy(at_s: float, more: int) -> Look:
     """A host with something to see."""
     with a_channel() as channel:
@@ -179,6 +193,7 @@ def busy(at_s: float, more: int) -> Look:
         topics = ["openstack/agent", "openstack/metrics"][: number % 3] if state == "ready" else []
         rows.append(
             {**row(state, problem), "uuid": uuid, "name": name, "topics": topics}
+            | ({"guest": reported(number)} if state == "ready" else {})
             | ({"domain": "shutoff"} if state == "none" else {})
         )
         vms[uuid] = (

@@ -182,6 +182,16 @@ def test_the_guest_daemon_is_killed(reporting_vm: Vm, heard: Heard) -> None:
     assert heard.events[count:] == []
 
 
+def test_a_topic_that_no_service_has_ever_listened_to(reporting_vm: Vm) -> None:
+    """The host is told all the same, and of what changes afterwards, too."""
+    vm = reporting_vm
+    with vm.here.daemon.having("reports_topic = nobody-listens"):
+        for name in ("unheard", "unheard-again"):
+            rename(vm, name)
+            wait_hostname(vm, name)
+    wait_hostname(vm, "unheard-again")
+
+
 def test_metrics_when_asked(reporting_vm: Vm) -> None:
     vm = reporting_vm
     with vm.client() as client:

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.rig import RigError, rig_directory
+from tests.rig import RigError, debian_image, rig_directory, wait_until
 from tests.rig.guest import GuestShell, GuestSpec, QemuGuest, connect
 from tests.rig.guest_image import (
     PORT_ECHO,
@@ -19,8 +22,8 @@ from tests.rig.guest_image import (
     GuestImage,
     Service,
     build,
-    cache_directory,
 )
+from tests.rig.kept import cache_directory
 from tests.rig.rabbit import RabbitServer
 from tests.rig.requirements import (
     missing_for_libvirt,
@@ -34,6 +37,9 @@ pytestmark = pytest.mark.real
 needs_rabbit = pytest.mark.skipif(bool(missing_for_rabbit()), reason=str(missing_for_rabbit()))
 needs_qemu = pytest.mark.skipif(bool(missing_for_qemu()), reason=str(missing_for_qemu()))
 needs_libvirt = pytest.mark.skipif(bool(missing_for_libvirt()), reason=str(missing_for_libvirt()))
+needs_root = pytest.mark.skipif(
+    bool(debian_image.missing_for_debian()), reason=str(debian_image.missing_for_debian())
+)
 needs_peers = pytest.mark.skipif(bool(missing_for_peers()), reason=str(missing_for_peers()))
 
 GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
@@ -82,6 +88,15 @@ def processes_of(directory: Path) -> list[str]:
         if os.fsencode(directory) in command:
             found.append(command.replace(b"\0", b" ").decode())
     return found
+
+
+def guests_of(children: Path) -> list[Path]:
+    """Directories of the guests among these processes, whose QEMU has begun."""
+    found = []
+    for pid in children.read_text().split():
+        with contextlib.suppress(OSError):  # it just ended
+            found.append(Path(f"/proc/{pid}/cwd").readlink())
+    return [directory for directory in found if (directory / "qmp").exists()]
 
 
 def echoes(channel: socket.socket, payload: bytes) -> bool:
@@ -146,7 +161,7 @@ def test_a_guest_boots_is_driven_saved_and_restored(directory: Path, image: Gues
         with guest.connect() as channel:
             assert echoes(channel, b"booted")
             assert guest.shell("echo out; echo err >&2; exit 3").status == 3
-            assert guest.shell(f"{PYTHON} -c 'import vchan; print(6 * 7)'").output == "42\n"
+            assert guest.shell(f"{PYTHON} -c 'import ssl, vchan; print(6 * 7)'").output == "42\n"
 
             guest.plug("org.example.hot")
             watch = "until [ -e /dev/virtio-ports/org.example.hot ]; do usleep 1000; done"
@@ -312,3 +327,54 @@ def test_without_a_controller_nothing_can_be_plugged_in(
     with pytest.raises(libvirt.libvirtError, match="no virtio-serial controllers"):
         domain.attachDevice(channel_xml(VCHAN_PORT))
     connection.close()  # the guest is left for the host to end
+
+
+@needs_peers
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP], ids=lambda each: each.name)
+def test_what_a_benchmark_runs_ends_with_it(ending: signal.Signals) -> None:
+    words = [sys.executable, "-m", "tests.bench", "--start"]
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as bench:
+        children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+        try:
+            wait_until(
+                lambda: bool(guests_of(children)),
+                timeout_s=180.0,  # the image may have to be made first
+                interval_s=0.02,
+                failure=lambda: "no guest runs",
+            )
+            (directory,) = guests_of(children)
+        finally:
+            bench.send_signal(ending)
+    assert bench.returncode == 128 + ending
+    assert processes_of(directory) == []
+    assert not directory.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name)
+def test_what_runs_in_a_world_ends_with_the_script(directory: Path, ending: signal.Signals) -> None:
+    cache = directory / ending.name
+    tree = cache / "world-small"
+    cache.mkdir()
+    debian_image.copy_of_tree(debian_image.build(), tree)
+    (tree / "src").mkdir()
+    (tree / ".made").touch()
+    within = cache / "within"  # a word by which what runs there is found
+    script = f"bash -c 'sleep inf; : {within}' & echo there; sleep inf; : {within}"
+    world = subprocess.Popen(
+        [Path(__file__).parents[2] / "scripts/world", "small", "bash", "-c", script],
+        env=os.environ | {"VCHAN_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+    )
+    with world:
+        assert world.stdout is not None
+        assert world.stdout.readline() == b"there\n"
+        assert processes_of(within)
+        world.send_signal(ending)
+    assert world.returncode == -ending
+    wait_until(
+        lambda: not processes_of(within),
+        timeout_s=20.0,
+        interval_s=0.05,
+        failure=lambda: f"left: {processes_of(within)}",
+    )

@@ -193,7 +193,7 @@ def test_the_standard_agent(site: Site) -> None:
     site.wait_topics("vchan.standard")
     assert site.standard("ping")["allowed"] == dict.fromkeys(
         ("ping", "facts", "exec", "read", "write"), True
-    )
+    ) | {"shell": False}
     facts = site.standard("facts")
     assert facts["kernel"].startswith("Linux 6.1")
     content = os.urandom(200_000)

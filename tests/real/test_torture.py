@@ -11,13 +11,14 @@ import pytest
 
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
 from tests.torture.oracle import AGENT_DEATHS, CRASH, PANIC
+from tests.torture.report import LEAST
 from tests.torture.schedule import ALL_KINDS
 
 MISSING = missing_for_rabbit() or missing_for_libvirt()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 
 ROOT = Path(__file__).parents[2]
-RUN_S = 900.0  # 2 to 3 minutes on two cores that do nothing else
+RUN_S = 1800.0  # 2 to 3 minutes on two cores that do nothing else
 COMMAND = [sys.executable, "-m", "tests.torture", "--once", "--vms", "3", "--seed", "1", "--json"]
 
 
@@ -35,8 +36,5 @@ def test_every_fault_once() -> None:
         figures["by_kind"][kind] for kind in (*(AGENT_DEATHS - {CRASH, PANIC}), "asker_kill")
     )
     assert figures["reborn"] >= ends  # a fault that does nothing looks like a promise kept
-    assert figures["calls_answered"] > 50, figures
-    assert figures["guest_calls_answered"] > 20, figures
-    assert figures["casts"] > 50, figures
-    assert figures["guest_casts"] > 20, figures
-    assert figures["fanouts"] > 10, figures
+    for name, least in LEAST.items():
+        assert figures[name] >= least, (name, figures)

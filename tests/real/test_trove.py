@@ -1,248 +1,416 @@
 """Trove from PyPI, unmodified and with its encryption on: the guest's agent on vchan://, the
 conductor and the task manager's side on rabbit://. docs/trove.md is what is set here.
 
-The guest's daemon is real and runs beside this test, on a channel that is a unix socket: the image
-of the tests' VMs has no room for Trove. That the VM moves is here that one host stops, and the next
-goes on.
+Each release runs beside this test, with a guest's daemon on a unix socket: that its VM moves is
+there that one host stops, and the next goes on. One release runs in a VM that migrates.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.rig import rig_directory, wait_until
-from tests.rig.guest_image import cache_directory
+from tests.rig import oslo_image, rig_directory, tail, wait_until
+from tests.rig.environment import carried, environment, pinned
 from tests.rig.rabbit import RabbitServer
-from tests.rig.requirements import missing_for_rabbit
+from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
+from tests.rig.service_guest import ROOT, TIMEOUT_S, VM, ServiceGuest, block_of_page
+
+if TYPE_CHECKING:
+    from tests.rig.cloud import Cloud, Vm
 
 MISSING = missing_for_rabbit()
+MISSING_FOR_VM = MISSING or missing_for_libvirt() or oslo_image.can_carry()
 pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=str(MISSING))]
 
-ROOT: Final = Path(__file__).parents[2]
-PARTS: Final = ROOT / "tests" / "rig" / "trove_parts.py"
-TROVE: Final = "26.0.0"
-VM: Final = "0a9e0000-0000-4000-8000-00000000000a"
-TIMEOUT_S: Final = 90.0
+RIG: Final = ROOT / "tests" / "rig"
+INJECTED: Final = "/etc/trove/conf.d"
+"""Where Trove puts its files in a VM, and its agent looks for them."""
+MEMORY_MIB: Final = 768
+IMPORT_S: Final = 900.0
+"""An emulated guest on a busy machine imports 1300 modules."""
+MAKE_S: Final = 300.0
+"""Trove makes a database in some 5 s of a processor's time."""
+STATES: Final = ("BUILDING", "COMPLETED")
+
+page_block = partial(block_of_page, "trove.md")
 
 
-@pytest.fixture(scope="module")
-def python() -> Path:
-    """The Python of an environment with Trove, made once."""
-    key = hashlib.sha256(f"{sys.version} {TROVE}".encode()).hexdigest()[:12]
-    environment = cache_directory() / f"trove-{TROVE}-{key}"
-    python = environment / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
-    if not (environment / "complete").exists():
-        venv = [sys.executable, "-m", "venv", "--clear", str(environment)]
-        subprocess.run(venv, check=True, timeout=600)
-        subprocess.run([*pip, f"trove=={TROVE}"], check=True, timeout=900)
-        (environment / "complete").touch()
-    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True, timeout=600)
-    return python
+@dataclass(frozen=True)
+class Release:
+    """One of Trove's, and what it is installed with."""
 
+    name: str
+    requirements: tuple[str, ...]
+    python_max: tuple[int, int] | None = None
 
-def page_block(name: str) -> str:
-    """What the page has operators write: the block after the line that names the file."""
-    page = (ROOT / "docs" / "trove.md").read_text()
-    found = re.search(rf"`{re.escape(name)}`(?:.|\n)*?\n\n((?:    [^\n]*\n)+)", page)
-    assert found is not None, f"docs/trove.md has no block for {name}"
-    return re.sub(r"^    ", "", found[1], flags=re.MULTILINE).strip() + "\n"
-
-
-class Cloud:
-    """A control side with Trove, and a compute host's parts."""
-
-    def __init__(self, directory: Path, rabbit: RabbitServer, python: Path) -> None:
-        self.directory = directory
-        self.rabbit = rabbit
-        self.python = python
-        self.journal = directory / "journal"
-        self._stack = ExitStack()
-        self.control = self._file(
-            "control.conf",
-            "[DEFAULT]",
-            f"transport_url = {rabbit.url}",
-            "control_exchange = trove",
-            "trove_conductor_workers = 1",
-            "agent_call_low_timeout = 30",
-            "[database]",
-            f"connection = sqlite:///{directory}/db.sqlite",
-        )
-        manage = python.with_name("trove-manage")
-        self._run(str(manage), "--config-file", str(self.control), "db_sync")
-        made = self._run(str(python), "-W", "ignore", *self._part("make", self.control))
-        self.instance, self.key = made.split()[-2:]
-
-    def _file(self, name: str, *lines: str) -> Path:
-        path = self.directory / name
-        path.write_text("\n".join(lines) + "\n")
-        return path
-
-    def _run(self, *command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def _part(self, *words: str | Path) -> list[str]:
-        *parts, file = words
-        return [str(PARTS), *map(str, parts), "--config-file", str(file)]
-
-    @contextmanager
-    def process(self, name: str, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-        """A program, until the block ends."""
-        with (self.directory / f"{name}.out").open("a") as out:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "JOURNAL": str(self.journal)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if name == "tell" else out,
-                stderr=out,
-                text=True,
+    def python(self) -> Path:
+        """The Python of an environment with it, made once."""
+        if self.python_max and sys.version_info[:2] > self.python_max:
+            newest = ".".join(map(str, self.python_max))
+            pytest.skip(
+                f"what Trove {self.name} was released with is for Python {newest} and older"
             )
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+        return environment("trove", self.requirements, vchan=True)
 
-    def trove(self, *words: str | Path) -> Any:
-        """One of Trove's programs."""
-        return self.process(str(words[0]), [str(self.python), "-W", "ignore", *self._part(*words)])
 
-    def guest_daemon(self) -> Any:
-        port, socket = f"listen:{self.directory}/channel", f"{self.directory}/agent.sock"
-        command = [sys.executable, "-m", "vchan.guest.daemon", "--port", port, "--socket", socket]
-        return self.process("guest-daemon", command)
+NEWEST: Final = Release("26.0.0", ("trove==26.0.0",))
+OLDEST: Final = Release("21.0.0", tuple(pinned("trove-2024.1.txt")), python_max=(3, 11))
 
-    def host(self, name: str) -> Any:
-        """A vchan-host, with the page's policy and no more."""
-        directory = self.directory / name
-        (directory / "policy.d").mkdir(parents=True)
-        (directory / "policy.d" / "90-default.policy").write_text(
-            (ROOT / "etc" / "policy.d" / "90-default.policy").read_text()
-        )
-        policy = page_block("/etc/vchan/policy.d/50-trove.policy")
-        owners = page_block("/etc/vchan/policy.d/51-trove-owners.policy")
-        owner, *_ = owners.splitlines()
-        owner = re.sub(
-            r"uuid:\S+ +trove/guestagent[.]\S+",
-            f"uuid:{VM} trove/guestagent.{self.instance}",
-            owner,
-        )
-        (directory / "policy.d" / "50-trove.policy").write_text(policy)
-        (directory / "policy.d" / "51-trove-owners.policy").write_text(owner + "\n")
-        config = self._file(
-            f"{name}.conf",
-            "[DEFAULT]",
-            f"transport_url = {self.rabbit.url}",
-            f"log_file = {directory}/log",
-            "[vchan]",
-            f"host = {name}",
-            "libvirt_uri =",
-            f"audit_log = {directory}/audit.log",
-            f"policy_dir = {directory}/policy.d",
-            f"socket = {directory}/host.sock",
-            f"channels = {VM}=connect:{self.directory}/channel",
-        )
-        command = [sys.executable, "-m", "vchan.host.daemon", "--config-file", str(config)]
-        return self.process(name, command)
 
-    def agent(self) -> Any:
-        """Trove's agent, without a credential."""
-        file = self._file(
-            "guest.conf",
-            "[DEFAULT]",
-            f"guest_id = {self.instance}",
-            f"instance_rpc_encr_key = {self.key}",
-            "datastore_manager = mysql",
+class Trove(ServiceGuest):
+    """Trove's control side, with one instance."""
+
+    def __init__(self, directory: Path, rabbit: RabbitServer, url: str, python: Path) -> None:
+        super().__init__(directory, rabbit)
+        self.python = python
+        # As the page has it; what comes after is for this test's guest.
+        guest = self.file(
+            "trove-guestagent.conf",
+            page_block("/etc/trove/trove-guestagent.conf"),
             "datastore_registry_ext = mysql:trove_manager.Manager",
             "report_interval = 2",
-            page_block("/etc/trove/conf.d/vchan.conf").replace(
-                "/run/vchan/agent.sock", f"{self.directory}/agent.sock"
-            ),
         )
-        assert "rabbit" not in file.read_text()
-        return self.trove("guest", file)
+        self.control = self.file(
+            "control.conf",
+            "[DEFAULT]",
+            f"log_file = {directory}/control.out",
+            f"transport_url = {url}",
+            "control_exchange = trove",
+            "trove_conductor_workers = 1",
+            "conductor_manager = trove_conductor.Manager",
+            "agent_call_low_timeout = 90",
+            f"guest_config = {guest}",
+            "[database]",
+            f"connection = sqlite:///{directory}/db.sqlite",
+            "[network]",
+            "network_isolation = false",  # of a guest that runs on this machine
+        )
+        self._run(python.with_name("trove-manage"), "--config-file", self.control, "db_sync")
+        made = self._run(python, "-W", "ignore", *self._part("make", self.control))
+        self.instance, self.injected = json.loads(made.splitlines()[-1])
 
-    def noted(self) -> list[list[Any]]:
-        if not self.journal.exists():
-            return []
-        return [json.loads(line) for line in self.journal.read_text().splitlines()]
+    def _run(self, *command: str | Path) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MAKE_S)
+        assert done.returncode == 0, f"{done.stderr} {self.logs()}"
+        return done.stdout
+
+    def _part(self, *words: str | Path) -> list[str | Path]:
+        *parts, config = words
+        option = "--config-dir" if Path(config).is_dir() else "--config-file"
+        return [RIG / "trove_parts.py", *parts, option, config]
+
+    def trove(self, *words: str | Path) -> AbstractContextManager[subprocess.Popen[str]]:
+        """One of Trove's programs."""
+        command = [self.python, "-W", "ignore", *self._part(*words)]
+        return self.process(str(words[0]), command, talks=words[0] == "tell")
+
+    @contextmanager
+    def control_side(self) -> Iterator[Teller]:
+        """The conductor and the task manager, which has the instance prepared before the VM is
+        there."""
+        with (
+            self.trove("conductor", self.control),
+            self.trove("tell", self.instance, self.control) as process,
+        ):
+            teller = Teller(process)
+            prepare = [512, "", [], [], "/dev/vdb", "/var/lib/mysql", None, None, None, None, None]
+            assert teller.ask("prepare", *prepare) == [True, None]
+            yield teller
+
+    def _database(self) -> AbstractContextManager[sqlite3.Connection]:
+        return closing(sqlite3.connect(self.directory / "db.sqlite"))
+
+    def is_server(self, uuid: str) -> None:
+        """Nova has answered the task manager."""
+        with self._database() as database, database:
+            database.execute("update instances set compute_instance_id = ?", (uuid,))
+
+    def owners(self) -> str:
+        """The page's lines, by the page's query."""
+        (query,) = re.findall(r"^    (select .*)$", (ROOT / "docs/trove.md").read_text(), re.M)
+        example = page_block("/etc/vchan/policy.d/51-trove-owners.policy")
+        with self._database() as database:
+            rows = list(database.execute(query))
+        ours = r"uuid:{} \1trove/guestagent.{}"
+        pattern = r"uuid:\S+ ( *)trove/guestagent[.]\S+"
+        return "".join(re.sub(pattern, ours.format(*row), example) for row in rows)
 
     def status(self) -> list[Any]:
-        with closing(sqlite3.connect(self.directory / "db.sqlite")) as database:
+        with self._database() as database:
             query = "select status_description from service_statuses"
             return [row[0] for row in database.execute(query)]
 
-    def logs(self) -> str:
-        files = [*self.directory.glob("*.out"), *self.directory.glob("*/log")]
-        return "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in files)
+    def noted(self) -> list[list[Any]]:
+        """What the conductor notes, and a guest beside it."""
+        return lines_of(self.journal.read_text()) if self.journal.exists() else []
 
 
-def ask(teller: subprocess.Popen[str], method: str, *args: Any) -> Any:
-    assert teller.stdin is not None and teller.stdout is not None
-    teller.stdin.write(json.dumps([method, *args]) + "\n")
-    teller.stdin.flush()
-    line = teller.stdout.readline()
-    return json.loads(line) if line else [False, "it has ended"]
+class Teller:
+    """The task manager's side."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.casts = 0
+
+    def ask(self, method: str, *args: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([method, *args]) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else [False, "it has ended"]
+
+    def cast(self) -> None:
+        """The next user, and the next state of the backup."""
+        user, backup = {"_name": f"u{self.casts}"}, {"id": "b0", "size": self.casts}
+        assert self.ask("create_user", [user]) == [True, None]
+        assert self.ask("create_backup", backup) == [True, None]
+        self.casts += 1
 
 
-def test_trove_unmodified_while_its_vm_moves(python: Path) -> None:
+def lines_of(journal: str) -> list[Any]:
+    return [json.loads(line) for line in journal.splitlines()]
+
+
+def check(guest: list[list[Any]], conductor: list[list[Any]], casts: int) -> None:
+    """Nothing was lost, nothing ran twice, and in order.
+
+    Args:
+        guest: What was noted there, and `conductor` after it.
+    """
+    assert [words for words in guest if words[0] == "prepare"] == [["prepare", "u1", "p1"]]
+    users = [name for what, *rest in guest if what == "create_user" for name in rest]
+    assert users == [f"u{number}" for number in range(casts)]
+    backups = [(size, state) for what, size, state in of(conductor, "update_backup")]
+    assert Counter(backups) == Counter((size, state) for size in range(casts) for state in STATES)
+    for size in range(casts):
+        assert [state for each, state in backups if each == size] == list(STATES)
+    beats = [sent for _, sent in of(conductor, "heartbeat")]
+    assert len(beats) >= len(of(guest, "sent a heartbeat")) > 0
+    assert beats == sorted(set(beats))
+
+
+def of(noted: list[list[Any]], what: str) -> list[list[Any]]:
+    return [words for words in noted if words[0] == what]
+
+
+# --- beside this test
+
+
+class Beside(Trove):
+    """Its guest, and compute hosts that have it one after the other."""
+
+    def with_trove(self, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
+        """A vchan-host, with the page's policy and no more."""
+        policy = page_block("/etc/vchan/policy.d/50-trove.policy")
+        return self.host(name, {"50-trove": policy, "51-trove-owners": self.owners()})
+
+    def agent(self) -> AbstractContextManager[subprocess.Popen[str]]:
+        """Trove's agent, with the files that the task manager gives it and nothing else."""
+        directory = self.directory / "conf.d"
+        directory.mkdir()
+        for path, text in self.injected.items():
+            assert Path(path).parent == Path(INJECTED) and "rabbit" not in text
+            text = text.replace("/run/vchan/agent.sock", str(self.agent_socket))
+            (directory / Path(path).name).write_text(text)
+        return self.trove("guest", directory)
+
+
+@pytest.mark.parametrize("release", [NEWEST, OLDEST], ids=lambda release: release.name)
+def test_trove_unmodified_while_its_vm_moves(release: Release) -> None:
+    python = release.python()
     with rig_directory() as directory, RabbitServer(directory / "rabbit") as rabbit:
-        cloud = Cloud(directory, rabbit, python)
+        trove = Beside(directory, rabbit, rabbit.url, python)
         try:
-            run(cloud)
+            run(trove)
         except BaseException:
-            print(cloud.logs())
+            print(trove.logs())
             raise
 
 
-def run(cloud: Cloud) -> None:
-    with (
-        cloud.trove("conductor", cloud.control),
-        cloud.trove("tell", cloud.instance, cloud.control) as teller,
-    ):
-        # As the task manager does: before the VM is there.
-        prepare = [512, [], [], [], "/dev/vdb", "/var/lib/mysql", None, None, None, None, None]
-        assert ask(teller, "prepare", *prepare) == [True, None]
-        with cloud.guest_daemon(), cloud.agent():
-            with cloud.host("one"):
-                wait_for(cloud, lambda: len(cloud.noted()) == 1)
-                assert cloud.noted() == [["prepare", "u1", "p1"]]
-                assert ask(teller, "rpc_ping") == [True, True]
-                assert ask(teller, "list_users")[1][0] == [{"_name": "joe", "_host": "%"}]
-                assert "User nobody cannot be found" in str(ask(teller, "get_user", "nobody", "%"))
-                wait_for(cloud, lambda: cloud.status() == ["healthy"])
-                for number in range(10):
-                    ask(teller, "create_user", [{"_name": f"u{number}"}])
-            for number in range(10, 20):  # nobody has the VM
-                ask(teller, "create_user", [{"_name": f"u{number}"}])
-            with cloud.host("two"):
-                wait_for(cloud, lambda: len(cloud.noted()) >= 21)
-                assert ask(teller, "rpc_ping") == [True, True]
-                users = [name for what, name in cloud.noted()[1:] if what == "create_user"]
-                assert users == [f"u{number}" for number in range(20)]
+def run(trove: Beside) -> None:
+    with trove.control_side() as teller, trove.guest_daemon(), trove.agent():
+        with trove.with_trove("one") as host:
+            trove.wait_for((trove.directory / "one" / "host.sock").exists)
+            trove.is_server(VM)
+            trove.file("one/policy.d/51-trove-owners.policy", trove.owners())
+            reload_as_the_page_says(trove, host)
+            trove.wait_for(lambda: bool(trove.noted()))
+            assert trove.noted()[0] == ["prepare", "u1", "p1"]
+            assert teller.ask("rpc_ping") == [True, True]
+            teller.cast()
+            trove.wait_for(lambda: len(of(trove.noted(), "create_user")) == 1)
+            assert teller.ask("list_users")[1][0] == [{"_name": "u0", "_host": "%"}]
+            assert "User nobody cannot be found" in str(teller.ask("get_user", "nobody", "%"))
+            trove.wait_for(lambda: trove.status() == ["healthy"])
+            look_as_the_page_says(trove, "one")
+            for _ in range(10):
+                teller.cast()
+        for _ in range(10):  # nobody has the VM
+            teller.cast()
+        with trove.with_trove("two"):
+            assert teller.ask("rpc_ping") == [True, True]
+            everything = len(STATES) * teller.casts
+            trove.wait_for(lambda: len(of(trove.noted(), "update_backup")) >= everything)
+            guest = trove.noted()
+            sent = len(of(guest, "sent a heartbeat"))
+            trove.wait_for(lambda: len(of(trove.noted(), "heartbeat")) >= sent)
+            check(guest, trove.noted(), teller.casts)
 
 
-def wait_for(cloud: Cloud, reached: Any) -> None:
-    wait_until(reached, timeout_s=TIMEOUT_S, interval_s=0.5, failure=cloud.logs)
+def reload_as_the_page_says(trove: Beside, host: subprocess.Popen[str]) -> None:
+    (check, reload) = page_command("vchan policy check").split(" && ")
+    assert reload == "systemctl reload vchan-host"  # the unit's ExecReload: this signal
+    trove.cli("one", *check.split()[1:])
+    host.send_signal(signal.SIGHUP)
+
+
+def look_as_the_page_says(trove: Beside, name: str) -> None:
+    topic = f"trove/guestagent.{trove.instance}"
+    listed = json.loads(trove.cli(name, "--json", *words_of("vchan list")))
+    assert [(row["uuid"], row["topics"]) for row in listed] == [(VM, [topic])]
+    rows = lines_of(trove.cli(name, "--json", *words_of("vchan log")))
+    assert {(row["kind"], row["topic"], row["verdict"]) for row in rows} == {
+        ("cast", "trove-conductor", "allow")
+    }
+
+
+def page_command(begin: str) -> str:
+    found = re.search(rf"^    ({begin}.*)$", (ROOT / "docs/trove.md").read_text(), re.M)
+    assert found is not None, begin
+    return found[1]
+
+
+def words_of(begin: str) -> list[str]:
+    return [word.strip("'") for word in page_command(begin).split()[1:]]
+
+
+# --- in a VM
+
+
+@pytest.fixture
+def in_vm(cloud: Cloud, tmp_path: Path) -> Iterator[tuple[Trove, Vm, Teller]]:
+    """It boots; both hosts have the page's policy meanwhile."""
+    from tests.rig.compute import GUEST_DAEMON
+    from tests.rig.guest_image import Service, build
+
+    trove = Trove(tmp_path, cloud.rabbit, cloud.url, NEWEST.python())
+    image = build(guest_files(trove)).staged(cloud.directory)
+    program = f"python3 /app/trove_parts.py guest --config-dir {INJECTED}"
+    services = (GUEST_DAEMON, Service("trove", f"env JOURNAL=/run/journal {program}"))
+    with trove.control_side() as teller:
+        vm = cloud.boot("trove", services, wait=False, image=image, memory_mib=MEMORY_MIB)
+        trove.is_server(vm.uuid)
+        with policy_on_hosts(cloud, trove):
+            yield trove, vm, teller
+            vm.discard()
+
+
+def guest_files(trove: Trove) -> dict[str, bytes]:
+    """Trove's agent, what it needs, and the task manager's files."""
+    config = trove.file("guest.conf", *trove.injected.values())
+    command = (RIG / "trove_parts.py", "trace", "--config-file", config)
+    files = carried(trove.python, *command, cwd=trove.directory)
+    for name in ("trove_parts.py", "trove_manager.py"):
+        files[f"app/{name}"] = (RIG / name).read_bytes()
+    return files | {path.lstrip("/"): text.encode() for path, text in trove.injected.items()}
+
+
+@contextmanager
+def policy_on_hosts(cloud: Cloud, trove: Trove) -> Iterator[None]:
+    policies = {
+        "50-trove": page_block("/etc/vchan/policy.d/50-trove.policy"),
+        "51-trove-owners": trove.owners(),
+    }
+    hosts = (cloud.a, cloud.b)
+    paths = [host.daemon.policy.with_name(f"{name}.policy") for host in hosts for name in policies]
+    for path in paths:
+        path.write_text(policies[path.stem])
+    try:
+        for host in hosts:
+            host.daemon.signal(signal.SIGHUP)
+        yield
+    finally:
+        for path in paths:
+            path.unlink()
+        for host in hosts:
+            host.daemon.signal(signal.SIGHUP)
+
+
+@pytest.mark.skipif(bool(MISSING_FOR_VM), reason=str(MISSING_FOR_VM))
+def test_its_vm_migrates_live(in_vm: tuple[Trove, Vm, Teller]) -> None:
+    """Calls, casts, heartbeats and what is said of backups go on: there, and back."""
+    trove, vm, teller = in_vm
+
+    def serves() -> bool:
+        rows = vm.here.daemon.call("list")
+        return [f"trove/guestagent.{trove.instance}"] in [row["topics"] for row in rows]
+
+    console = vm.here.libvirt.console_path(vm.name)
+    wait_until(serves, timeout_s=IMPORT_S, interval_s=1.0, failure=lambda: tail(console))
+    with under_load(teller) as answered:
+        for _ in range(2):
+            more(answered, console)
+            vm.migrate()
+        more(answered, console)
+    assert all(each == [True, True] for each in answered), answered
+    users = teller.ask("list_users")
+    wait_until(
+        lambda: len(of(trove.noted(), "update_backup")) >= len(STATES) * teller.casts,
+        timeout_s=TIMEOUT_S,
+        interval_s=0.5,
+        failure=lambda: f"{teller.casts}: {trove.noted()}",
+    )
+    with vm.shell() as shell:
+        guest = lines_of(shell.check("cat /run/journal"))
+    sent = len(of(guest, "sent a heartbeat"))
+    trove.wait_for(lambda: len(of(trove.noted(), "heartbeat")) >= sent)
+    check(guest, trove.noted(), teller.casts)
+    assert len(users[1][0]) == teller.casts
+
+
+@contextmanager
+def under_load(teller: Teller) -> Iterator[list[Any]]:
+    """Casts, and calls among them; gives what the calls have been answered."""
+    answered: list[Any] = []
+    is_enough = threading.Event()
+
+    def drive() -> None:
+        while not is_enough.is_set():
+            for _ in range(3):
+                teller.cast()
+            answered.append(teller.ask("rpc_ping"))
+
+    thread = threading.Thread(target=drive, name="task manager")
+    thread.start()
+    try:
+        yield answered
+    finally:
+        is_enough.set()
+        thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
+
+
+def more(answered: list[Any], console: Path) -> None:
+    """Wait for three more answers."""
+    least = len(answered) + 3
+    wait_until(
+        lambda: len(answered) >= least,
+        timeout_s=2 * TIMEOUT_S,
+        interval_s=0.1,
+        failure=lambda: f"{answered} {tail(console)}",
+    )

@@ -108,15 +108,28 @@ def end_process(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
 
 
 def wait_until(
-    ready: Callable[[], bool], *, timeout_s: float, interval_s: float, failure: Callable[[], str]
+    ready: Callable[[], bool],
+    *,
+    timeout_s: float,
+    interval_s: float,
+    failure: Callable[[], str],
+    rest: float = 0.0,
 ) -> None:
     """Ask again and again, for conditions of other programs that come without an event.
+
+    Args:
+        rest: The pause is also at least so many times as long as asking took. An emulated guest
+            that is asked all the time does nothing else.
 
     Raises:
         RigError: Not ready in time; the message is what `failure` says then.
     """
     deadline_s = time.monotonic() + timeout_s
-    while not ready():
-        if time.monotonic() > deadline_s:
+    while True:
+        asked_s = time.monotonic()
+        if ready():
+            return
+        now_s = time.monotonic()
+        if now_s > deadline_s:
             raise RigError(failure())
-        time.sleep(interval_s)
+        time.sleep(max(interval_s, rest * (now_s - asked_s)))

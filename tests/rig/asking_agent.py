@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from vchan.client import AGENT_SOCKET, Agent, Client
+from vchan.client import Agent, Client
 from vchan.errors import VchanError
+from vchan.programs.connection import AGENT_SOCKET
 
 CALL_TIMEOUT_S = 90.0
 

@@ -16,7 +16,15 @@ from tests.rig.broker_peers import Clients, raw_channel
 from tests.rig.rabbit import RabbitServer
 from vchan.host.broker.broker import Broker
 from vchan.host.broker.config import BrokerConfig
-from vchan.host.broker.events import BrokerEvent, Consuming, Delivered, PublishResult, Token
+from vchan.host.broker.events import (
+    BrokerEvent,
+    Consuming,
+    Delivered,
+    Died,
+    Failed,
+    PublishResult,
+    Token,
+)
 from vchan.host.oslo_wire.downward_envelope import BrokerRequest, ReplyPublication, encode_reply
 from vchan.host.oslo_wire.upward_envelope import Form, Publication
 from vchan.rpc.messages import Topic
@@ -94,8 +102,10 @@ class Guests:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self.broker.stop()  # it posts what is to be published again, which is then nothing
         self._retries.shutdown()
-        self.broker.stop()
+        faults = [event for event in self.events if isinstance(event, Failed | Died)]
+        assert not faults, f"the broker's side failed: {faults}"
 
 
 class Load:

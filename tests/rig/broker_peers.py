@@ -198,8 +198,9 @@ class Proxy:
 
 @contextlib.contextmanager
 def raw_channel(rabbit: RabbitServer) -> Iterator[Any]:
-    """py-amqp itself, for what oslo.messaging's clients do not do."""
-    with amqp.Connection(f"127.0.0.1:{rabbit.port}") as connection:
+    """py-amqp itself, for what oslo.messaging's clients do not do. What it publishes is confirmed:
+    a broker may drop the rest when the connection ends (RabbitMQ does, from quorum queues)."""
+    with amqp.Connection(f"127.0.0.1:{rabbit.port}", confirm_publish=True) as connection:
         yield connection.channel()
 
 

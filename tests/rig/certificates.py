@@ -37,6 +37,7 @@ class Authority:
         self._key = directory / f"{name}.key"
         self._openssl(
             *("req", "-x509", *_NEW_KEY, "-days", "2", "-subj", f"/CN={name}"),
+            *("-addext", "keyUsage=critical,keyCertSign"),
             *("-keyout", str(self._key), "-out", str(self.certificate)),
         )
 
@@ -49,7 +50,11 @@ class Authority:
             *("-keyout", str(key), "-out", str(request)),
         )
         extensions = stem.with_suffix(".ext")
-        extensions.write_text(f"subjectAltName={names or f'DNS:{name}'}\n")
+        extensions.write_text(
+            f"subjectAltName={names or f'DNS:{name}'}\n"
+            # Strict clients take none without it.
+            "authorityKeyIdentifier=keyid\n"
+        )
         self._openssl(
             *("x509", "-req", "-in", str(request), "-days", "2", "-extfile", str(extensions)),
             *("-CA", str(self.certificate), "-CAkey", str(self._key), "-CAcreateserial"),

@@ -15,7 +15,8 @@ import libvirt
 from tests.rig import RigError, tail, wait_until
 from tests.rig.compute import GUEST_DAEMON, GUEST_TIMEOUT_S, ComputeHost, agent_service
 from tests.rig.guest import GuestShell
-from tests.rig.guest_image import GuestImage, Service, build, cache_directory
+from tests.rig.guest_image import GuestImage, Service, build
+from tests.rig.kept import cache_directory
 from tests.rig.rabbit import RabbitServer
 from tests.rig.traffic import TrafficProcess
 from vchan.client import Client

@@ -62,6 +62,8 @@ class HostDaemon:
         broker_options: Sequence[str] = (),
     ) -> None:
         self.name = name
+        self.debug = False
+        """Whether it logs all, from its next start on; `use_broker` writes it."""
         self.socket = directory / "host.sock"
         self.log = directory / "vchan-host.log"
         self._config = directory / "vchan.conf"
@@ -82,7 +84,8 @@ class HostDaemon:
     def use_broker(self, transport_url: str | None) -> None:
         """From its next start on it talks to this broker; None: to none."""
         self._transport_url = transport_url
-        lines = ["[DEFAULT]", "debug = false", f"log_file = {self.log}"]
+        debug = "true" if self.debug else "false"
+        lines = ["[DEFAULT]", f"debug = {debug}", f"log_file = {self.log}"]
         if transport_url is not None:
             lines.append(f"transport_url = {transport_url}")
         self._config.write_text("\n".join([*lines, *self._lines]) + "\n")

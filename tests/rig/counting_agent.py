@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from vchan.client import AGENT_SOCKET, Agent
+from vchan.client import Agent
+from vchan.programs.connection import AGENT_SOCKET
 
 
 class Counting:

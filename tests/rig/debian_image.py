@@ -8,7 +8,9 @@ there, cloud-init puts there at the first boot, from a NoCloud seed:
         guest.agent().check("systemctl is-system-running --wait")
 
 It boots in 30 to 60 seconds under TCG, from the kernel itself: the disk is NVMe, which the kernel
-has built in. A guest's writes go to a file that QEMU has deleted already.
+has built in. A newer kernel probes its disks side by side, so that the seed may be the first of
+them: the root is named by its partition. A guest's writes go to a file that QEMU has deleted
+already.
 """
 
 import base64
@@ -16,28 +18,27 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from tests.rig import RigError, tail, wait_until
 from tests.rig.guest import CPU, Finished, GuestSpec, QemuGuest, _port_device, connect
 from tests.rig.guest_image import (
-    UNUSED_KEPT_S,
+    KERNEL_OPTIONS,
     VCHAN_PORT,
     GuestImage,
     _digest,
     _kernel_release,
-    _locked,
-    _made_once,
     _run,
     _unpack,
-    cache_directory,
 )
+from tests.rig.kept import drop_unused, made_once
 from tests.rig.release import of_this_machine
 
 SUITE = of_this_machine().codename
@@ -59,17 +60,28 @@ MASKED = (
     *("e2scrub_all.timer", "e2scrub_reap.service", "getty@.service", "serial-getty@.service"),
     "systemd-networkd-wait-online.service",
 )
+DISK_SIGNATURE = 0x76636861
+ROOT = f"{DISK_SIGNATURE:08x}-01"
+"""Its partition, as the kernel knows it without an initramfs."""
 FILES = {
     "etc/machine-id": "",
     "etc/hostname": "guest\n",
-    "etc/fstab": "/dev/nvme0n1 / ext4 rw,noatime 0 0\n",
-    "etc/cloud/cloud.cfg.d/90-test.cfg": "datasource_list: [NoCloud]\nlocale: C.UTF-8\n",
+    "etc/fstab": f"PARTUUID={ROOT} / ext4 rw,noatime 0 0\n",
+    # Its disk has the size it needs and nobody logs in: cloud-init finds neither resize2fs nor
+    # ssh-keygen here, and a newer one calls a boot without them failed.
+    "etc/cloud/cloud.cfg.d/90-test.cfg": (
+        "datasource_list: [NoCloud]\nlocale: C.UTF-8\nresize_rootfs: false\nssh_genkeytypes: []\n"
+    ),
     "etc/systemd/journald.conf.d/test.conf": "[Journal]\nStorage=volatile\n",
 }
+MIB = 1 << 20
+SECTOR = 512
+LINUX_PARTITION = 0x83
 DISK_MIB = 900
 MEMORY_MIB = 512
-BOOT_TIMEOUT_S = 900.0
-COMMAND_LINE = "root=/dev/nvme0n1 rw console=ttyS0 quiet mitigations=off"
+BOOT_TIMEOUT_S = 1800.0
+SCRIPT_TIMEOUT_S = 900.0
+COMMAND_LINE = f"{KERNEL_OPTIONS} root=PARTUUID={ROOT} rootwait rw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +106,10 @@ def build() -> DebianImage:
     """The image, made now or cached."""
     settings = [f"{name}={text}" for name, text in FILES.items()]
     key = _digest(SUITE, *PACKAGES, *MODULES, *MASKED, *ENABLED, *settings)
-    with _locked(cache_directory()) as cache:
-        made = cache / f"image-{key}"
-        with _made_once(made) as part:
-            if part is not None:
-                _make(part)
-        os.utime(made)
-        for image in cache.glob("image-*"):
-            if time.time() - image.stat().st_mtime > UNUSED_KEPT_S:
-                shutil.rmtree(image)
+    with made_once(f"image-{key}") as (made, part):
+        if part is not None:
+            _make(part)
+    drop_unused("image-*")
     return DebianImage(made / "vmlinuz", made / "disk", made / "tree")
 
 
@@ -163,9 +170,13 @@ def _adapt(tree: Path) -> None:
 
 
 def make_disk(tree: Path, disk: Path) -> None:
-    """A disk with a tree's files, to boot from."""
+    """A disk with a tree's files, to boot from: one partition after the first MiB."""
+    start, sectors = MIB // SECTOR, (DISK_MIB - 1) * MIB // SECTOR
+    entry = struct.pack("<B3sB3sII", 0, b"\xff" * 3, LINUX_PARTITION, b"\xff" * 3, start, sectors)
+    disk.write_bytes(struct.pack("<440xI2x16s48x2s", DISK_SIGNATURE, entry, b"\x55\xaa"))
+    os.truncate(disk, DISK_MIB * MIB)
     options = ("-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(tree))
-    _run(["mke2fs", *options, str(disk), f"{DISK_MIB}M"])
+    _run(["mke2fs", *options, "-E", f"offset={MIB}", str(disk), f"{DISK_MIB - 1}M"])
 
 
 def copy_of_tree(image: DebianImage, target: Path) -> None:
@@ -284,8 +295,38 @@ class DebianGuest(QemuGuest):
         return command
 
 
-class GuestAgent:
+class Scripts(ABC):
+    """Runs shell scripts in a system that has booted."""
+
+    rest: ClassVar[float]
+    """See `wait_until`: asking takes time of the system that is asked."""
+
+    @abstractmethod
+    def run(self, script: str, *, timeout_s: float = SCRIPT_TIMEOUT_S) -> Finished:
+        """Run a shell script and wait for its end."""
+
+    def check(self, script: str, *, timeout_s: float = SCRIPT_TIMEOUT_S) -> str:
+        """Run a script that must succeed, and return its output."""
+        finished = self.run(script, timeout_s=timeout_s)
+        if finished.status != 0:
+            raise RigError(f"{script!r} gave {finished.status} there:\n{finished.output}")
+        return finished.output
+
+    def wait(self, script: str, *, timeout_s: float = SCRIPT_TIMEOUT_S, why: str = "true") -> None:
+        """Run a script until it succeeds; `why` is run when it does not in time."""
+        wait_until(
+            lambda: self.run(script).status == 0,
+            timeout_s=timeout_s,
+            interval_s=0.3,
+            failure=lambda: f"{script!r} never succeeded:\n{self.run(why).output}",
+            rest=self.rest,
+        )
+
+
+class GuestAgent(Scripts):
     """qemu-ga in a guest: runs shell scripts there, over a port that is not vchan's."""
+
+    rest = 1.0
 
     def __init__(self, path: Path, console: Path) -> None:
         self._console = console
@@ -300,7 +341,7 @@ class GuestAgent:
         self._stream.close()
         self._socket.close()
 
-    def run(self, script: str, *, timeout_s: float = 300.0) -> Finished:
+    def run(self, script: str, *, timeout_s: float = SCRIPT_TIMEOUT_S) -> Finished:
         """Run a shell script and wait for its end."""
         words = {"path": "/bin/sh", "arg": ["-c", f"exec 2>&1; {script}"], "capture-output": True}
         pid = self.command("guest-exec", **words)["pid"]
@@ -315,25 +356,10 @@ class GuestAgent:
             timeout_s=timeout_s,
             interval_s=0.05,
             failure=lambda: f"{script!r} does not end:\n{tail(self._console)}",
+            rest=9.0,
         )
         output = base64.b64decode(state.get("out-data", "")).decode(errors="replace")
         return Finished(state.get("exitcode", -state.get("signal", 0)), output)
-
-    def check(self, script: str, *, timeout_s: float = 300.0) -> str:
-        """Run a script that must succeed, and return its output."""
-        finished = self.run(script, timeout_s=timeout_s)
-        if finished.status != 0:
-            raise RigError(f"{script!r} gave {finished.status} in the guest:\n{finished.output}")
-        return finished.output
-
-    def wait(self, script: str, *, timeout_s: float = 300.0, why: str = "true") -> None:
-        """Run a script until it succeeds; `why` is run when it does not in time."""
-        wait_until(
-            lambda: self.run(script).status == 0,
-            timeout_s=timeout_s,
-            interval_s=0.3,
-            failure=lambda: f"{script!r} never succeeded:\n{self.run(why).output}",
-        )
 
     def write(self, path: str, content: bytes, *, mode: str = "644") -> None:
         """Make a file in the guest."""

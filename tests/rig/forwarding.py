@@ -177,6 +177,22 @@ class Forwarding:
         part = self._part(name, *self.cli_words("forward", "vm", what, *words)).start()
         return part, part.wait_out().partition(" -> ")[0]
 
+    def proxy(
+        self, *words: str, listen: str = "127.0.0.1:0", program: tuple[str, ...] = ()
+    ) -> tuple[Part, str]:
+        """`vchan proxy`; returns it, and where it listens.
+
+        Args:
+            program: The words of Python's that stand for the command, if they are others.
+        """
+        self._count += 1
+        more = ("proxy", "--listen", listen, *words)
+        command = self.cli_words(*more)
+        if program:
+            command = [*program, *command[2:]]
+        part = self._part(f"proxy{self._count}", *command).start()
+        return part, part.wait_out()
+
     def end_forwards(self) -> None:
         """Every command that still runs."""
         for part in [each for each in self._parts if each not in (self.host, self.guest)]:
@@ -266,13 +282,14 @@ class Transfer:
     """Sends bytes through an echo and takes them back, in the background; compares checksums.
 
     Args:
+        where: Of a listener; or a socket that is connected, and the transfer's from then on.
         size: Of all bytes; `end_early` makes it less.
     """
 
-    def __init__(self, where: str, size: int, seed: int = 1) -> None:
+    def __init__(self, where: str | socket.socket, size: int, seed: int = 1) -> None:
         self.size = size
         self._seed = seed
-        self._socket = connect(where)
+        self._socket = connect(where) if isinstance(where, str) else where
         self._is_enough = False
         self._sent = hashlib.sha256()
         self._received = hashlib.sha256()
@@ -297,9 +314,12 @@ class Transfer:
             for block in self._blocks():
                 self._socket.sendall(block)
                 self._sent.update(block)
-            self._socket.shutdown(socket.SHUT_WR)
+            self._end_sending()
         except OSError as error:
             self.problems.append(f"sending: {error}")
+
+    def _end_sending(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
 
     def _receive(self) -> None:
         try:

@@ -35,6 +35,7 @@ class OpenGate:
         self.may_report = may_report
         self.reports_to: Topic | None = None
         self.is_mute = False
+        self.mute_by = ""
         self.given_topics: frozenset[Topic] = frozenset()
         self.deny_reply: set[Topic] = set()
         self.turned_away: list[tuple[Ask, bytes]] = []
@@ -46,6 +47,9 @@ class OpenGate:
 
     def may_reply(self, topic: Topic) -> bool:
         return topic not in self.deny_reply
+
+    def why_no_reply(self, topic: Topic) -> str:
+        return f"a rule denies reply {topic.exchange}/{topic.name}"
 
     def may_raise(self, module: str) -> bool:
         return True

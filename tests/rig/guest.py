@@ -20,10 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.rig import Account, RigError, end_process, tail, wait_until
+from tests.rig import Account, RigError, end_process, panics, tail, wait_until
 from tests.rig.guest_image import SHELL_PORT, VCHAN_PORT, GuestImage, Service, command_line
 
-BOOT_TIMEOUT_S = 180.0  # an emulated machine, on a busy one
+BOOT_TIMEOUT_S = 600.0  # an emulated machine, on a busy one
 QMP_TIMEOUT_S = 120.0
 SHELL_LINE_BYTES_MAX = 16 << 20
 # TCG runs `rep movsb` byte by byte: without these two features copies in the guest are 3 times
@@ -132,6 +132,7 @@ class QemuGuest:
         self.directory = directory
         self.spec = spec
         self.console = directory / "console.log"
+        panics.watch(self.console)
         self._log = directory / "qemu.log"
         self._snapshot = snapshot
         self._process: subprocess.Popen[bytes] | None = None

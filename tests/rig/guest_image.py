@@ -14,8 +14,6 @@ when its name becomes known, hot-plugged ones too, and serves a shell on the por
 """
 
 import base64
-import contextlib
-import fcntl
 import hashlib
 import lzma
 import os
@@ -30,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.rig import RigError, release
+from tests.rig.kept import UNUSED_KEPT_S, cache_directory, locked, made_once
 
 VCHAN_PORT = "org.openstack.vchan.0"
 SHELL_PORT = "org.vchan.test.0"
@@ -39,9 +38,11 @@ TAG = f"cpython-{RELEASE.python.replace('.', '')}"
 SITE = "site"  # on the guest's PYTHONPATH
 PORT_ECHO = "/bin/port-echo"  # with peers=True: the C echo
 
+KERNEL_OPTIONS = "console=ttyS0 quiet no_timer_check mitigations=off"
+"""Of every guest's. A kernel that tries its timer on a busy machine without KVM may find none, and
+panics at once."""
 COMMAND_LINE_BYTES_MAX = 2047  # the kernel's COMMAND_LINE_SIZE on x86, less its final zero
 IMAGES_KEPT = 6
-UNUSED_KEPT_S = 7 * 24 * 3600.0
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 # In the order in which they must be loaded; the last makes ports appear. A kernel may have them
@@ -103,6 +104,8 @@ PEER_PACKAGES = (
     "liburing2",
     "qemu-guest-agent",
 )
+# dropbear, Debian's smaller SSH server, and its client, with the libraries that Python needs not.
+SSH_PACKAGES = ("dropbear-bin", "libgmp10", "libtomcrypt1", "libtommath1")
 UNUSED_FILES = re.compile(
     r"^usr/(share|games|include)/|^(etc|var)/|/(gconv|perl|__pycache__)/"
     r"|/python3\.[0-9]+/(idlelib|lib2to3|test|tkinter|turtledemo|pydoc_data|ensurepip|config-[^/]*)/"
@@ -113,7 +116,8 @@ INIT = f"""#!/bin/busybox sh
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox --install -s /bin
-mkdir -p /dev/virtio-ports /dev/shm
+mkdir -p /dev/virtio-ports /dev/shm /dev/pts
+mount -t devpts -o ptmxmode=0666 pts /dev/pts
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 export PATH=/bin:/usr/sbin HOME=/tmp PYTHONPATH=/{SITE} PYTHONDONTWRITEBYTECODE=1
@@ -275,22 +279,17 @@ def command_line(services: Sequence[Service]) -> str:
     lines = "".join(service.line() for service in services)
     encoded = base64.b64encode(lines.encode()).decode()
     # TCG damages a guest's memory in one migration of hundreds: a kernel that panics starts again.
-    line = f"console=ttyS0 quiet panic=1 oops=panic mitigations=off vchan_init={encoded}"
+    line = f"{KERNEL_OPTIONS} panic=1 oops=panic vchan_init={encoded}"
     if len(line) > COMMAND_LINE_BYTES_MAX:
         raise ValueError(f"services take {len(line)} of {COMMAND_LINE_BYTES_MAX} bytes")
     return line
-
-
-def cache_directory() -> Path:
-    """Where images are kept between runs: $VCHAN_CACHE, or ~/.cache/vchan."""
-    configured = os.environ.get("VCHAN_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "vchan"
 
 
 def build(
     extra: Mapping[str, bytes | Path] | None = None,
     *,
     peers: bool = False,
+    ssh: bool = False,
     network: bool = False,
     disk: bool = False,
 ) -> GuestImage:
@@ -300,52 +299,44 @@ def build(
         extra: Path in the guest (no leading slash) to its content: bytes, a file, or a directory.
             All can be executed there. Python files under SITE are compiled.
         peers: Add qemu-guest-agent and the C echo, PORT_ECHO (needs gcc).
+        ssh: Add dropbear and its client.
         network: Add what NETWORK_UP loads.
         disk: Add what DISK_UP loads.
 
     Raises:
         RigError: Something could not be fetched or compiled; the message has the command's output.
     """
-    with _locked(cache_directory()) as cache:
-        debian = _debian_part(cache)
-        files = _vchan_files() | _expanded(extra or {})
-        archives = [debian / "base.cpio"]
-        if peers:
-            archives.append(_peers_part(cache) / "peers.cpio")
-            files[PORT_ECHO.lstrip("/")] = port_echo().read_bytes()
-        for name in (*(NETWORK_MODULES if network else ()), *(DISK_MODULES if disk else ())):
-            files[f"modules/{name}.ko"] = (debian / "modules" / f"{name}.ko").read_bytes()
-        key = _digest(
-            *(str(path) for path in archives), INIT, LINK_PORTS, SERVE_SHELL, *_flat(files)
-        )
-        image = GuestImage(kernel=debian / "vmlinuz", initrd=cache / "images" / f"{key}.cpio")
+    debian = _debian_part()
+    files = _vchan_files() | _expanded(extra or {})
+    archives = [debian / "base.cpio"]
+    if peers:
+        archives.append(_added_part("peers", PEER_PACKAGES) / "added.cpio")
+        files[PORT_ECHO.lstrip("/")] = port_echo().read_bytes()
+    if ssh:
+        archives.append(_added_part("ssh", SSH_PACKAGES) / "added.cpio")
+    for name in (*(NETWORK_MODULES if network else ()), *(DISK_MODULES if disk else ())):
+        files[f"modules/{name}.ko"] = (debian / "modules" / f"{name}.ko").read_bytes()
+    key = _digest(*(str(path) for path in archives), INIT, LINK_PORTS, SERVE_SHELL, *_flat(files))
+    with locked("images") as images:
+        image = GuestImage(kernel=debian / "vmlinuz", initrd=images / f"{key}.cpio")
         if not image.initrd.exists():
-            files |= _compiled(cache, debian / "root", files)
+            files |= _compiled(images.parent, debian / "root", files)
             _write_initrd(image.initrd, archives, _our_part(debian, files))
         os.utime(image.initrd)
-        _prune(cache)
-        return image
-
-
-@contextlib.contextmanager
-def _locked(cache: Path) -> Iterator[Path]:
-    """One builder at a time per cache, among all processes of this machine."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield cache
+        _prune(images.parent)
+    return image
 
 
 # --- Debian's part
 
 
-def _debian_part(cache: Path) -> Path:
+def _debian_part() -> Path:
     """The directory with root/ (the unpacked packages), modules/, vmlinuz and base.cpio."""
     key = _digest(
         *(KERNEL_PACKAGE, *PYTHON_PACKAGES, *MODULES, *NETWORK_MODULES, *DISK_MODULES),
         *(UNUSED_FILES.pattern, COMPILE),
     )
-    with _made_once(cache / f"debian-{key}") as part:
+    with made_once(f"debian-{key}") as (made, part):
         if part is not None:
             _unpack([_kernel_release()], part / "kernel")
             _take_kernel(part)
@@ -357,39 +348,32 @@ def _debian_part(cache: Path) -> Path:
             archive = Cpio()
             archive.tree(root)
             (part / "base.cpio").write_bytes(archive.finished())
-    return cache / f"debian-{key}"
+    return made
 
 
 def peers_root() -> Path:
     """The directory that holds qemu-guest-agent, unpacked, with its libraries but libc."""
-    return _peers_part(cache_directory()) / "root"
+    return _added_part("peers", PEER_PACKAGES) / "root"
 
 
-def _peers_part(cache: Path) -> Path:
-    key = _digest(*PEER_PACKAGES, UNUSED_FILES.pattern)
-    with _made_once(cache / f"peers-{key}") as part:
+def ssh_root() -> Path:
+    """Likewise, of dropbear and its client."""
+    return _added_part("ssh", SSH_PACKAGES) / "root"
+
+
+def _added_part(name: str, packages: Sequence[str]) -> Path:
+    """The directory with root/, these packages unpacked, and the archive of it."""
+    key = _digest(*packages, UNUSED_FILES.pattern, "added.cpio")
+    with made_once(f"{name}-{key}") as (made, part):
         if part is not None:
             root = part / "root"
-            _unpack(PEER_PACKAGES, root)
+            _unpack(packages, root)
             _merge_usr(root)
             _drop_unused(root)
             archive = Cpio()
             archive.tree(root)
-            (part / "peers.cpio").write_bytes(archive.finished())
-    return cache / f"peers-{key}"
-
-
-@contextlib.contextmanager
-def _made_once(target: Path) -> Iterator[Path | None]:
-    """A new directory to fill that becomes `target` when it is complete; None: it is there."""
-    if target.exists():
-        yield None
-        return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as holder:
-        part = Path(holder) / "part"
-        part.mkdir()
-        yield part
-        part.rename(target)
+            (part / "added.cpio").write_bytes(archive.finished())
+    return made
 
 
 def _kernel_release() -> str:
@@ -475,7 +459,8 @@ def _vchan_files() -> dict[str, bytes]:
     package = Path(__file__).parents[2] / "vchan"
     return {
         f"{SITE}/vchan/{path.relative_to(package).as_posix()}": path.read_bytes()
-        for path in sorted(package.rglob("*.py"))
+        for pattern in ("*.py", f"*.{TAG}-*.so")  # what is compiled for its Python, too
+        for path in sorted(package.rglob(pattern))
         if path.relative_to(package).parts[0] != "host"
     }
 

@@ -24,7 +24,7 @@ from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome
 from vchan.rpc.messages import AGENT_GONE, CALL, Request
 
 T = TypeVar("T")
-WAIT_S = 60.0
+WAIT_S = 300.0
 
 
 class HostEnd:
@@ -49,8 +49,9 @@ class HostEnd:
         end: End = End(),  # noqa: B008 - immutable
     ) -> None:
         self.log: list[str] = []
+        self.debug: list[str] = []
         self._loop = Loop()
-        home = Home(name, instance or os.urandom(16), log=self.log.append)
+        home = Home(name, instance or os.urandom(16), log=self.log.append, debug=self.debug.append)
         self.channel = Channel(
             self._loop,
             Domain("vm"),
@@ -85,7 +86,7 @@ class HostEnd:
         args: dict[str, Any],
         *,
         flags: int = CALL,
-        timeout_ms: int = 60_000,
+        timeout_ms: int = int(WAIT_S * 1000),
     ) -> Future[Outcome]:
         done: Future[Outcome] = Future()
         body = encode_invocation(method, args)

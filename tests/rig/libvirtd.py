@@ -21,7 +21,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import libvirt
 
-from tests.rig import NOBODY, Account, RigError, end_process, tail, wait_until
+from tests.rig import NOBODY, Account, RigError, end_process, panics, tail, wait_until
 from tests.rig.guest_image import SHELL_PORT, VCHAN_PORT, GuestImage, Service, command_line
 from tests.rig.newer_debian import inside
 
@@ -154,7 +154,9 @@ class LibvirtHost:
 
     def console_path(self, name: str) -> Path:
         """A file for a guest's console that this host's QEMU may write."""
-        return self.directory / "data" / f"{name}.console"
+        path = self.directory / "data" / f"{name}.console"
+        panics.watch(path)
+        return path
 
     def qemu_pid(self, name: str) -> int:
         """The process id of a guest's QEMU."""
@@ -313,8 +315,14 @@ def file_channel_xml(target_name: str, path: Path) -> str:
     )
 
 
-def nova_metadata(*, name: str, project: str, user: str, flavor: str, image: str) -> str:
+def nova_metadata(
+    *, name: str, project: str, user: str, flavor: str, image: str, addresses: Sequence[str] = ()
+) -> str:
     """What nova writes into its domains' metadata, as far as vchan reads it."""
+    ips = "".join(
+        f'<nova:ip type="fixed" address={quoteattr(each)} ipVersion="{6 if ":" in each else 4}"/>'
+        for each in addresses
+    )
     return f"""
     <nova:instance xmlns:nova="{NOVA_XMLNS}">
       <nova:package version="27.0.0"/>
@@ -325,6 +333,7 @@ def nova_metadata(*, name: str, project: str, user: str, flavor: str, image: str
         <nova:project uuid={quoteattr(project)}>{escape(project)}</nova:project>
       </nova:owner>
       <nova:root type="image" uuid={quoteattr(image)}/>
+      <nova:ports><nova:port uuid={quoteattr(image)}>{ips}</nova:port></nova:ports>
     </nova:instance>
   """
 

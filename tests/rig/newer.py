@@ -6,10 +6,18 @@ nobody knows. `python -m tests.rig.newer OLDEST NEWEST [vchan-guest's options]` 
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from vchan import session
-from vchan.session.handshake import Handshake
+from tests.rig.sources import from_source
+from vchan.session import Config
 from vchan.wire.frames import Greeting
+
+if TYPE_CHECKING:
+    from vchan.session import Session
+    from vchan.session.handshake import Handshake
+else:
+    Handshake = from_source("vchan.session.handshake").Handshake
+    Session = from_source("vchan.session.session").Session
 
 UNKNOWN_FIELDS = b"\x07unknown\x00\x00\x00\x2a"
 
@@ -29,18 +37,18 @@ class NewerHandshake(Handshake):
         return NewerGreeting._make(super()._greeting(echo))
 
 
-class NewerSession(session.Session):
+class NewerSession(Session):
     """A session of a later release."""
 
     versions = (1, 2)
 
-    def __init__(self, config: session.Config, entropy: Callable[[int], bytes]) -> None:
+    def __init__(self, config: Config, entropy: Callable[[int], bytes]) -> None:
         oldest, newest = self.versions
         super().__init__(config._replace(version_min=oldest, version_max=newest), entropy)
         self._handshake = NewerHandshake(self.config, entropy, self._sender, self._receiver)
 
 
-def session_type(oldest: int, newest: int) -> type[session.Session]:
+def session_type(oldest: int, newest: int) -> type[Session]:
     """The sessions of a release that speaks these versions."""
     name = f"Session{oldest}To{newest}"
     return type(name, (NewerSession,), {"versions": (oldest, newest)})

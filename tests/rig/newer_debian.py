@@ -9,20 +9,13 @@ own directory mounted there. Nothing is written to the tree.
 import os
 import pwd
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.rig import NOBODY, Account
 from tests.rig.debian_image import mirror
-from tests.rig.guest_image import (
-    UNUSED_KEPT_S,
-    _digest,
-    _locked,
-    _made_once,
-    _run,
-    cache_directory,
-)
+from tests.rig.guest_image import _digest, _run
+from tests.rig.kept import drop_unused, made_once
 
 SUITE = "trixie"
 RABBIT = ("rabbitmq-server",)
@@ -55,15 +48,10 @@ def missing_for_newer_debian() -> str | None:
 def build(packages: Sequence[str]) -> Path:
     """A tree with these packages, made now or cached."""
     key = _digest(SUITE, *packages, *LEFT_OUT)
-    with _locked(cache_directory()) as cache:
-        made = cache / f"newer-{key}"
-        with _made_once(made) as part:
-            if part is not None:
-                _make(part / "tree", packages)
-        os.utime(made)
-        for tree in cache.glob("newer-*"):
-            if time.time() - tree.stat().st_mtime > UNUSED_KEPT_S:
-                shutil.rmtree(tree)
+    with made_once(f"newer-{key}") as (made, part):
+        if part is not None:
+            _make(part / "tree", packages)
+    drop_unused("newer-*")
     return made / "tree"
 
 

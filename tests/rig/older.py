@@ -10,11 +10,10 @@ from vchan import session
 from vchan.wire.frames import FRAME_BYTES_MAX
 
 
-class OlderSession(session.Session):
+def older_session(config: session.Config, entropy: Callable[[int], bytes]) -> session.Session:
     """A session of such a release."""
-
-    def __init__(self, config: session.Config, entropy: Callable[[int], bytes]) -> None:
-        super().__init__(config._replace(features=0, frame_bytes_max=FRAME_BYTES_MAX), entropy)
+    older = config._replace(features=0, frame_bytes_max=FRAME_BYTES_MAX)
+    return session.Session(older, entropy)
 
 
 def main() -> None:
@@ -23,7 +22,7 @@ def main() -> None:
     from vchan.io import local_socket
 
     for module in (local_socket, port):
-        module.Session = OlderSession  # type: ignore[attr-defined]
+        module.Session = older_session  # type: ignore[attr-defined]
     daemon.main()
 
 

@@ -1,13 +1,14 @@
 """oslo.messaging's own functional tests, as they come with its distribution, on any transport URL.
 
-python -m tests.rig.oslo_functional URL [NAME TO LEAVE OUT]...
+python -m tests.rig.oslo_functional threading|eventlet URL [NAME TO LEAVE OUT]...
 
 It prints a line of JSON for each test.
 
 What is changed of them, and why:
 
-- They monkey-patch eventlet into the whole process when they are imported: not here. Their servers
-  then run on native threads, as oslo.messaging itself is about to have it everywhere.
+- They monkey-patch eventlet into the whole process when they are imported. With "eventlet" that is
+  left as it is, as are the executors that they name. With "threading" it is not: their servers then
+  run on native threads, as oslo.messaging itself is about to have it everywhere.
 - Some are left out unless the URL begins with rabbit://, because other drivers that oslo.messaging
   comes with cannot do what they test. These run here: they see such a URL.
 - After the first event of a kind they wait up to 15 s for more: here 1 s.
@@ -76,15 +77,21 @@ class Result(unittest.TestResult):
         self._say(test, "failed", self.errors[-1][1])
 
 
-def _prepare() -> list[type[unittest.TestCase]]:
+def _on_threads() -> None:
+    """Instead of the executor "eventlet", which the suite names."""
     import oslo_messaging
-    from oslo_messaging.tests.functional import test_functional, utils
-    from oslo_messaging.tests.functional.notify import test_logger
+    from oslo_messaging.tests.functional import utils
 
     utils.RpcServerFixture.__init__.__defaults__ = (None, None, "threading")
     for name in ("get_notification_listener", "get_batch_notification_listener"):
         function = getattr(oslo_messaging, name)
         setattr(oslo_messaging, name, _threading(function))
+
+
+def _prepare() -> list[type[unittest.TestCase]]:
+    from oslo_messaging.tests.functional import test_functional, utils
+    from oslo_messaging.tests.functional.notify import test_logger
+
     utils.NotificationFixture.get_events = _get_events
     set_up = utils.SkipIfNoTransportURL.setUp
 
@@ -122,13 +129,16 @@ def _threading(function: Any) -> Any:
 
 def main() -> None:
     """See the top of this file."""
-    os.environ["RPC_TRANSPORT_URL"] = os.environ["NOTIFY_TRANSPORT_URL"] = sys.argv[1]
-    _without_eventlet()
+    kind, url, *left_out = sys.argv[1:]
+    os.environ["RPC_TRANSPORT_URL"] = os.environ["NOTIFY_TRANSPORT_URL"] = url
+    if kind == "threading":
+        _without_eventlet()
+        _on_threads()
     suite = unittest.TestSuite()
     for case in _prepare():
         tests = unittest.defaultTestLoader.loadTestsFromTestCase(case)
         for test in tests:
-            if not any(name in str(test) for name in sys.argv[2:]):
+            if not any(name in str(test) for name in left_out):
                 suite.addTest(test)
     import testscenarios
 

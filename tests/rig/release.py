@@ -24,7 +24,7 @@ class Release(NamedTuple):
 
 BOOKWORM: Final = Release("bookworm", "3.11", ("libssl3",), ("libglib2.0-0",))
 TRIXIE: Final = Release(
-    "trixie", "3.13", ("libssl3t64",), ("libatomic1", "libcap2", "libglib2.0-0t64")
+    "trixie", "3.13", ("libssl3t64", "libzstd1"), ("libatomic1", "libcap2", "libglib2.0-0t64")
 )
 RELEASES: Final = {release.codename: release for release in (BOOKWORM, TRIXIE)}
 

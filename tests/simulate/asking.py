@@ -7,7 +7,7 @@ such queue.
 Promises
 1. What was receipted has run. What was refused has not.
 2. It has run once; a second time only marked `vchan_redelivered`. It is marked only where nobody
-   can know: see `Asking._is_excused`.
+   can know: see `doubt`.
 3. Who calls gets the answer to what it asked, or is told that there is none.
 4. What an agent asks of one target runs in its order, unless the broker has refused it, or its
    time was up by a host's clock while the guest's stood still.
@@ -24,14 +24,15 @@ from typing import Any, Final, NamedTuple
 
 from tests.simulate.broker import Broker
 from tests.simulate.check import LONG_S
+from tests.simulate.doubt import may_be_marked
 from tests.simulate.exempt import ASKED_AGAIN, OVERTAKEN, exempt
-from tests.simulate.guest import EXCHANGE, GuestAgent, Vm
+from tests.simulate.guest import EXCHANGE, GuestAgent
 from tests.simulate.world import Fifo, World
 from vchan.guest.upward import UPWARD_MAX
 from vchan.host.oslo_wire.downward_envelope import encode_reply
 from vchan.host.oslo_wire.envelope import open_envelope
 from vchan.host.oslo_wire.upward_envelope import Publication
-from vchan.host.vm.handover import PAST_MAX, SETTLED_S
+from vchan.host.vm.handover import PAST_MAX
 from vchan.host.vm.upward import HELD_MAX, HELD_S
 from vchan.rpc.bodies import REDELIVERED_KEY, encode_failure, encode_invocation, encode_json
 from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
@@ -248,28 +249,8 @@ class Asking:
             self._answer_later(ask, message["_reply_q"], message["_msg_id"])
 
     def _is_excused(self, ask: Ask) -> bool:
-        """The broker may have had it, and its host did not hear of that. Or a host's daemon or its
-        connection to the broker was lost since. Or the host had had no note when it was made, and
-        the guest had just arrived there."""
         assert ask.made_s is not None
-        if ask.id in self._broker.doubted or any(at >= ask.made_s for at in self._broker.losses):
-            return True
-        return ask.made_s <= self._unclear_until_s(ask.agent.vm)
-
-    def _unclear_until_s(self, vm: Vm) -> float:
-        """Until when a host that got no note could not know what was published before."""
-        losses = [(at_s, "lost") for at_s in self._broker.losses]
-        moves = [(at_s, what) for at_s, uuid, what in self._broker.moves if uuid == vm.uuid]
-        until_s = 0.0
-        stands_still = False  # its time does not run while the guest is silent
-        for at_s, what in sorted(losses + moves):
-            if what == "lost" or (what == "goes" and at_s <= until_s):
-                until_s, stands_still = math.inf, False
-            elif what == "silent" and at_s <= until_s < math.inf:
-                until_s, stands_still = math.inf, True
-            elif at_s <= until_s and (what == "comes" or (what == "heard" and stands_still)):
-                until_s, stands_still = at_s + SETTLED_S + 0.1, False
-        return until_s
+        return may_be_marked(self._broker, ask.id, ask.made_s, ask.agent.vm.uuid)
 
     def _check_order(self, ask: Ask, server: str) -> None:
         broker, ran = self._broker, self._ran.setdefault((server, ask.series), [])

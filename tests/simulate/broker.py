@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from tests.simulate.raw import RawCalls
+from tests.simulate.reporting import Reporting
 from tests.simulate.world import Fifo, World
 from vchan.host.broker.completions import Completions
 from vchan.host.broker.config import BrokerConfig
@@ -36,6 +37,8 @@ RETURNS_MAX: Final = 3
 more: RabbitMQ 4's own limit is 20, which few runs would reach."""
 HEARTBEAT_S: Final = 12.0
 """At the latest after this, the broker knows that a peer is gone."""
+BUSY_S: Final = 0.5
+"""A host whose VM's topic's own queue another host still has tries again after about so long."""
 
 
 class Message(NamedTuple):
@@ -122,10 +125,13 @@ class _Consumer:
 class Queue:
     """Messages in order, handed to one consumer at a time."""
 
-    def __init__(self, broker: Broker, name: str, vm: str, *, fanout: bool) -> None:
+    def __init__(
+        self, broker: Broker, name: str, vm: str, *, fanout: bool, is_topics_own: bool = False
+    ) -> None:
         self.name = name
         self.vm = vm
         self.fanout = fanout
+        self.is_topics_own = is_topics_own
         self._broker = broker
         self.ready: deque[Message | Letter] = deque()
         self.consumers: deque[_Consumer] = deque()
@@ -201,11 +207,17 @@ class _ServerChannel:
         self._out: dict[int, tuple[Queue, _Consumer, Message | Letter]] = {}
         self._consuming: list[tuple[Queue, _Consumer]] = []
 
-    def consume(self, topics: tuple[Topic, ...]) -> None:
+    def consume(self, topics: tuple[Topic, ...], owned: frozenset[Topic]) -> bool:
+        """False: another channel still has a topic's own queue, whose lock one channel has at a
+        time, and the broker closes this one."""
         broker = self._connection.broker
         for topic in topics:
-            for queue in broker.declare(self.vm, topic):
+            for queue in broker.declare(self.vm, topic, is_owned=topic in owned):
+                if queue.is_topics_own and queue.consumers:
+                    broker.world.stats["topics' own queues that were busy"] += 1
+                    return False
                 self._start(queue, topic)
+        return True
 
     def listen(self) -> None:
         self._start(self._connection.broker.declare_own(self.vm), None)
@@ -291,22 +303,18 @@ class _ServerConnection:
             return
         what, generation, *rest = command
         if what == "open":
-            vm, topics, listens = rest
+            vm, topics, owned, listens = rest
             channel = self._channels[generation] = _ServerChannel(self, vm, generation)
             if listens:
                 channel.listen()
-            channel.consume(topics)
-        elif what == "consume":
-            self._channels[generation].consume(rest[0])
-        elif what == "listen":
-            self._channels[generation].listen()
-        elif what == "ack":
-            self._channels[generation].ack(rest[0])
-        elif what == "cancel":
-            self._channels[generation].cancel()
+            self._consume(channel, topics, owned)
         elif what == "close":
-            self._channels.pop(generation).close()
+            if generation in self._channels:
+                self._channels.pop(generation).close()
             self.down.push(("closed", generation, rest[0]))
+        elif what in ("consume", "listen", "ack", "cancel"):
+            if generation in self._channels:  # else the broker has closed it, and says so
+                self._on_channel(self._channels[generation], what, *rest)
         elif what == "bye":
             self.close()
         elif what == "barrier":
@@ -322,6 +330,23 @@ class _ServerConnection:
             else:
                 self.broker.world.stats["replies refused by the broker"] += 1
             self.down.push(("confirmed", None, (number, "" if ok else "refused")))
+
+    def _on_channel(self, channel: _ServerChannel, what: str, *rest: Any) -> None:
+        if what == "consume":
+            self._consume(channel, *rest)
+        elif what == "listen":
+            channel.listen()
+        elif what == "ack":
+            channel.ack(rest[0])
+        else:
+            channel.cancel()
+
+    def _consume(
+        self, channel: _ServerChannel, topics: tuple[Topic, ...], owned: frozenset[Topic]
+    ) -> None:
+        if not channel.consume(topics, owned):
+            self._channels.pop(channel.generation).close()
+            self.down.push(("busy", channel.generation, channel.vm))
 
     def _on_request(self, vm: str, request_id: bytes, publication: Publication) -> None:
         broker, rng = self.broker, self.broker.world.rng
@@ -407,7 +432,11 @@ class Broker:
         """When a host's daemon, its connection or its note was lost."""
         self.moves: list[tuple[float, str, str]] = []
         """When a VM's guest "comes" to a host, "goes", is "silent", is "heard" again."""
+        self.owned: dict[Topic, str] = {}
+        """Topics that belong to a VM: what is sent there names no server."""
         self._services: dict[tuple[str, str], list[Fifo]] = {}  # by exchange and routing key
+        self.reporting = Reporting(world, self)
+        """What guests report: hosts and VMs share it likewise."""
         self._copies: dict[tuple[bytes, str], int] = {}  # in the broker now
         self._published: Counter[tuple[bytes, str]] = Counter()
         self.settled: set[tuple[bytes, str]] = set()
@@ -427,12 +456,15 @@ class Broker:
         """Out of disk, or a queue's leader is away: it refuses, and is slow about it."""
         return self.world.now_s < self.trouble_until_s
 
-    def declare(self, vm: str, topic: Topic) -> tuple[Queue, Queue]:
+    def declare(self, vm: str, topic: Topic, *, is_owned: bool) -> list[Queue]:
         """The VM's queues for a topic."""
-        return (
+        queues = [
             self._queue(f"{topic.name}.{vm}", vm, fanout=False),
             self._queue(f"{topic.name}_fanout_{vm}", vm, fanout=True),
-        )
+        ]
+        if is_owned:
+            queues.insert(0, self._queue(topic.name, vm, fanout=False, is_topics_own=True))
+        return queues
 
     def declare_own(self, vm: str) -> Queue:
         """The VM's own queue."""
@@ -452,10 +484,11 @@ class Broker:
             service.push(publication)
         return address in self._services
 
-    def _queue(self, name: str, vm: str, *, fanout: bool) -> Queue:
+    def _queue(self, name: str, vm: str, *, fanout: bool, is_topics_own: bool = False) -> Queue:
         queue = self.queues.get(name)
         if queue is None:
-            queue = self.queues[name] = Queue(self, name, vm, fanout=fanout)
+            queue = Queue(self, name, vm, fanout=fanout, is_topics_own=is_topics_own)
+            self.queues[name] = queue
         return queue
 
     def publish(self, request: BrokerRequest, topic: Topic, vm: str, *, fanout: bool) -> bool:
@@ -467,8 +500,8 @@ class Broker:
                 if queue.fanout and name.startswith(f"{topic.name}_fanout_")
             ]
         else:
-            one = self.queues.get(f"{topic.name}.{vm}")
-            targets = [one] if one is not None else []
+            name = topic.name if topic in self.owned else f"{topic.name}.{vm}"
+            targets = [self.queues[name]] if name in self.queues else []
         for queue in targets:
             self._place += 1
             expires_s = None
@@ -555,6 +588,7 @@ class _VmState:
 
     def __init__(self, host: HostBroker, vm: str) -> None:
         self.topics: frozenset[Topic] = frozenset()
+        self.owned: frozenset[Topic] = frozenset()
         self.listens = False
         self.generation = 0  # 0: no channel
         self.closing = 0
@@ -626,12 +660,13 @@ class HostBroker:
         """See vchan.host.vm.downward.BrokerPort."""
         state = self._state(vm)
         had, state.topics = state.topics, topics
+        state.owned = owned
         if state.generation and not state.closing:
             if had - topics:
                 state.leaves = True
                 state.completed()
             elif topics - had:
-                self.say("consume", state.generation, tuple(sorted(topics - had)))
+                self.say("consume", state.generation, tuple(sorted(topics - had)), owned)
         else:
             self._open(vm, state)
 
@@ -733,10 +768,11 @@ class HostBroker:
 
     def _open(self, vm: str, state: _VmState) -> None:
         wanted = bool(state.topics) or state.listens
-        if wanted and self._connection is not None and not state.generation:
+        if wanted and self._connection is not None and not (state.generation or self._dead):
             self._generations += 1
             state.generation = self._generations
-            self.say("open", state.generation, vm, tuple(sorted(state.topics)), state.listens)
+            wants = (tuple(sorted(state.topics)), state.owned, state.listens)
+            self.say("open", state.generation, vm, *wants)
 
     def close(self, vm: str, state: _VmState) -> None:
         """Close the VM's channel."""
@@ -749,6 +785,17 @@ class HostBroker:
         state.closing = state.generation
         state.ended()
         self.say("close", state.generation, vm)
+
+    def _busy(self, vm: str, generation: int) -> None:
+        """As VmQueues when the broker closes its channel."""
+        state = self._vms[vm]
+        if state.generation != generation or state.closing:
+            return
+        state.generation = 0
+        state.ended()
+        self.post(Released(vm))
+        delay_s = BUSY_S * (0.5 + self._world.rng.random())
+        self._world.after(delay_s, self._open, vm, state)
 
     def _closed(self, vm: str) -> None:
         state = self._vms[vm]
@@ -775,6 +822,8 @@ class HostBroker:
         what, generation, event = item
         if what == "closed":
             self._closed(event)
+        elif what == "busy":
+            self._busy(event, generation)
         elif what == "confirmed":
             number, problem = event
             self._replies.pop(number)(problem, False)

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from tests.simulate.exempt import LOST_WITH_AGENT, PUBLISHED_TWICE, RAN_AGAIN, exempt
 from tests.simulate.world import World
 from vchan.guest.router import DOUBT_MARGIN_S
+from vchan.host.broker.completions import LOT_MAX
 from vchan.rpc.dispatcher import HOLDING_MAX
 from vchan.rpc.in_flight import RECORDS_MAX, REQUESTS_MAX
 from vchan.session import IN_FLIGHT_BYTES_MAX, REASSEMBLY_BYTES_MAX, Session
@@ -72,6 +73,7 @@ class Op:
         "topic",
         "vm",
         "wants",
+        "witness",
     )
 
     def __init__(self, key: int, kind: str, vm: str, topic: str, number: int, now_s: float) -> None:
@@ -93,6 +95,7 @@ class Op:
         self.runs: list[tuple[Runs, Any]] = []
         self.lost_in: set[str] = set()
         self.wants: set[str] = set()  # VMs where it has not run
+        self.witness: object = None  # the guest daemon that cannot doubt it
 
     def __str__(self) -> str:
         return f"{self.kind} {self.key} to {self.topic}.{self.vm}"
@@ -114,6 +117,9 @@ class Ledger:
         """(vm, topic) served by several agents: no order between them."""
         self.vm_now_s: Callable[[str], float] = lambda _: 0.0
         """The time on a VM's clock."""
+        self.witness: Callable[[str, str], object] = lambda _vm, _topic: None
+        """The run of the VM's guest daemon that has had something fresh out of this topic's queue
+        already, so that it has been there whatever is published from now on; or None."""
         self.hours_passed = False
         """Time enough for every call to time out."""
         self._last: dict[tuple[str, str], int] = {}
@@ -130,6 +136,7 @@ class Ledger:
         self.ops[op.key] = op
         if op.kind == CALL:
             self._open_calls[op.key] = op
+            op.witness = self.witness(op.vm, op.topic)
 
     def accepted(self, op: Op, vms: Iterable[tuple[str, float]]) -> None:
         """The broker has it: from now on it must not be lost.
@@ -173,7 +180,8 @@ class Ledger:
         ]
         world.stats["ran marked"] += marked
         for run, daemon in before:
-            if daemon is not None and daemon.alive:
+            # What this agent has of an earlier daemon, it may not have told the one that lives yet.
+            if daemon is not None and daemon.alive and daemon is agent.told:
                 world.fail(f"{op} ran again, and the guest daemon still knew of it")
             elif marked and op.kind != CALL and not run.alive:
                 exempt(world.stats, RAN_AGAIN)
@@ -250,6 +258,8 @@ class Ledger:
         young_s = op.timeout_s + DOUBT_MARGIN_S + SLACK_S
         if self.vm_now_s(op.vm) > self._daemon_starts[op.vm] + young_s:
             self._world.fail(f"{op}: agent gone, and none had died")
+        if op.witness is not None and op.witness is self.witness(op.vm, op.topic):
+            self._world.fail(f"{op}: agent gone, and the guest daemon had always been there")
         self._world.stats["calls: AgentGone, and all agents lived"] += 1
 
     # ------------------------------------------------------------ at the end
@@ -335,7 +345,8 @@ class Bounds:
         self._at_most("downward requester", len(downward._requester), self._entries_max)
         heap = len(downward._requester._deadlines._heap)
         self._at_most("downward deadlines", heap, 2 * self._entries_max + 64)
-        self._at_most("downward answers", len(downward._answers), self._entries_max)
+        # What is acknowledged stays until a lot of it is proved.
+        self._at_most("downward answers", len(downward._answers), self._entries_max + LOT_MAX)
         self._check_session(channel._session)
 
     def _check_deadlines(self, requester: Any, now_s: float) -> None:

@@ -14,11 +14,12 @@ RAN_AGAIN: Final = "Run again, marked"
 PUBLISHED_TWICE: Final = "Published twice"
 ASKED_AGAIN: Final = "Asked again, marked"
 OVERTAKEN: Final = "Refused, and overtaken"
+TOLD_AGAIN: Final = "Reported again"
 
-COUNTED: Final = (LOST_WITH_AGENT, RAN_AGAIN, PUBLISHED_TWICE, ASKED_AGAIN, OVERTAKEN)
+COUNTED: Final = (LOST_WITH_AGENT, RAN_AGAIN, PUBLISHED_TWICE, ASKED_AGAIN, OVERTAKEN, TOLD_AGAIN)
 """A run can see these happen."""
 NOT_SIMULATED: Final = (
-    "Unknown after ten seconds",
+    "Unknown after twelve seconds",
     "Answer no longer kept",
     "Rolled back under a live connection",
     "Dropped by the broker",

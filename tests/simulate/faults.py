@@ -295,7 +295,7 @@ class Faults:
         vm = self._vm()
         if vm.daemon is not None and vm.daemon.daemon is not None and self._lies_left:
             self._lies_left -= 1
-            lie(vm.daemon.daemon._session, self._world.rng, lambda: self._lied(vm))
+            lie(vm.daemon.daemon._port, self._world.rng, lambda: self._lied(vm))
 
     def _lied(self, vm: Vm) -> None:
         vm.lies += 1
@@ -314,7 +314,7 @@ class Faults:
             vm.channel.lost_wakeups = 0.0
             vm.channel.damage = 0
             if vm.daemon is not None and vm.daemon.daemon is not None:
-                be_honest(vm.daemon.daemon._session)
+                be_honest(vm.daemon.daemon._port)
         for host in self._hosts:
             self._world.after(0.5, self._heal_host, host)
         for vm in self._vms:

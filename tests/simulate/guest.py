@@ -15,7 +15,7 @@ from vchan.client import Agent, raw
 from vchan.guest.daemon import Daemon, Options
 from vchan.host.hypervisor.domains import DomainEvent
 from vchan.rpc.bodies import REDELIVERED_KEY, decode_invocation
-from vchan.rpc.messages import Request
+from vchan.rpc.messages import CALL, RAW, Request
 
 EXCHANGE: Final = "openstack"
 
@@ -72,7 +72,8 @@ class _Worker:
 
     def lost(self) -> list[int]:
         """The keys of the casts that were taken and will never run."""
-        return [_key(request) for _, request, _ in self._queue if not request.is_call]
+        of_ledger = (each for _, each, _ in self._queue if not each.flags & (CALL | RAW))
+        return [_key(request) for request in of_ledger]
 
 
 def _key(request: Request) -> int:
@@ -98,10 +99,10 @@ class GuestAgent:
     def _start(self) -> None:
         agent = self.agent = Agent(self.vm.agent_socket, log=lambda _: None)
         if self._slow:
-            self.worker = agent._pool = _Worker(self)
+            self.worker = agent._worker.pool = _Worker(self)
         for topic in self.topics:
             agent.serve(topic, self, exchange=EXCHANGE)
-        agent._connection._reconnect()
+        agent._connection.start()
 
     @property
     def alive(self) -> bool:
@@ -141,7 +142,8 @@ class GuestAgent:
     @raw
     def turn(self, data: bytes, key: int) -> bytes:
         """What is called with bytes."""
-        return self.vm.raw.ran(key, data)
+        assert self.agent is not None
+        return self.vm.raw.ran(key, data, marked=REDELIVERED_KEY in self.agent.context)
 
     def fail(self, key: int, filling: str = "") -> None:
         """Likewise, and raises."""

@@ -6,11 +6,12 @@ configuration and the local socket, which need oslo and libvirt. Everything belo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
 from tests.rig.gates import OpenGate
+from tests.rig.stand_in import StandIn
 from tests.simulate import broker as sim_broker
 from tests.simulate import network
 from tests.simulate.broker import Broker, HostBroker
@@ -35,10 +36,14 @@ from vchan.host.hypervisor.domains import (
 )
 from vchan.host.oslo_wire.downward_envelope import CONTEXT_ALLOW, ReplyPublication
 from vchan.host.oslo_wire.upward_envelope import Form, Publication
+from vchan.host.policy.rules import Ask, Verdict
 from vchan.host.vm.channel import Channel, End, Home
+from vchan.host.vm.handover import Handover
+from vchan.host.vm.reports import Reports
 from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import ARRIVAL_ID, NOTE_ID
 from vchan.io.loop import Loop
+from vchan.rpc.in_flight import Cancelled
 from vchan.rpc.messages import Topic
 
 
@@ -77,6 +82,7 @@ class _VmBroker:
             places.append((self._flight, len(self._flight)))
             self._flight.append(request_id)
             self._unconfirmed += 1
+            self._server.reporting.published(id(self), request_id, publication)
         self._broker.publish_request(vm, request_id, publication)
 
     def sent(self, request_id: bytes, *, ok: bool) -> None:
@@ -89,6 +95,60 @@ class _VmBroker:
 
 def _may_listen(_: Topic) -> bool:
     return True
+
+
+class _Gate(OpenGate):
+    """Open; it knows whose request was looked at last."""
+
+    judged = b""
+
+    def judge(self, ask: Ask, request_id: bytes) -> Verdict:
+        self.judged = request_id
+        return super().judge(ask, request_id)
+
+
+class _Reports(Reports):
+    """What a guest has told of itself.
+
+    Args:
+        noted: Told (what, arguments) of each report before it is kept.
+    """
+
+    def __init__(self, noted: Callable[[str, Mapping[str, Any]], None]) -> None:
+        super().__init__()
+        self._noted = noted
+
+    def note(self, what: str, args: Mapping[str, Any], now_s: float) -> dict[str, Any] | None:
+        self._noted(what, args)
+        return super().note(what, args, now_s)
+
+
+class _Handover(Handover):
+    """Tells when the guest comes and goes."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+        self._begins = False
+
+    def begin(self, stay: str, before: str, now_s: float) -> None:
+        self._tell("comes")
+        self._begins = True
+        super().begin(stay, before, now_s)
+
+    def go_on(self, now_s: float) -> None:
+        if not self._begins:
+            self._tell("heard")
+        self._begins = False
+        super().go_on(now_s)
+
+    def stand_still(self) -> None:
+        self._tell("silent")
+        super().stand_still()
+
+    def end(self, now_s: float) -> None:
+        self._tell("goes")
+        super().end(now_s)
 
 
 class HostDaemon:
@@ -104,7 +164,12 @@ class HostDaemon:
         self._ports: dict[str, _VmBroker] = {}
         self.domains = Domains(Selection())
         self._proved: set[tuple[bytes, str]] = set()
-        self._gate = OpenGate(_may_listen, may_send=host.broker.guests_may_ask)
+        reporting = host.broker.reporting
+        self._gate = _Gate(
+            _may_listen, may_send=host.broker.guests_may_ask, may_report=reporting.is_on
+        )
+        self._gate.reports_to = reporting.topic
+        self._gate.owned.update(host.broker.owned)
         self._posts = Fifo(host.world, lambda event: self.process.enter(self._on_broker, event))
         self.broker = HostBroker(host.world, host.broker, self._posts.push)
 
@@ -143,9 +208,11 @@ class HostDaemon:
                         Throttle(self._server.limits),
                         lambda reason, _: self._world.fail(f"a guest in quarantine: {reason}"),
                         End(self._connect),
+                        reports=_Reports(partial(self._note_report, id(port))),
                     )
                     self._check_settling(channel)
                     self._watch_moves(channel)
+                    self._watch_given_up(channel)
                     channel.connect()
                 case domains.Speak(uuid):
                     self.channels[uuid].speak()
@@ -155,14 +222,17 @@ class HostDaemon:
                     if uuid in self._host.qemus:
                         self._host.qemus[uuid].known_paused = False
                     self.account(self.channels[uuid])
-                    self.channels.pop(uuid).release(why.value)
+                    channel = self.channels.pop(uuid)
+                    # What the broker still says is not heard.
+                    self._server.doubted.update(channel.downward.upward._sending)
+                    channel.release(why.value)
                 case domains.Attach() | domains.Warn():
                     self._world.fail(f"{decision}: every simulated domain has a channel")
 
     def _check_settling(self, channel: Channel) -> None:
         """A guest may be told to forget only what the broker has proved to have forgotten."""
-        requester: Any = channel.downward._requester
-        settle = requester.settle
+        downward: Any = channel.downward
+        requester = downward._requester
 
         def checked(ids: Iterable[bytes]) -> None:
             ids = tuple(ids)
@@ -170,49 +240,39 @@ class HostDaemon:
                 is_known = request_id not in self._server.raw.ids  # to the broker
                 if is_known and (request_id, channel.vm) not in self._proved:
                     self._world.fail(f"{request_id.hex()[:8]} settled without the broker's proof")
-            settle(ids)
+            requester.settle(ids)
 
-        requester.settle = checked
+        downward._requester = StandIn(requester, settle=checked)
 
     def _connect(self, path: str) -> Any:
         return network.connect(self._world, path)
 
+    def _note_report(self, stay: int, what: str, args: Mapping[str, Any]) -> None:
+        self._server.reporting.noted(stay, self._gate.judged, what, args)
+
     def _watch_moves(self, channel: Channel) -> None:
         """Note when the guest comes and goes."""
-        host_upward: Any = channel.downward.upward
-        opened, suspend, release = host_upward.opened, host_upward.suspend, host_upward.release
-        silent = host_upward.silent
 
         def note(what: str) -> None:
             self._server.moves.append((self._world.now_s, channel.vm, what))
 
-        def noted_opened(**how: Any) -> None:
-            is_here = how["resumed"] and host_upward._history.stay and not host_upward._suspended
-            note("heard" if is_here else "comes")
-            opened(**how)
+        channel.downward.upward._history = _Handover(note)
 
-        def noted_silent() -> None:
-            note("silent")
-            silent()
+    def _watch_given_up(self, channel: Channel) -> None:
+        """Note which of the guest's requests nobody waits for any more."""
+        host_upward: Any = channel.downward.upward
+        responder = host_upward._responder
 
-        def noted_suspend(now_s: float) -> None:
-            note("goes")
-            suspend(now_s)
+        def noted(deliveries: list[Any]) -> list[Any]:
+            gone = (each for each in deliveries if isinstance(each, Cancelled))
+            self._server.given_up.update(each.id for each in gone)
+            return deliveries
 
-        def noted_release() -> None:
-            # What the broker still says is not heard.
-            self._server.doubted.update(host_upward._sending)
-            release()
-
-        drop = host_upward._drop
-
-        def noted_drop(request_id: bytes) -> None:
-            self._server.given_up.add(request_id)
-            drop(request_id)
-
-        host_upward._drop = noted_drop
-        host_upward.opened, host_upward.suspend = noted_opened, noted_suspend
-        host_upward.release, host_upward.silent = noted_release, noted_silent
+        host_upward._responder = StandIn(
+            responder,
+            receive=lambda message, now_s: noted(responder.receive(message, now_s)),
+            handle_timeout=lambda now_s: noted(responder.handle_timeout(now_s)),
+        )
 
     def _on_broker(self, event: sim_broker.Event) -> None:
         """As Daemon._on_broker."""

@@ -11,7 +11,9 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
-from vchan.session import MESSAGE_BYTES_MAX, STREAMS, AnySession, Session, State
+from tests.rig.stand_in import StandIn
+from vchan.guest.port import Port
+from vchan.session import MESSAGE_BYTES_MAX, STREAMS, Session, State
 from vchan.wire import layout
 from vchan.wire.frames import encode_frame
 
@@ -64,32 +66,41 @@ class _Lies:
         return self._data(_WHOLE, 1, 0, b"")
 
 
-def lie(session: AnySession, rng: random.Random, said: Callable[[], object]) -> None:
-    """Have a session end one of its next writes with a lie, unless `be_honest` comes first.
+def lie(port: Port, rng: random.Random, said: Callable[[], object]) -> None:
+    """Have a port's session end one of its next writes with a lie, unless `be_honest` comes first.
 
     Args:
         said: Called when it is handed to the stream.
     """
-    assert isinstance(session, Session)
-    be_honest(session)
-    honest: Any = session.data_to_send
+    session = be_honest(port)
 
     def lying(*args: Any, **kwargs: Any) -> bytes:
-        data: bytes = honest(*args, **kwargs)
+        data = session.data_to_send(*args, **kwargs)
         sender = session._sender
         is_open = session.state is State.OPEN and sender.cursor == sender.tail
         if not is_open or any(each.offset for each in sender._streams.values()):
             return data
-        be_honest(session)
+        be_honest(port)
         said()
         lies = _Lies(session)
         choices = [each for name, each in sorted(vars(_Lies).items()) if not name.startswith("_")]
         told: bytes = rng.choice(choices)(lies, rng)
         return data + told
 
-    session.__dict__["data_to_send"] = lying
+    _give(port, StandIn(session, data_to_send=lying))
 
 
-def be_honest(session: AnySession) -> None:
+def be_honest(port: Port) -> Session:
     """Forget a lie that has not been told."""
-    session.__dict__.pop("data_to_send", None)
+    session: Any = port._session
+    if isinstance(session, StandIn):
+        session = session.real
+        _give(port, session)
+    assert isinstance(session, Session)
+    return session
+
+
+def _give(port: Port, session: Any) -> None:
+    port._session = session
+    if port.link is not None:
+        port.link.session = session

@@ -12,17 +12,22 @@ import vchan.guest.daemon
 import vchan.host.vm.channel
 import vchan.io.link
 import vchan.io.local_socket
+import vchan.programs.requests
 from tests.simulate import network
+from tests.simulate.reporting import Reporting
 from tests.simulate.virtio import Channel
 from tests.simulate.world import World
 
 
 @contextmanager
-def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
+def installed(
+    world: World, channels: dict[str, Channel], reporting: Reporting | None = None
+) -> Iterator[None]:
     """While this holds, vchan's shells live in `world`.
 
     Args:
         channels: The VMs' channels, by UUID: what a guest daemon's port sim:UUID opens.
+        reporting: What is so in them; None: no guest daemon runs.
     """
 
     def own_loop() -> Any:
@@ -49,6 +54,7 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         (vchan.client, "os", fake_os),
         (vchan.client, "Loop", own_loop),
         (vchan.client, "connect_local", connect_local),
+        (vchan.programs.requests, "os", fake_os),
         (vchan.guest.daemon, "os", fake_os),
         (vchan.guest.daemon, "Loop", own_loop),
         (vchan.guest.daemon, "port_opener", port_opener),
@@ -58,6 +64,7 @@ def installed(world: World, channels: dict[str, Channel]) -> Iterator[None]:
         (vchan.io.local_socket, "os", fake_os),
         (vchan.io.local_socket, "bind_unix", lambda path, _mode: network.listen(world, path)),
         (vchan.io.local_socket, "SocketStream", lambda connected, *_: connected),
+        *(reporting.replaced() if reporting is not None else ()),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:

@@ -1,17 +1,19 @@
-"""Calls whose bodies are bytes: hosts' programs call agents, and agents a program on their host.
+"""Calls and casts whose bodies are bytes: hosts' programs ask agents, and agents a program on
+their host.
 
 Promises
 1. Who calls gets what the method made of its own bytes, to the last one; or is told that there is
    no answer.
-2. What an agent is called for runs at most once, and not at all if the caller was told so. What an
-   agent asks of a program runs a second time only marked `vchan_redelivered`.
-3. In the end every call of a caller who lives has come to its end.
+2. What an agent is called for runs at most once, and not at all if the caller was told so. A cast,
+   and what an agent asks of a program, runs a second time only marked `vchan_redelivered`.
+3. A cast that was taken runs, while those live who may have taken it.
+4. In the end everything that was asked by somebody who lives has come to its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tests.simulate.world import Process, World
 from vchan.errors import LimitExceeded, Rejected
@@ -22,7 +24,7 @@ from vchan.rpc.bodies import (
     encode_invocation,
     encode_raw,
 )
-from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Overdue
+from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken
 from vchan.rpc.messages import CALL, RAW, Request
 from vchan.rpc.outcomes import may_have_run
 
@@ -34,22 +36,55 @@ STORE: Final = "store"
 """The topic of the program on each host."""
 SIZES: Final = (0, 1, 100, 20_000, 66_000, 120_000)
 TIMES_S: Final = (2.0, 10.0, 60.0)
+CASTS: Final = 0.4
+"""Such a part of them."""
+
+
+class Ask(NamedTuple):
+    """What is random of a request."""
+
+    id: bytes
+    is_cast: bool
 
 
 class RawCall:
-    """One of them."""
+    """One of them.
 
-    def __init__(self, key: int, who: Process, where: str, data: bytes, request_id: bytes) -> None:
+    Args:
+        vm: Of the agent that is asked; None: it is the program that is.
+    """
+
+    def __init__(self, key: int, who: Process, vm: Vm | None, data: bytes, ask: Ask) -> None:
         self.key = key
         self.who = who
-        self.where = where
         self.data = data
-        self.id = request_id
+        self.id, self.is_cast = ask
         self.outcome = ""
         self.runs = 0
+        self._vm = vm
+        self._before = _lives(vm)
 
     def __str__(self) -> str:
-        return f"raw call {self.key} ({len(self.data)} bytes) from {self.where}"
+        kind = "cast" if self.is_cast else "call"
+        return f"raw {kind} {self.key} ({len(self.data)} bytes) from {self.who.name}"
+
+    @property
+    def may_repeat(self) -> bool:
+        """If it is marked."""
+        return self.is_cast or self._vm is None
+
+    @property
+    def must_run(self) -> bool:
+        """It was taken, and nobody has died who may have it."""
+        return self.outcome == "taken" and _lives(self._vm) == self._before
+
+
+def _lives(vm: Vm | None) -> tuple[object, ...]:
+    """Equal as long as nobody in the VM dies."""
+    if vm is None:
+        return ()
+    daemons = (vm.daemon,) if vm.daemon is not None and vm.daemon.process.alive else ()
+    return vm.boots, *daemons, *(agent for agent in vm.agents.values() if agent.alive)
 
 
 class RawCalls:
@@ -66,15 +101,15 @@ class RawCalls:
     def call_agent(self, vm: Vm, topic: str) -> None:
         """A program on the VM's host calls an agent in it."""
         daemon = vm.qemu.host.daemon if vm.qemu is not None else None
-        channel = daemon.channels.get(vm.uuid) if daemon is not None else None
-        if daemon is not None and channel is not None:
-            call = self._make(daemon.process, f"{daemon.process.name} into {vm.uuid}")
-            daemon.process.enter(self._submit_local, call, channel, topic)
+        if daemon is not None and vm.uuid in daemon.channels:
+            call = self._make(daemon.process, vm)
+            daemon.process.enter(self._submit_local, call, daemon, vm.uuid, topic)
 
-    def _make(self, who: Process, where: str) -> RawCall:
+    def _make(self, who: Process, vm: Vm | None) -> RawCall:
         rng = self._world.rng
         data = rng.randbytes(rng.choice(SIZES))
-        call = RawCall(len(self.calls), who, where, data, rng.randbytes(16))
+        ask = Ask(rng.randbytes(16), rng.random() < CASTS)
+        call = RawCall(len(self.calls), who, vm, data, ask)
         self.calls.append(call)
         self.ids.add(call.id)
         return call
@@ -83,10 +118,15 @@ class RawCalls:
         body = encode_raw(encode_invocation("turn", {"key": call.key}), call.data)
         timeout_ms = int(self._world.rng.choice(TIMES_S) * 1000)
         self._world.note("%s: asks, %s", call, call.id[:4].hex())
-        return Request(call.id, CALL | RAW, timeout_ms, 0, EXCHANGE, topic, "", body)
+        flags = RAW if call.is_cast else CALL | RAW
+        return Request(call.id, flags, timeout_ms, 0, EXCHANGE, topic, "", body)
 
-    def _submit_local(self, call: RawCall, channel: Any, topic: str) -> None:
+    def _submit_local(self, call: RawCall, daemon: Any, vm: str, topic: str) -> None:
         request = self._request(call, topic)
+        channel = daemon.channels.get(vm)
+        if channel is None:  # it was there before this daemon stood still
+            self._end(call, "refused")
+            return
         try:
             channel.downward.submit_local(
                 request, lambda outcome: self._told(call, outcome), call.who.loop.time()
@@ -97,7 +137,7 @@ class RawCalls:
 
     def call_store(self, agent: GuestAgent) -> None:
         """An agent calls the program on its host."""
-        call = self._make(agent.process, f"{agent.vm.uuid}/agent{agent.slot}")
+        call = self._make(agent.process, None)
         agent.process.enter(self._submit, call, agent)
 
     def _submit(self, call: RawCall, agent: GuestAgent) -> None:
@@ -111,7 +151,13 @@ class RawCalls:
         match outcome:
             case Heartbeat():
                 return
+            case Taken():
+                if not call.is_cast:
+                    self._world.fail(f"{call}: taken, like a cast")
+                self._end(call, "taken")
             case Answered(_, False, body):
+                if call.is_cast:
+                    self._world.fail(f"{call}: answered, like a call")
                 if body != call.data[::-1]:
                     self._world.fail(f"{call}: the answer is {len(body)} other bytes")
                 if not call.runs:
@@ -128,7 +174,7 @@ class RawCalls:
         if call.outcome:
             self._world.fail(f"{call}: told {outcome}, and {call.outcome} before")
         call.outcome = outcome
-        self._world.stats[f"raw calls: {outcome}"] += 1
+        self._world.stats[f"raw requests: {outcome}"] += 1
         self._world.note("%s: %s", call, outcome)
         self._check_refused(call)
 
@@ -143,7 +189,7 @@ class RawCalls:
         call = self.calls[key]
         if data != call.data:
             self._world.fail(f"{call}: came as {len(data)} other bytes")
-        if call.runs and not marked:
+        if call.runs and not (marked and call.may_repeat):
             self._world.fail(f"{call} ran again, and was not marked")
         call.runs += 1
         self._world.note("%s: runs", call)
@@ -160,16 +206,21 @@ class RawCalls:
         invocation = decode_invocation(asked)
         marked = REDELIVERED_KEY in invocation.context
         answer = self.ran(invocation.args["key"], data, marked=marked)
-        rng = self._world.rng
+        is_call, rng = request.is_call, self._world.rng
 
         def give() -> None:
-            told(Answered(request.id, False, answer), process.loop.time())
+            outcome = Answered(request.id, False, answer) if is_call else Taken(request.id)
+            told(outcome, process.loop.time())
 
         self._world.after(rng.random() * rng.choice((0.001, 0.1, 3.0)), process.enter, give)
         return lambda: None
 
     # ------------------------------------------------------------ the end
 
-    def is_quiet(self) -> bool:
-        """Everybody who lives has heard what came of it."""
-        return all(call.outcome or not call.who.alive for call in self.calls)
+    def open_calls(self) -> list[RawCall]:
+        """Those of which somebody who lives has heard nothing, or that were taken and must run."""
+        return [
+            call
+            for call in self.calls
+            if (not call.outcome and call.who.alive) or (not call.runs and call.must_run)
+        ]

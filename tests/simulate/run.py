@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from tests.simulate import asking
 from tests.simulate.asking import Asking
 from tests.simulate.broker import Broker
-from tests.simulate.callers import Callers
+from tests.simulate.callers import EXCHANGE, Callers
 from tests.simulate.check import CAST, FANOUT, LONG_S, Bounds, Ledger, Op
 from tests.simulate.faults import Faults
 from tests.simulate.guest import Vm
@@ -22,7 +22,8 @@ from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.handover import SETTLED_S
 from vchan.rpc.messages import CALL as CALL_UP
 from vchan.rpc.messages import FANOUT as FANOUT_UP
-from vchan.rpc.messages import NOTIFICATION
+from vchan.rpc.messages import NOTIFICATION, Topic
+from vchan.rpc.reports import AGENTS, FACTS
 from vchan.session import AnySession, Session
 
 TIGHT_BYTES: Final = 160_000
@@ -34,6 +35,8 @@ PROBE_S: Final = 100.0
 BOUNDS_EVERY: Final = 64
 RAW_EVERY: Final = 4
 """In one of so many seeds bytes are called with, too."""
+OWNED_EVERY: Final = 5
+"""In one of so many seeds each VM has a topic of its own, which is addressed without a server."""
 
 
 class Result(NamedTuple):
@@ -57,7 +60,8 @@ def simulate(
         scenario: What happens, instead of chance.
     """
     run = Run(seed, trace=trace)
-    with installed(run.world, {vm.uuid: vm.channel for vm in run.vms}):
+    channels = {vm.uuid: vm.channel for vm in run.vms}
+    with installed(run.world, channels, run.broker.reporting):
         try:
             run.play(scenario)
         except Exception as error:  # noqa: BLE001 - what the code under test raised is the verdict
@@ -84,11 +88,14 @@ class Run:
         self.vms = [self._make_vm(at) for at in range(rng.choice((1, 1, 2)))]
         machines = {vm.uuid: vm.machine for vm in self.vms}
         self.ledger.vm_now_s = lambda vm: machines[vm].time()
+        self.ledger.witness = self._witness
         self.callers = Callers(world, self.broker, self.ledger, machines)
         self.asking = Asking(world, self.broker)
+        self.reporting = self.broker.reporting
+        self.reporting.watch(self.vms)
         self.faults = Faults(world, self.hosts, self.vms, self.callers)
         self._bursts = 0
-        self.bounds = Bounds(world, prefetch, topics=3)
+        self.bounds = Bounds(world, prefetch, topics=4 if self.broker.owned else 3)
         self.pairs = Pairs(world)
         self.tables = Tables(world)
         self._probes: list[Op] = []
@@ -101,6 +108,10 @@ class Run:
             ((("alpha", "beta"),), (("alpha",), ("beta",)), (("alpha", "beta"), ("beta",)))
         )
         uuid = f"vm{at}"
+        if self.world.seed % OWNED_EVERY == 1:
+            owned = Topic(EXCHANGE, f"agent-of-{at}")  # its id is not the VM's
+            self.broker.owned[owned] = uuid
+            slots = ((*slots[0], owned.name), *slots[1:])
         if sum("beta" in topics for topics in slots) > 1:
             self.ledger.shared.add((uuid, "beta"))
         return Vm(self.world, uuid, self.ledger, self.broker.raw, slots, slow=rng.randrange(4))
@@ -113,6 +124,7 @@ class Run:
     def _check_bounds(self) -> None:
         self.bounds.check(self.hosts, self.vms)
         self.asking.check_bounds(self._host_upwards(), self._upwards())
+        self.reporting.check_bounds(self._upwards())
         self.pairs.check(self._sessions())
         self._check_tables()
         self._check_violations()
@@ -178,6 +190,12 @@ class Run:
     def _downwards(self) -> Iterator[Any]:
         for channel in self._channels():
             yield channel.downward
+
+    def _witness(self, vm: str, topic: str) -> object:
+        run = next(each.daemon for each in self.vms if each.uuid == vm)
+        if run is None or run.daemon is None or (topic, 0) not in run.daemon._router._begun:
+            return None
+        return run
 
     def _routers(self) -> Iterator[Any]:
         for vm in self.vms:
@@ -257,7 +275,13 @@ class Run:
             for vm in self.vms:
                 self.callers.cast(vm.uuid, topic, CAST, filling="")
             self.callers.cast(self.vms[0].uuid, topic, FANOUT, filling="")
+        for topic, owner in self._owned():
+            self.callers.cast(owner, topic, CAST, filling="")
         self._run_until(PROBE_S, self._is_quiet, "answer the first requests")
+
+    def _owned(self) -> list[tuple[str, str]]:
+        """Topics that belong to a VM, and whose."""
+        return [(topic.name, owner) for topic, owner in self.broker.owned.items()]
 
     def _leave_to_chance(self) -> None:
         world, rng = self.world, self.world.rng
@@ -276,6 +300,8 @@ class Run:
             return False
         if not done():
             open_ones = [*self.ledger.open_ops(), *self.asking.open_asks()]
+            open_ones += self.reporting.untold(self.hosts)
+            open_ones += self.broker.raw.open_calls()
             stuck = ", ".join(map(str, open_ones[:5]))
             world.fail(f"did not {what} within {limit_s:g} s: {stuck}")
             return False
@@ -283,7 +309,9 @@ class Run:
 
     def _is_serving(self) -> bool:
         queues = self.broker.queues
-        wanted = len(self.vms) * (5 if self.broker.guests_may_ask else 4)
+        has_own = self.broker.guests_may_ask or self.reporting.topic is not None
+        wanted = len(self.vms) * (5 if has_own else 4)
+        wanted += len(self.broker.owned) * 3
         return len(queues) == wanted and all(queue.consumers for queue in queues.values())
 
     def _is_quiet(self) -> bool:
@@ -291,7 +319,8 @@ class Run:
             self.ledger.is_quiet()
             and self.callers.is_idle
             and self.asking.is_quiet()
-            and self.broker.raw.is_quiet()
+            and self.reporting.is_quiet(self.hosts)
+            and not self.broker.raw.open_calls()
             and not self._bursts
             and all(agent.is_idle for vm in self.vms for agent in vm.agents.values())
         )
@@ -303,6 +332,10 @@ class Run:
         for _ in range(self._bursts):
             burst = rng.choice((self._burst, self._burst, self._burst_of_asks))
             world.after(rng.random() * span_s, burst)
+        if self.reporting.is_on:
+            for _ in range(rng.randrange(2, 16)):
+                self._bursts += 1
+                world.after(rng.random() * span_s, self._change)
         if world.seed % RAW_EVERY == RAW_EVERY - 1:
             for _ in range(rng.randrange(2, 12)):
                 self._bursts += 1
@@ -313,6 +346,8 @@ class Run:
         self._bursts -= 1
         vm, topic = rng.choice(self.vms).uuid, rng.choice(("alpha", "beta"))
         kind = rng.random()
+        if self.broker.owned and kind < 0.85 and rng.random() < 0.4:
+            topic, vm = rng.choice(self._owned())
         size = rng.choice((0, 0, 0, 0, 100, 20_000, 120_000)) if rng.random() < 0.5 else 0
         filling = "x" * size
         if kind < 0.45:
@@ -340,6 +375,12 @@ class Run:
             self.asking.ask(rng.choice(agents), kind, count, at_once=rng.random() < 0.5)
             self.faults.meet_requests()
 
+    def _change(self) -> None:
+        rng = self.world.rng
+        self._bursts -= 1
+        self.reporting.change(rng.choice(self.vms), rng.choice((FACTS, AGENTS)))
+        self.faults.meet_requests()
+
     def _burst_of_raw_calls(self) -> None:
         rng, raw = self.world.rng, self.broker.raw
         self._bursts -= 1
@@ -360,8 +401,16 @@ class Run:
                     self.callers.cast(vm.uuid, topic, CAST, filling=""),
                     self.callers.call(vm.uuid, topic, 60.0, fails=False, filling=""),
                 )
+            for topic, owner in self._owned():
+                if owner == vm.uuid:
+                    self._probes += (
+                        self.callers.cast(owner, topic, CAST, filling=""),
+                        self.callers.call(owner, topic, 60.0, fails=False, filling=""),
+                    )
             for agent in vm.agents.values():
                 self.asking.probe(agent)
+            if self.reporting.is_on:
+                self.reporting.change(vm, FACTS)
         self._probes.append(self.callers.cast(self.vms[0].uuid, "alpha", FANOUT, filling=""))
 
     def result(self) -> Result:

@@ -211,6 +211,33 @@ def guests_lose_their_memory(run: Run) -> None:
         world.run(world.now_s + rng.choice((1.5, 4.0)))
 
 
+def host_daemons_die_as_the_guest_leaves(run: Run) -> None:
+    """Under calls. The next daemon is handed out what was under way, and loses the guest at once:
+    it passes that on later, to the guest's daemon that has been there all the while."""
+    world, rng = run.world, run.world.rng
+
+    def ask() -> None:
+        for vm in run.vms:
+            run.callers.call(vm.uuid, rng.choice(TOPICS), 60.0, fails=False, filling="")
+
+    for vm in run.vms:
+        _load(run, vm)
+    world.run(world.now_s + 2.0)
+    for _ in range(4):
+        for at in range(50):
+            world.after(at * 0.03, ask)
+        world.run(world.now_s + 0.2)
+        for vm in run.vms:
+            if vm.is_free:
+                Migration(vm, _other(run, vm), fails="", twice=False)
+        for _ in range(12):
+            for host in run.hosts:
+                host.kill_daemon()
+                host.start_daemon()
+            world.run(world.now_s + 0.05 + rng.random() * 0.1)
+        world.run(world.now_s + 2.0)
+
+
 def moves_on_and_on_after_a_host_daemon_died(run: Run) -> None:
     """Each host that it comes to lacks the same note. It is waited for once, not at each."""
     world, vm = run.world, run.vms[0]
@@ -333,6 +360,7 @@ SCENARIOS = (
     broker_is_cut_again_and_again,
     broker_is_in_trouble,
     host_daemon_dies_with_requests_under_way,
+    host_daemons_die_as_the_guest_leaves,
     moves_on_and_on_after_a_host_daemon_died,
     agents_are_away_for_long,
     guests_lose_their_memory,

@@ -92,12 +92,12 @@ class Tables:
         self.check_responder(who, host_upward._responder)
 
     def check_router(self, router: Router) -> None:
-        """What is the host's is with the dispatcher; what is in doubt waits."""
+        """What is the host's is with the dispatcher; what is in doubt may yet be given."""
         who, dispatcher = "router", router._dispatcher
         self._same(who, "open", dispatcher._open.keys(), router._host._running.keys())
         self._same(who, "agents", dispatcher._servers.keys(), router._agents.keys())
-        in_doubt = [each for each in router._doubtful if not dispatcher.is_waiting(each)]
-        self._same(who, "in doubt, and not waiting", in_doubt, [])
+        in_doubt = [each for each in router._doubtful if not dispatcher.may_be_given(each)]
+        self._same(who, "in doubt, and over", in_doubt, [])
         self.check_dispatcher(who, dispatcher)
         self.check_responder(who, router._host)
         self.check_upward(router._upward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig import RigError
+from tests.rig.ending import end_on_signals
 from tests.rig.requirements import missing_for_libvirt, missing_for_rabbit
 from tests.torture import planted, schedule
 from tests.torture.control import CALL_TIMEOUT_S
@@ -122,8 +122,6 @@ def torture(plan: Plan, *, save: Path | None, keep: bool | None) -> dict[str, An
 def main() -> int:
     """The command."""
     options = parse(sys.argv[1:])
-    # Everything that we started is stopped on the way out.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     missing = missing_for_rabbit() or missing_for_libvirt()
     if missing:
         print(f"tests.torture: {missing}", file=sys.stderr)
@@ -144,4 +142,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

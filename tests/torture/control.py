@@ -1,5 +1,6 @@
 """The control side: unmodified oslo.messaging code that calls, casts and fans out to VMs' agents,
-and a service that agents ask. Each is a process; each writes its records to a file.
+and a service that agents ask and that hears what guests report. Each is a process; each writes its
+records to a file.
 
     python -m tests.torture.control sender --url URL --records FILE --vms UUID,UUID
     python -m tests.torture.control service --url URL --records FILE
@@ -25,7 +26,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tests.rig import RigError, tail
-from tests.torture.in_guest import ALL, CONTROL, MARK, RUNNER
+from tests.torture.in_guest import ALL, CONTROL, GUESTS, MARK, RUNNER, who_named
 from tests.torture.payload import answer_is_right, answer_to, checksum, payload_of
 from tests.torture.records import (
     ANSWERED,
@@ -34,6 +35,7 @@ from tests.torture.records import (
     CONFIRMED,
     EVERYBODY,
     FANOUT,
+    REPORT,
     WRONG,
     Ran,
     Sent,
@@ -51,6 +53,7 @@ BEHIND_S: Final = 3.0
 """While a call to a VM waits for longer, no casts are sent to it: on a machine that is slow just
 now they would come faster than the guest runs them, and what waits would grow for ever."""
 SERVER: Final = "controller"
+FACTS_EVENT: Final = "vchan.guest.facts"
 START_S: Final = 30.0
 
 
@@ -188,6 +191,23 @@ class Endpoint:
         self._writer.write(Ran(time.monotonic(), kind, sender, number, crc, marked, vm))
 
 
+class Listener:
+    """What services hear of guests: their names are written down."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def info(
+        self, context: dict[str, Any], publisher: str, event_type: str, payload: Any, metadata: Any
+    ) -> None:
+        """See oslo.messaging."""
+        named = who_named(str(payload["report"].get("hostname")))
+        if event_type == FACTS_EVENT and named is not None:
+            marked, vm = bool(context.get(MARK)), str(context.get("vchan_instance_uuid"))
+            crc = checksum(payload_of(*named))
+            self._writer.write(Ran(time.monotonic(), REPORT, *named, crc, marked, vm))
+
+
 class Program:
     """One of the two, as a process.
 
@@ -252,12 +272,17 @@ def service_program(url: str, records: Path, log: Path) -> Program:
     return Program(["service", "--url", url, "--records", str(records)], log)
 
 
-def _serve(oslo: Any, conf: Any, transport: Any, writer: Writer) -> None:
+def _serve(oslo: Any, conf: Any, transport: Any, heard: Any, writer: Writer) -> None:
     target = oslo.Target(topic=CONTROL, server=SERVER)
     server = oslo.get_rpc_server(transport, target, [Endpoint(writer)], executor="threading")
+    guests = [oslo.Target(topic=GUESTS)]
+    listener = oslo.get_notification_listener(
+        heard, guests, [Listener(writer)], executor="threading"
+    )
     # One by one: several threads would write their records in another order than it came in.
     conf.set_override("executor_thread_pool_size", 1)
     server.start()
+    listener.start()
     print(json.dumps("serves"), flush=True)
     sys.stdin.read()
 
@@ -292,7 +317,8 @@ def main() -> None:
     transport = oslo.get_rpc_transport(conf, url=options.url)
     writer = Writer(options.records)
     if options.part == "service":
-        _serve(oslo, conf, transport, writer)
+        heard = oslo.get_notification_transport(conf, url=options.url)
+        _serve(oslo, conf, transport, heard, writer)
     else:
         _send(oslo, transport, writer, options.vms.split(","), options.call_timeout)
     # Threads of ours and of oslo's may wait for a broker that is gone: nothing to be tidied.

@@ -9,7 +9,10 @@ Both take fanouts. Each writes its records to a virtio port of its own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import socket
+import struct
 import sys
 import threading
 import time
@@ -24,6 +27,7 @@ from tests.torture.records import (
     CAST,
     CONFIRMED,
     FANOUT,
+    REPORT,
     WRONG,
     Born,
     Health,
@@ -32,8 +36,9 @@ from tests.torture.records import (
     Told,
     Writer,
 )
-from vchan.client import AGENT_SOCKET, Agent, Client
+from vchan.client import Agent, Client
 from vchan.errors import VchanError
+from vchan.programs.connection import AGENT_SOCKET
 
 RUNNER: Final = "runner"
 ASKER: Final = "asker"
@@ -42,6 +47,8 @@ ALL: Final = "all"
 """The topic of fanouts; both programs serve it, and the topic of their own name."""
 CONTROL: Final = "control"
 """The topic of the service that the asker asks."""
+GUESTS: Final = "guests"
+"""The topic of what guests report, to services."""
 PORTS: Final = {program: f"org.vchan.torture.{program}" for program in PROGRAMS}
 MARK: Final = "vchan_redelivered"
 """In the context of what may have run before."""
@@ -49,6 +56,11 @@ DAEMON: Final = b"vchan.guest.daemon"
 CALL_TIMEOUT_S: Final = 60.0
 PAUSE_S: Final = 0.25
 """Between an asker's requests of one kind."""
+CHANGES_S: Final = (0.5, 9.0)
+"""From a change of the guest's name to the next, in turn: one that follows before the first is
+told, and one that leaves time for a host to come that is told what another knows."""
+ADDRESS_ALIAS: Final = b"lo:0"
+SIOCSIFADDR: Final = 0x8916
 RETRY_S: Final = 0.2
 HEALTH_S: Final = 2.0
 PAGE_KIB: Final = 4
@@ -123,7 +135,7 @@ class Asking:
 
     def start(self) -> None:
         """Begin."""
-        for work in (self._caller, self._caster, self._health):
+        for work in (self._caller, self._caster, self._changer, self._health):
             threading.Thread(target=work, daemon=True).start()
 
     def stand(self, still: bool) -> bool:
@@ -166,6 +178,17 @@ class Asking:
             self._under_way.discard(sender)
             time.sleep(PAUSE_S)
 
+    def _changer(self) -> None:
+        """Changes what the guest's daemon reports."""
+        number = 0
+        while True:
+            self._go.wait()
+            number += 1
+            self._writer.write(Sent(time.monotonic(), REPORT, GUESTS, self._name, number))
+            socket.sethostname(guest_name(self._name, number))
+            tell_of_address(number)
+            time.sleep(CHANGES_S[number % len(CHANGES_S)])
+
     def _health(self) -> None:
         while True:
             time.sleep(HEALTH_S)
@@ -175,6 +198,25 @@ class Asking:
                 descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
                 record = Health(time.monotonic(), pages * PAGE_KIB, descriptors)
                 self._writer.write(record)
+
+
+def guest_name(sender: str, number: int) -> str:
+    """A guest's name, which it reports."""
+    return f"{sender}.{number}"
+
+
+def who_named(name: str) -> tuple[str, int] | None:
+    """Sender and number of a guest's name; None: nobody here gave it."""
+    sender, dot, number = name.rpartition(".")
+    return (sender, int(number)) if dot and number.isdecimal() else None
+
+
+def tell_of_address(number: int) -> None:
+    """Change an address of the guest's own: the kernel tells of that, and not of a name."""
+    address = socket.inet_aton(f"192.0.2.{number % 250 + 1}")
+    asked = struct.pack("16sHH4s8x", ADDRESS_ALIAS, socket.AF_INET, 0, address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFADDR, asked)
 
 
 def connected() -> Client:
@@ -197,7 +239,7 @@ def main() -> None:
         endpoint = Endpoint(writer, agent)
     else:
         # Numbers begin anew with each life of this program: so does the name.
-        asking = Asking(writer, f"{os.uname().nodename}-{os.urandom(4).hex()}")
+        asking = Asking(writer, f"asker-{os.urandom(8).hex()}")
         endpoint = AskingEndpoint(writer, agent, asking)
         asking.start()
     agent.serve(program, endpoint)

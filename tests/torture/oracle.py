@@ -22,6 +22,7 @@ from tests.torture.records import (
     CONFIRMED,
     EVERYBODY,
     FANOUT,
+    REPORT,
     WRONG,
     Born,
     Ran,
@@ -53,18 +54,20 @@ CAST_UNMARKED: Final = "cast ran again, unmarked, after memory was lost"
 LOST_WITH_AGENT: Final = "lost with its agent"
 MEMORY_LOST: Final = "cast ran again, marked, after memory was lost"
 SENT_AGAIN: Final = "guest's request sent again, marked"
-AWAY_TOO_LONG: Final = "guest's request sent again, unmarked, after 10 s"
+AWAY_TOO_LONG: Final = "guest's request sent again, unmarked, after 12 s"
 MISSED: Final = "fanout missed by an agent that was away"
 AGENT_DIED: Final = "call over with its agent"
 IN_DOUBT: Final = "call in doubt, as the guest's daemon was young"
 REFUSED: Final = "refused as nobody was there"
 BROKER_DIED: Final = "call unanswered as the broker died"
+TOLD_AGAIN: Final = "guest's report told again, as both daemons had forgotten"
 KNOWN: Final = {
     LOST_WITH_AGENT: "Lost with its agent",
     MEMORY_LOST: "Run again, marked",
     SENT_AGAIN: "Asked again, marked",
-    AWAY_TOO_LONG: "Unknown after ten seconds",
+    AWAY_TOO_LONG: "Unknown after twelve seconds",
     MISSED: "Missed while away",
+    TOLD_AGAIN: "Reported again",
 }
 """By which name of architecture.md, "What is known not to hold"."""
 PROMISED: Final = {
@@ -114,6 +117,10 @@ YOUNG_S: Final = 70.0
 """A guest's daemon is young for so long: the calls' timeout, and DOUBT_MARGIN_S."""
 BROKER_DEATHS: Final = frozenset({"broker_restart", "broker_kill"})
 HOST_DEATHS: Final = frozenset({"host_kill", "host_hang", "host_away", "both_kill"})
+HOST_FORGETS: Final = HOST_DEATHS | {"host_stop"}
+"""Faults after which no host knows what a VM has reported; and those of a VM's that have its host
+forget it:"""
+VM_IS_FORGOTTEN: Final = frozenset({"migrate", "save", "detach"})
 LOST_A_DEATH_MAX: Final = 2
 """Casts of one sender that go with an agent: it takes one at a time. Another's record may have been
 in the port when the VM was reset."""
@@ -125,7 +132,7 @@ and so do its agents, in an emulated machine among others. What is refused has n
 AWAY_S: Final = 60.0
 """A fanout that was sent so long before a guest's daemon died, or after, may have come when an
 agent was not back yet: it waits with the broker while the VM or its host is away."""
-SETTLED_S: Final = 10.0
+SETTLED_S: Final = 12.0
 """What architecture.md calls so."""
 
 
@@ -346,6 +353,7 @@ class _Judge:
                 everything |= sent
                 for key, message in sent.items():
                     self._check_asked(place, message, told.get(key), vm)
+                self._check_last_report(place, records, vm)
         self._check_place(place, everything, marks=True)
 
     def _check_asked(self, place: Place, sent: Sent, told: Told | None, vm: str) -> None:
@@ -364,11 +372,34 @@ class _Judge:
             self._let_pass(SENT_AGAIN)
         if unmarked <= 1:
             return
+        if copies[0].kind == REPORT and self._forgot_both(copies):
+            self._let_pass(TOLD_AGAIN)
+            return
         took_s = copies[-1].at_s - copies[0].at_s
         if took_s >= SETTLED_S and self._any(HOST_DEATHS, "", copies[0].at_s, copies[-1].at_s):
             self._let_pass(AWAY_TOO_LONG)
         else:
             self._broken(UNMARKED, f"the service: {copies[0].kind} {key}: {unmarked} without mark")
+
+    def _forgot_both(self, copies: Sequence[Ran]) -> bool:
+        """Since a report was told first, the guest's daemon and its host have lost their memory."""
+        vm, during = copies[0].vm, (copies[0].at_s - SLACK_S, copies[-1].at_s)
+        host_forgot = self._any(HOST_FORGETS, "", *during) or self._any(
+            VM_IS_FORGOTTEN, vm, *during
+        )
+        return host_forgot and self._any(YOUNG_AFTER, vm, *during)
+
+    def _check_last_report(self, place: Place, records: Sequence[Record], vm: str) -> None:
+        """Services know in the end how a guest is called: by its last change that no boot undid."""
+        last: Sent | None = None
+        boot = ""
+        for record in records:
+            if isinstance(record, Born):
+                last, boot = (last if record.boot == boot else None), record.boot
+            elif isinstance(record, Sent) and record.kind == REPORT:
+                last = record
+        if last is not None and (last.sender, last.number) not in place.runs:
+            self._broken(LOST, f"{last.sender} {last.number}: services never heard of it, of {vm}")
 
     # ---------------------------------------------------------------- what the sender was told
 

@@ -18,6 +18,9 @@ from typing import Final, NamedTuple
 CALL: Final = "call"
 CAST: Final = "cast"
 FANOUT: Final = "fanout"
+REPORT: Final = "report"
+"""What a guest's daemon reports: its program has changed the guest's name, which says sender and
+number. What changes again before it is told is not told."""
 EVERYBODY: Final = "*"
 ANSWERED: Final = "answered"
 CONFIRMED: Final = "confirmed"

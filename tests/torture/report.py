@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from tests.torture import oracle
 from tests.torture.oracle import EXEMPTIONS, Evidence, Verdict, longest_wait_s
-from tests.torture.records import ANSWERED, CALL, Born, Ran, Record, Sent
+from tests.torture.records import ANSWERED, CALL, REPORT, Born, Ran, Record, Sent
 from tests.torture.schedule import ABORT, ALL_KINDS, MIGRATE, Step
 
 KILLS: Final = (
@@ -34,6 +34,15 @@ COUNTED: Final = {
     "wrong_answers": (oracle.WRONG_ANSWER, oracle.INVENTED, oracle.WRONG_IDENTITY),
     "refused_but_ran": (oracle.REFUSED_BUT_RAN,),
 }
+LEAST: Final = {
+    "calls_answered": 51,
+    "casts": 51,
+    "fanouts": 11,
+    "guest_calls_answered": 21,
+    "guest_casts": 21,
+    "guest_reports": 6,
+}
+"""What a run with every fault once has to carry: promises about nothing are easily kept."""
 ROWS: Final = (
     ("seed", "seed"),
     ("minutes", "minutes at work"),
@@ -54,6 +63,8 @@ ROWS: Final = (
     ("guest_calls", "calls of guests"),
     ("guest_calls_answered", "  answered"),
     ("guest_casts", "casts of guests"),
+    ("guest_changes", "changes in guests, which they report"),
+    ("guest_reports", "  that services heard of"),
     ("ran", "methods run"),
     ("lost", "LOST"),
     ("twice", "TWICE"),
@@ -132,11 +143,19 @@ def _traffic(evidence: Evidence) -> dict[str, int]:
         "guest_calls": up[CALL],
         "guest_calls_answered": _answered(asking),
         "guest_casts": up["cast"],
+        "guest_changes": up[REPORT],
+        "guest_reports": _heard(evidence.service),
         "ran": ran,
         "crashed": sum(fault.kind == oracle.CRASH for fault in evidence.faults),
         "panicked": sum(fault.kind == oracle.PANIC for fault in evidence.faults),
         "reborn": sum(_births(records) - 1 for records in _books(evidence) if _births(records)),
     }
+
+
+def carried_enough(evidence: Evidence) -> bool:
+    """Whether it was as much as LEAST has."""
+    traffic = _traffic(evidence)
+    return all(traffic[name] >= least for name, least in LEAST.items())
 
 
 def _books(evidence: Evidence) -> list[Sequence[Record]]:
@@ -146,6 +165,10 @@ def _books(evidence: Evidence) -> list[Sequence[Record]]:
 
 def _of_guests(evidence: Evidence) -> list[Record]:
     return [record for records in _books(evidence) for record in records]
+
+
+def _heard(records: Iterable[Record]) -> int:
+    return sum(isinstance(record, Ran) and record.kind == REPORT for record in records)
 
 
 def _births(records: Sequence[Record]) -> int:

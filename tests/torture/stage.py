@@ -16,12 +16,13 @@ import libvirt
 from tests.rig import RigError, wait_until
 from tests.rig.compute import GUEST_DAEMON, ComputeHost
 from tests.rig.guest import GuestShell
-from tests.rig.guest_image import SITE, Service, build, cache_directory
+from tests.rig.guest_image import SITE, Service, build
+from tests.rig.kept import cache_directory
 from tests.rig.libvirtd import channel_path, domain_xml
 from tests.rig.libvirtd import migrate as migrate_domain
 from tests.rig.rabbit import RabbitServer
 from tests.torture import control
-from tests.torture.in_guest import ASKER, PORTS, PROGRAMS, RUNNER
+from tests.torture.in_guest import ASKER, GUESTS, PORTS, PROGRAMS, RUNNER
 from tests.torture.oracle import Evidence, Fault
 from tests.torture.records import Book, Health
 from vchan.client import Client
@@ -177,7 +178,7 @@ class Stage:
         self.url = f"{self.rabbit.url}?{QUERY}"
         cache = cache_directory() / "libvirt"
         a, b = (
-            stack.enter_context(ComputeHost(directory / name, number, cache, self.url))
+            stack.enter_context(self._host(name, number, cache))
             for number, name in ((1, "a"), (2, "b"))
         )
         self.hosts = (a, b)
@@ -190,6 +191,13 @@ class Stage:
             self.url, self.control.path, identities, log, self._call_timeout_s
         )
         self.sender = stack.enter_context(sender)
+
+    def _host(self, name: str, number: int, cache: Path) -> ComputeHost:
+        options = [f"reports_topic = {GUESTS}"]
+        host = ComputeHost(self.directory / name, number, cache, self.url, options=options)
+        policy = host.daemon.policy
+        policy.write_text(f"{policy.read_text()}\nreport any any allow\n")
+        return host
 
     def _open_books(self) -> None:
         records = self.directory / "records"

@@ -38,6 +38,7 @@ class LocalHost:
         self.log: list[str] = []
         self.status: dict[str, Any] = {}
         self.guest: dict[str, Any] | None = None
+        self.facts: dict[str, Any] = {"facts": {"hostname": "a"}}
         self.details: dict[str, dict[str, Any]] = {}  # of a VM's status, by its name
         self.problem: str | None = None
         self.pings: list[float | None] = [0.0]  # seconds until each answer; None: there is none
@@ -123,7 +124,8 @@ class LocalHost:
             answers_s = self.pings.pop(0) if len(self.pings) > 1 else self.pings[0]
             return None if answers_s is None else Answered(request.id, False, b"true")
         if request.topic != "agent":
-            return HandedBack(request.id, NO_AGENT, f"no agent serves topic {request.topic}")
+            text = f"no agent serves topic {request.exchange}/{request.topic}"
+            return HandedBack(request.id, NO_AGENT, text)
         if not request.is_call:
             return Taken(request.id)
         call = decode_invocation(request.body)
@@ -161,7 +163,7 @@ class LocalHost:
                     self.looks.pop(0)()
                 answer(*result(self.rows))
             case "facts":
-                answer(*result({"facts": {"hostname": "a"}}))
+                answer(*result(self.facts))
             case "status":
                 vm = args.get("vm")
                 told = result(

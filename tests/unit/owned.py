@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vchan.client import Connection
+from vchan.programs.connection import Connection
 
 FIXED = frozenset({"loop", "path", "_deliver", "_changed", "__class__", "__dict__"})
 """What never changes once it is made, and so may be read from anywhere."""

@@ -11,8 +11,9 @@ import pytest
 
 from tests.unit.oslo_site import VM, Site, made_site, wait
 from tests.unit.test_agent_requests import Running
-from vchan.client import FAILURES_LOGGED_MAX, Agent, Client, _Failures, log_to_stderr
+from vchan.client import Agent, Client, log_to_stderr
 from vchan.errors import LinkDown, NotAPort, RemoteError
+from vchan.programs.serving import FAILURES_LOGGED_MAX, Failures
 from vchan.rpc.bodies import FAILURE_TEXT_MAX
 
 WAIT_S = 30.0
@@ -86,7 +87,8 @@ def test_what_is_wrong_with_the_request_has_no_traceback(site: Site, running: Ru
         client.call("agent", "dance", server=VM, timeout_s=WAIT_S)
     wait(lambda: "dance" in running.log[-1])
     assert running.log[-1] == (
-        "a call to topic agent failed: NoSuchMethod: agent has no method dance, version 1.0"
+        "a call to topic agent failed: NoSuchMethod: agent has no method dance, version 1.0; "
+        "it has deep, fail, give, interrupt, leave"
     )
 
 
@@ -135,7 +137,7 @@ def test_a_worker_that_is_to_end_answers(site: Site, method: str) -> None:
 
 
 def test_failures_at_will_are_counted() -> None:
-    failures, lines = _Failures(), list[str]()
+    failures, lines = Failures(), list[str]()
     for number in range(FAILURES_LOGGED_MAX + 5):
         lines += failures.lines(f"story {number}", 100.0)
     assert lines == [f"story {number}" for number in range(FAILURES_LOGGED_MAX)]

@@ -6,10 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 
+from tests.rig.stand_in import StandIn
 from tests.unit.oslo_site import VM, Site, made_site, wait
 from tests.unit.owned import touches_recorded
 from vchan.client import Agent, Client
@@ -101,7 +105,7 @@ class Worker:
 
     def relay(self, n: int) -> int:
         self.running += 1
-        assert self.running == 1 or self.agent._pool is not None  # one at a time
+        assert self.running == 1 or self.agent._worker.pool is not None  # one at a time
         self.order.append(n)
         result: int = self.agent.call("up", "double", {"n": n}, timeout_s=PATIENT_S)
         self.running -= 1
@@ -160,17 +164,17 @@ class Observed(Worker):
     def relay(self, n: int) -> int:
         self.at_begin.append(self._backlog_bytes())
         loop = self.agent.loop
-        turn = loop.run_once
 
-        def observed() -> None:
+        def run_once() -> None:
             self.at_wait.append(self._backlog_bytes())
-            turn()
+            loop.run_once()
 
-        loop.run_once = observed  # type: ignore[assignment]
+        stand_in: Any = StandIn(loop, run_once=run_once)
+        self.agent.loop = stand_in
         try:
             return super().relay(n)
         finally:
-            loop.run_once = turn  # type: ignore[method-assign]
+            self.agent.loop = loop
 
     def quick(self) -> None:
         self.at_begin.append(self._backlog_bytes())
@@ -222,22 +226,61 @@ def test_nothing_waits_for_a_methods_end(site: Site, observed: Observed) -> None
 def test_what_is_withdrawn_behind_a_long_method_does_not_run(
     site: Site, observed: Observed
 ) -> None:
-    with Client(str(site.host.path)) as client, ThreadPoolExecutor(3) as pool:
+    path = str(site.host.path)
+    with (
+        Client(path) as client,
+        Client(path) as other,  # who goes withdraws what it has asked
+        ThreadPoolExecutor(3) as pool,
+    ):
         held = [pool.submit(client.call, "t", "hold", {"n": 0}, server=VM, timeout_s=PATIENT_S)]
         wait(lambda: len(observed.ran) == 1)
         held.append(pool.submit(client.call, "t", "hold", {"n": 1}, server=VM, timeout_s=PATIENT_S))
         wait(lambda: running(client) == 2)
-        withdrawn = pool.submit(client.call, "t", "withdrawn", server=VM, timeout_s=0.5)
+        withdrawn = pool.submit(other.call, "t", "withdrawn", server=VM, timeout_s=PATIENT_S)
         wait(lambda: running(client) == 3)
         observed.released[0].set()  # both of the others are read at once
+        wait(lambda: len(observed.ran) == 2)
+        other.close()
         with pytest.raises(CallTimeout):
             withdrawn.result(PATIENT_S)
+        wait(lambda: running(client) == 1)
+        # It may have answered that before its agent was told, in one turn: by the next it has been.
+        assert running(client) == 1
         observed.released[1].set()
         for each in held:
             each.result(PATIENT_S)
         with pytest.raises(RemoteError):
             client.call("t", "unknown", server=VM)  # it is behind all of them
     assert observed.ran == ["hold 0", "hold 1"]
+
+
+def test_what_agents_are_is_seen_as_long_as_they_are_there(site: Site) -> None:
+    site.start_guest()
+    path = site.directory / "agent.sock"
+    with Client(str(site.host.path)) as client, running_agents(path, "backup/2.1", None) as agents:
+        wait(lambda: attached(client) == ["backup/2.1"])
+        agents[0].stop()
+        wait(lambda: attached(client) is None)
+
+
+def attached(client: Client) -> list[str] | None:
+    facts = client.call("vchan.guest", "facts", server=VM, timeout_s=PATIENT_S)
+    found: list[str] | None = facts.get("attached")
+    return found
+
+
+@contextmanager
+def running_agents(path: Path, *products: str | None) -> Iterator[list[Agent]]:
+    agents = [Agent(path, product=product, log=lambda _: None) for product in products]
+    with ThreadPoolExecutor() as pool:
+        for number, agent in enumerate(agents):
+            agent.serve(f"t{number}", Conductor())
+            pool.submit(agent.run)
+        try:
+            yield agents
+        finally:
+            for agent in agents:
+                agent.stop()
 
 
 def test_an_agent_is_asked_by_its_programs_own_threads(site: Site, run: Any) -> None:
@@ -272,7 +315,7 @@ def test_stop_ends_a_method_that_waits(site: Site, run: Any) -> None:
     site.wait_served("t")
     with Client(str(site.host.path)) as client, ThreadPoolExecutor() as pool:
         waiting = pool.submit(client.call, "t", "relay", {"n": 1}, server=VM)
-        wait(lambda: running.agent._is_working)
+        wait(lambda: running.agent._worker._is_working)
         running.stop()
         assert not may_go.is_set()
         may_go.set()
@@ -357,10 +400,14 @@ class Echo:
 def test_what_was_given_up_before_the_agent_ran_is_not_sent_then(site: Site) -> None:
     """Who called was told that nothing was sent."""
     agent = Agent(str(site.host.path))
-    with pytest.raises(LinkDown, match="not running"):
-        agent.call("up", "double", timeout_s=0.1)
     sent: list[object] = []
-    agent._connection.submit = lambda *each: sent.append(each)  # type: ignore[method-assign]
+    watched: Any = SimpleNamespace(
+        submit=lambda *each: sent.append(each), path=agent._connection.path
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent, "_connection", watched)
+        with pytest.raises(LinkDown, match="not running"):
+            agent.call("up", "double", timeout_s=0.1)
     agent.loop.call_later(0.2, agent.stop)
     agent.run()
     assert sent == []
@@ -404,7 +451,7 @@ def test_calls_that_are_over_leave_no_timers_for_their_heartbeats(site: Site, ru
         identity = number.to_bytes(16)
         request = Request(identity, CALL, 60_000, 3_600_000, "openstack", "up", "", body)
         assert isinstance(caller._outcome_of(request, PATIENT_S), Answered)
-    wait(lambda: not running.agent._beats)
+    wait(lambda: not running.agent._serving._beats)
     assert len(running.agent.loop._timers) < 200
 
 

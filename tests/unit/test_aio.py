@@ -15,7 +15,6 @@ import pytest
 from tests.unit.oslo_site import VM, Site, made_site
 from vchan import aio
 from vchan.aio import Agent, Client
-from vchan.client import OPEN_CALLS_MAX
 from vchan.client import Agent as ThreadsAgent
 from vchan.client import Client as ThreadsClient
 from vchan.errors import (
@@ -29,6 +28,10 @@ from vchan.errors import (
     RemoteError,
 )
 from vchan.io.streams import listen_unix
+from vchan.programs.connection import OPEN_CALLS_MAX
+from vchan.programs.requests import EXCHANGE, make_request
+from vchan.programs.serving import Serving
+from vchan.rpc.messages import CALL
 
 WAIT_S = 20.0
 """What a test waits for. Shorter than CALL_S: the end of a call's own time must not be taken for
@@ -469,15 +472,25 @@ def test_a_bug_of_ours_ends_it(
     def broken(*_: object) -> None:
         raise KeyError("a bug's own")
 
+    class BreaksAtTheEnd:
+        finish = broken
+
+        def __init__(self, serving: Serving) -> None:
+            self._serving = serving
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._serving, name)
+
     async def test() -> None:
         async with running(site) as (agent, client):
             waiting = asyncio.ensure_future(call(client, "echo", x=1, after_s=0.1))
-            monkeypatch.setattr(agent.agent, "_finish", broken)
+            monkeypatch.setattr(agent.agent, "_serving", BreaksAtTheEnd(agent.agent._serving))
             with pytest.raises(KeyError, match="own"):
                 await agent.task
             with pytest.raises(AgentGone):
                 await waiting
-            monkeypatch.setattr(client._connection, "_receive", broken)
+            asked = make_request(CALL, EXCHANGE, "nobody's", VM, b"{}", CALL_S)
+            client._connection.submit(asked, broken)
             with pytest.raises(CallTimeout, match="a bug has ended it: KeyError"):
                 await client.call("nobody's", "echo", server=VM, timeout_s=CALL_S)
             with pytest.raises(LinkDown, match="a bug has ended it"):

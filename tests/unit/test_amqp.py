@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from amqp import spec
+from amqp import ConnectionForced, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,10 +49,17 @@ class FakeAmqp:
         self.others.append(frame)
         kind, channel, payload = frame
         assert kind == 1
+        if channel == 0:
+            self.collect()
+            raise ConnectionForced("closed by the operator")
         self.channels[channel].dispatch_method(struct.unpack_from(">HH", payload), payload, None)
 
     def collect(self) -> None:
+        """As py-amqp does it: no channel can be spoken on any more."""
         self.connected = False
+        for channel in self.channels.values():
+            channel.is_gone = True
+        self.channels = {}
 
 
 class FakeChannel(AmqpChannel):
@@ -62,10 +69,16 @@ class FakeChannel(AmqpChannel):
         self.owner = owner
         self._inbox = link._inbox
         self.said: list[Any] = []
+        self.is_gone = False
         cast("Any", link.amqp).channels[number] = self
 
     def send_method(self, *args: Any) -> None:
+        assert not self.is_gone
         self.said.append(args)
+
+    def acknowledge(self, tag: int) -> None:
+        assert not self.is_gone
+        self.said.append((spec.Basic.Ack, tag))
 
     def collect(self) -> None:
         pass
@@ -322,6 +335,24 @@ def test_a_fault_of_ours_in_what_serves_all_gives_up_the_connection(site: Site) 
 def test_what_the_broker_itself_does_wrong_ends_the_connection(site: Site, frames: bytes) -> None:
     site.feed(frames)
     assert len(site.lost) == 1
+
+
+def test_what_came_before_the_brokers_close_is_told_while_the_channel_is_there(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All in one read: else the owner would speak on a channel that is gone."""
+
+    class Acknowledging(Owner):
+        def on_method(self, inbound: Inbound) -> None:
+            inbound.channel.acknowledge(inbound.args[1])
+
+    channel = FakeChannel(site.link, 3, Acknowledging())
+    close = frame(1, 0, struct.pack(">HHH", 10, 50, 320) + short(b"bye") + struct.pack(">HH", 0, 0))
+    site.feed(deliver(3, "q"), content(3, BODY), close)
+    assert channel.said == [(spec.Basic.Ack, 1)]
+    assert "unexpected" not in caplog.text
+    (lost,) = site.lost
+    assert "closed by the operator" in lost
 
 
 def test_a_text_of_the_brokers_that_was_cut_within_a_character_is_read(

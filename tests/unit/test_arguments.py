@@ -145,7 +145,7 @@ def test_a_wrong_argument_of_serve_is_named(agent: Agent, name: str, values: lis
         given: dict[str, Any] = {"topic": "agent", "endpoint": Endpoint(), name: value}
         with pytest.raises(ConfigError, match=f"^{name}: "):
             agent.serve(**given)
-    assert agent._endpoints == {}
+    assert agent._serving.endpoints == {}
 
 
 def test_more_topics_than_a_daemon_takes_are_refused(agent: Agent) -> None:
@@ -154,7 +154,7 @@ def test_more_topics_than_a_daemon_takes_are_refused(agent: Agent) -> None:
     agent.serve("t0", Endpoint(), namespace="another")
     with pytest.raises(LimitExceeded, match="TOPICS_MAX"):
         agent.serve("one-more", Endpoint())
-    assert len(agent._endpoints) == TOPICS_MAX
+    assert len(agent._serving.endpoints) == TOPICS_MAX
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,8 @@ def test_more_topics_than_a_daemon_takes_are_refused(agent: Agent) -> None:
         ({"workers": None}, ConfigError, "^workers: "),
         ({"workers": WORKERS_MAX + 1}, LimitExceeded, "WORKERS_MAX"),
         ({"log": "print"}, ConfigError, "^log: "),
+        ({"product": 5}, ConfigError, "^product: "),
+        ({"product": "backup"}, ConfigError, "^product: 'backup' is not NAME/VERSION"),
     ],
 )
 def test_a_wrong_argument_of_an_agent_is_named(

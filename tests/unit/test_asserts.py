@@ -21,6 +21,7 @@ GROUPS = {
     "wire and session": ("vchan.wire", "vchan.session"),
     "requests": ("vchan.rpc",),
     "byte streams": ("vchan.streams",),
+    "services": ("vchan.services",),
     "guest": ("vchan.guest", "vchan.agents", "vchan.gateways"),
     "host": ("vchan.host",),
     "link": ("vchan.io.link",),
@@ -30,6 +31,8 @@ OF_NO_GROUP = {
     "vchan.protocol": "a definition: what it generates is tested",
     "vchan.cli.changes": "it compares what a daemon says, and hands nothing on",
     "vchan.cli.completion": "it makes text of the parser",
+    "vchan.cli.progress": "it makes text of two numbers",
+    "vchan.cli.proxy.wire": "it reads one request, and hands nothing on",
     "vchan.conductor.admission": "it judges one request, and hands nothing on",
 }
 

@@ -39,6 +39,7 @@ from vchan.host.vm import downward
 from vchan.host.vm.channel import LOG_LINES, LOG_PERIOD_S
 from vchan.host.vm.downward import LOCAL_REQUESTS_MAX, SUBSCRIBE_S
 from vchan.host.vm.served_topics import TOPICS_SEEN_MAX
+from vchan.host.vm.streams import Program
 from vchan.host.vm.throttle import BURST_S
 from vchan.host.vm.upward import ANSWERS_BYTES_MAX, OPEN_BYTES_MAX
 from vchan.io.streams import READ_BYTES
@@ -53,6 +54,9 @@ from vchan.session import (
     State,
 )
 from vchan.session.sender import REWIND_S
+from vchan.streams import Ended, StreamEnds
+from vchan.streams.halves import SEND_BYTES_MAX
+from vchan.streams.switchboard import ROUTES_MAX, WAY_BYTES_MAX
 from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES
 
 SECONDS = 1.5
@@ -64,6 +68,10 @@ LIMITS = Limits(bytes_per_s=1024 * 1024)
 """The attacker's: so many bytes take this process a while."""
 ANSWER_BYTES = 700_000
 """Of a large answer."""
+OPENED = 16
+"""Byte streams that a program has open at a time."""
+SLOW_S = 0.3
+"""How often their program looks at them: meanwhile more comes than may wait for it."""
 SHARED_ID = bytes(range(16))
 """Of a call to the neighbour, which the attacker has come to know."""
 POLICY = f"""
@@ -71,6 +79,7 @@ listen,reply  any  agent      allow
 listen,reply  any  t*         allow
 call          any  nobody     allow
 call,cast     any  {SERVED}   allow
+forward       any  tcp:22     allow
 limit  name:{ATTACKER}  bytes_per_s={LIMITS.bytes_per_s}
 """
 
@@ -271,7 +280,52 @@ def no_stream_is_there(scene: Scene) -> None:
     assert scene.attacked.streams._board._routes == {}
 
 
+def only_its_programs_streams_suffer(scene: Scene) -> None:
+    """What is on its way is bounded, and who breaks a stream's rules loses that one."""
+    streams = scene.attacked.streams
+    assert scene.attacked.totals()["streams"] > OPENED
+    assert streams.summary()["programs"] == 1
+    assert streams.summary()["dropped"] > 0
+    board = streams._board
+    assert len(board._routes) <= ROUTES_MAX
+    (program,) = board._programs.values()
+    assert max(program.up._bytes, program.down._bytes) <= WAY_BYTES_MAX
+
+
 # --- before it
+
+
+def open_streams(scene: Scene) -> None:
+    """A program has byte streams into the VM, always has bytes for each, and opens another when one
+    has ended."""
+    streams, host = scene.attacked.streams, scene.host
+    ends = StreamEnds(scene.world.rng.randbytes, asks_max=None, offer_s=None)
+    mine: set[bytes] = set()
+
+    def turn() -> None:
+        now_s = host.now_s
+        while (message := streams.next_for_program(1)) is not None:
+            ends.receive(message, now_s)
+        ends.handle_timeout(now_s)
+        mine.difference_update(each.id for each in ends.take_events() if isinstance(each, Ended))
+        while len(mine) < OPENED:
+            mine.add(ends.open("tcp:22", "{}", now_s))
+        for stream in mine:
+            ends.write(stream, bytes(SEND_BYTES_MAX))
+        while (message := ends.next_message(now_s)) is not None:
+            streams.from_program(1, message)
+        (program,) = streams._board._programs.values()
+        held_now = program.up._bytes + program.down._bytes
+        scene.peaks["streams"] = max(scene.peaks.get("streams", 0), held_now)
+        if not scene.is_over:
+            host.after(SLOW_S, turn)
+
+    def begin() -> None:
+        ends.connected(host.now_s)
+        streams.attach(1, Program(0, 1, lambda: None, lambda reason: None))
+        turn()
+
+    host.after(0.0, begin)
 
 
 def call_it(scene: Scene) -> None:
@@ -361,6 +415,11 @@ EXPECTED = {
         no_stream_is_there,
     ),
     "stream_games": Expected(("throttled",), check=no_stream_is_there),
+    "taken_streams": Expected(
+        ("throttled", "streams_reset"),
+        check=only_its_programs_streams_suffer,
+        prepare=open_streams,
+    ),
     "garbage": Expected(("bytes_skipped", "throttled"), check=nothing_gets_through),
 }
 
@@ -412,12 +471,9 @@ def test_memory_comes_back_when_who_reads_nothing_hangs_up(tmp_path: Path) -> No
         check_neighbour(at)
 
 
-def test_what_callers_have_given_up_is_not_kept_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_callers_have_given_up_is_not_kept_without_end(tmp_path: Path) -> None:
     """Their time is up, and the guest, which goes on speaking, has read none of it."""
-    most, size = 1024 * 1024, 50_000
-    monkeypatch.setattr(downward, "OPEN_BYTES_MAX", most)
+    most, size = downward.OPEN_BYTES_MAX, 800_000
     with scene(tmp_path, POLICY) as at:
         numbers = iter(range(10**6, 10**9))
 
@@ -467,6 +523,7 @@ def check_held(scene: Scene, more: Mapping[str, int]) -> None:
         "replies": 0,
         "past": RECORDS_MAX,
         "mail": 1024,  # arrivals and notes
+        "streams": 2 * WAY_BYTES_MAX,  # of one program
         **more,
     }
     for name, size in scene.peaks.items():

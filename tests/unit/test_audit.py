@@ -18,22 +18,24 @@ from vchan.host.policy import audit_log
 from vchan.host.policy.audit_log import AuditLog
 from vchan.host.policy.audit_record import (
     BURST_S,
+    ENDED,
     FIELD_CHARS_MAX,
     LINE_BYTES_MAX,
+    NO_END,
     REASON_CHARS_MAX,
     Record,
     Sampler,
-    decision,
     format_left_out,
     format_record,
+    unended,
 )
-from vchan.host.policy.rules import Ask, Effect, Facts, Kind, Verdict
+from vchan.host.policy.rules import Ask, Effect, Facts, Kind
 from vchan.io.loop import Loop
 
 UUID = "11111111-2222-3333-4444-555555555555"
 FACTS = Facts(UUID, "instance-1", "project-1")
 CALL = Ask(Kind.CALL, "nova", "conductor", "c1", "ns", "report")
-RECORD = decision(FACTS, CALL, Verdict(Effect.DENY, "/etc/x.policy:3"), b"\x01" * 16)
+RECORD = Record(FACTS, CALL, Effect.DENY.value, "/etc/x.policy:3", b"\x01" * 16)
 TIME = "2026-01-02T03:04:05.678+00:00"
 
 
@@ -333,3 +335,69 @@ def test_standard_error(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
 def test_left_out_lines_have_their_own_form() -> None:
     line = json.loads(format_left_out(FACTS, 12, time=TIME, host="h"))
     assert (line["vm"], line["verdict"], line["left_out"]) == (UUID, "left out", 12)
+
+
+# --- streams that a killed daemon has begun
+
+FORWARD = Ask(Kind.FORWARD, "service", "standard")
+
+
+def stream_record(verdict: str, number: int) -> Record:
+    stream, by = bytes([number]) * 16, "uid 0, pid 7, for octavia"
+    record = Record(FACTS, FORWARD, verdict, "x.policy:1", stream, "", "", by)
+    return record if verdict != ENDED else record._replace(rule="", into=3, out_of=4)
+
+
+def test_what_a_killed_daemon_had_open_is_ended_by_the_next_and_once(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    with Loop() as loop:
+        log = AuditLog(loop, str(path), "compute-1", print)
+        for verdict, number in (("allow", 1), ("allow", 2), (ENDED, 1), ("allow", 3), ("deny", 4)):
+            log.write(stream_record(verdict, number), 100)
+        log.write(RECORD, 100)
+        log.close()  # as a kill does: without a word
+        path.write_bytes(path.read_bytes() + b'{"kind": "forward", "requ')
+        for _ in range(2):  # the second finds nothing more to end
+            AuditLog(loop, str(path), "compute-1", print).close()
+    *_, half, first, second = path.read_bytes().splitlines()
+    assert half == b'{"kind": "forward", "requ'
+    begun = parsed(stream_record("allow", 2))
+    del begun["rule"]
+    for line, stream in ((first, "02" * 16), (second, "03" * 16)):
+        row = json.loads(line)
+        assert row["time"] > TIME
+        assert row == {**begun, "time": row["time"], "verdict": ENDED, "request": stream} | {
+            "reason": NO_END
+        }
+
+
+def test_what_another_host_has_begun_in_the_same_file_is_not_ended(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    with Loop() as loop:
+        log = AuditLog(loop, str(path), "compute-1", print)
+        log.write(stream_record("allow", 1), 100)
+        log.close()
+        before = path.read_bytes()
+        AuditLog(loop, str(path), "compute-2", print).close()
+    assert path.read_bytes() == before
+
+
+def test_only_the_logs_end_is_read_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "audit.log"
+    with Loop() as loop:
+        log = AuditLog(loop, str(path), "compute-1", print)
+        for number in (1, 2):
+            log.write(stream_record("allow", number), 100)
+        log.close()
+        last = path.read_bytes().splitlines(keepends=True)[-1]
+        monkeypatch.setattr(audit_log, "LAST_BYTES_MAX", len(last) + 10)
+        AuditLog(loop, str(path), "compute-1", print).close()
+    assert len(path.read_bytes().splitlines()) == 3
+    assert json.loads(path.read_bytes().splitlines()[-1])["request"] == "02" * 16
+
+
+@pytest.mark.parametrize("line", [b"[]", b'{"kind": "forward"}', b'"\xff"', b"[" * 10**6])
+def test_what_is_no_line_of_ours_is_passed_over(line: bytes) -> None:
+    assert unended([line + b' "kind": "forward"', line], "compute-1") == []

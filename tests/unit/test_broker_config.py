@@ -50,8 +50,7 @@ def test_options(tmp_path: Path, default_of: dict[str, Any]) -> None:
         tmp_path,
         f"""
         [DEFAULT]
-        transport_url = rabbit://u:p%40@h1:5673,v:q@[::1]/vh?heartbeat_timeout_threshold=7
-        control_exchange = trove
+        transport_url = rabbit://u:p%40%2F@h1:5673,v:q@[::1]/vh?heartbeat_timeout_threshold=7
         [oslo_messaging_rabbit]
         heartbeat_timeout_threshold = 9
         heartbeat_rate = 2
@@ -73,7 +72,7 @@ def test_options(tmp_path: Path, default_of: dict[str, Any]) -> None:
         """.replace("        ", ""),
     )
     assert config == BrokerConfig(
-        hosts=(BrokerHost("h1", 5673, "u", "p@"), BrokerHost("::1", 5672, "v", "q")),
+        hosts=(BrokerHost("h1", 5673, "u", "p@/"), BrokerHost("::1", 5672, "v", "q")),
         virtual_host="vh",
         tls=BrokerTls(f"{tmp_path}/ca", f"{tmp_path}/cert", f"{tmp_path}/key"),
         login_method="PLAIN",
@@ -96,7 +95,6 @@ def test_options(tmp_path: Path, default_of: dict[str, Any]) -> None:
         retry_max_s=40,
         shuffle=True,
         prefetch=10,
-        default_exchange="trove",
     )
     assert [host.address for host in config.hosts] == ["h1:5673", "[::1]:5672"]
     assert "p@" not in repr(config)

@@ -43,16 +43,19 @@ class AmqpChannel:
         self.open: list[Published] = []
         self.is_closed = False
 
-    def ask(self, method: tuple[int, int], _: str, *args: Any, content: Any = None) -> None:
-        if method != spec.Basic.Publish:
-            return
+    def ask(self, method: tuple[int, int], _: str, *args: Any) -> None:
+        assert method != spec.Basic.Publish
+
+    def publish(
+        self, address: tuple[str, str], properties: bytes, body: bytes, *, mandatory: bool
+    ) -> None:
         assert not self.is_closed
         self.count += 1
-        vm, _, _ = content.body.partition(b" ")
-        self.open.append(Published(self.count, vm.decode(), content.body, args[3]))
+        vm, _, _ = body.partition(b" ")
+        self.open.append(Published(self.count, vm.decode(), body, mandatory))
         assert len({each.vm for each in self.open}) == 1, "lent to two VMs at a time"
-        assert args[1] in self.broker.declared.there, "its exchange was not made sure of"
-        self.broker.arrived.append(content.body)
+        assert address[0] in self.broker.declared.there, "its exchange was not made sure of"
+        self.broker.arrived.append(body)
 
     def close_softly(self) -> None:
         self.is_closed = True

@@ -18,13 +18,19 @@ from vchan.streams.ends import (
     ASK_S_MAX,
     ASKS_MAX,
     ENDED_MAX,
+    GIVE_WAY_S,
+    HELD_UP_S,
     IDLE_S,
     IN_FLIGHT_BYTES_MAX,
     OFFER_S,
     PROBE_S,
     REPLIES_MAX,
+    REST_S_MAX,
+    REST_TIMES,
     REWIND_S,
     STREAMS_MAX,
+    UNDER_WAY_BYTES_MAX,
+    UNHEARD_ASKS,
 )
 from vchan.streams.halves import SEND_BYTES_MAX, WINDOW_BYTES, Fit, InHalf, OutHalf
 from vchan.streams.messages import (
@@ -58,6 +64,7 @@ from vchan.streams.messages import (
     is_of_family,
     session_stream,
 )
+from vchan.streams.switchboard import WAY_BYTES_MAX
 from vchan.wire.frames import PAYLOAD_BYTES_MAX
 
 ID = bytes(range(16))
@@ -71,7 +78,7 @@ messages: st.SearchStrategy[StreamMessage] = st.one_of(
     st.builds(
         Open, ids, tags, offsets, offsets, st.text(min_size=1, max_size=200), st.text(max_size=200)
     ),
-    st.builds(Progress, st.integers(0, 7), ids, tags, offsets, offsets),
+    st.builds(Progress, st.integers(0, 15), ids, tags, offsets, offsets),
     st.builds(Part, st.integers(0, 1), ids, tags, offsets, st.binary(min_size=1, max_size=50)),
     st.builds(Reset, st.integers(1, 9), ids, st.text(max_size=100)),
 )
@@ -387,6 +394,219 @@ def test_in_flight_is_bounded_over_all_streams() -> None:
     said = [decode(message) for message in two.say(two.host)]
     assert sum(len(each.data) for each in said if isinstance(each, Part)) == IN_FLIGHT_BYTES_MAX
     assert two.host.in_flight == IN_FLIGHT_BYTES_MAX
+
+
+def test_a_peer_that_is_gone_does_not_hold_up_the_others() -> None:
+    """As when programs were killed: their streams are given up after minutes."""
+    two = Two()
+    gone = [two.opened() for _ in range(2)]
+    content = bytes(range(256)) * (SEND_BYTES_MAX // 256)
+    for stream in gone:
+        two.host.write(stream, content)
+    two.say(two.host)
+    assert two.host.in_flight == IN_FLIGHT_BYTES_MAX
+    two.wait(HELD_UP_S)
+    lively = two.opened()
+    two.host.write(lively, b"bytes")
+    for message in two.say(two.host):
+        read = decode(message)
+        assert isinstance(read, Part) and read.id == lively
+        two.tell(two.guest, message)
+    assert two.guest.read(lively, 99) == (b"bytes", False)
+    two.talk()  # they were only stopped
+    two.now_s += ASK_S_MAX
+    two.host.handle_timeout(two.now_s)
+    two.talk()
+    for stream in gone:
+        assert two.guest.read(stream, 10**6) == (content, False)
+
+
+def test_many_that_are_gone_hold_up_the_others_until_they_were_asked() -> None:
+    two = Two()
+    lively, *gone = [two.opened() for _ in range(9)]
+    for stream in gone:
+        two.host.write(stream, bytes(SEND_BYTES_MAX))
+    halves = [two.host._streams[stream].outgoing for stream in gone]
+    while sum(half.in_flight for half in halves) < UNDER_WAY_BYTES_MAX:
+        two.wait(HELD_UP_S)
+        two.say(two.host)
+    for _ in range(2):
+        two.wait(HELD_UP_S)
+        two.say(two.host)
+        assert sum(half.in_flight for half in halves) == UNDER_WAY_BYTES_MAX < WAY_BYTES_MAX
+    two.host.write(lively, b"bytes")
+    while two.guest.read(lively, 99) != (b"bytes", False):
+        assert two.now_s < PROBE_S * 2**UNHEARD_ASKS, "they are waited for for ever"
+        two.wait(HELD_UP_S)
+        for message in two.say(two.host):
+            read = decode(message)
+            if isinstance(read, Part | Open) and read.id == lively:
+                two.tell(two.guest, message)
+        two.tell(two.host, *two.say(two.guest))
+
+
+def test_a_program_that_stands_still_holds_up_others_for_a_moment() -> None:
+    """As one that was stopped (Ctrl-Z) beside one that was not."""
+    two = Two()
+    still, lively = two.opened(), two.opened()
+    content = bytes(SEND_BYTES_MAX)
+    two.host.write(still, content)
+    under_way = two.say(two.host)
+    two.host.write(lively, content)
+    began_s = two.now_s
+    assert two.say(two.host) == []
+    arrived = b""
+    while len(arrived) < len(content):
+        for message in two.say(two.host):
+            read = decode(message)
+            assert isinstance(read, Part), "nobody asks, so early"
+            assert read.id == lively, "what nobody takes is not followed by more"
+            two.tell(two.guest, message)
+        arrived += two.guest.read(lively, 10**6)[0]
+        two.tell(two.host, *two.say(two.guest))
+        if not two.host.in_flight:
+            continue
+        two.now_s = two.host.next_timeout() or 0.0
+        two.host.handle_timeout(two.now_s)
+    assert two.now_s - began_s == HELD_UP_S
+    two.tell(two.guest, *under_way)  # it goes on
+    two.talk()
+    assert two.guest.read(still, 10**6) == (content, False)
+    assert two.host.counters.rewinds == 0
+
+
+def test_who_was_heard_again_is_waited_for_again() -> None:
+    two = Two()
+    slow, other = two.opened(), two.opened()
+    two.host.write(slow, bytes(SEND_BYTES_MAX))
+    first, second = two.say(two.host)
+    two.wait(HELD_UP_S)
+    assert two.host.in_flight == 0
+    two.tell(two.guest, first)
+    two.tell(two.host, *two.say(two.guest))
+    two.host.write(other, bytes(SEND_BYTES_MAX))
+    sent = [decode(message) for message in two.say(two.host)]
+    assert sum(len(each.data) for each in sent if isinstance(each, Part)) == CHUNK_BYTES_MAX
+    assert two.host.in_flight == IN_FLIGHT_BYTES_MAX
+    two.tell(two.guest, second)
+
+
+# ---------------------------------------------------------------- beside requests
+
+
+def test_streams_rest_behind_what_they_do_while_requests_are_about() -> None:
+    two = Two()
+    stream = two.opened()
+    two.host.write(stream, bytes(SEND_BYTES_MAX))
+    two.guest.write(stream, bytes(SEND_BYTES_MAX))
+    two.guest.give_way(two.now_s)
+    two.tell(two.guest, *two.say(two.host))
+    ends_s = two.guest.worked(0.002, two.now_s)
+    assert ends_s == two.guest.next_timeout() == two.now_s + REST_TIMES * 0.002
+    assert two.say(two.guest) == [], "neither bytes, nor what brings more"
+    two.now_s = ends_s
+    assert len(two.say(two.guest)) == 3  # an acknowledgement, and what may be under way
+    two.guest.handle_timeout(two.now_s)
+    assert two.guest.next_timeout() == pytest.approx(two.now_s + HELD_UP_S)
+
+
+def test_what_somebody_waits_for_does_not_rest() -> None:
+    two = Two()
+    streams = [two.opened() for _ in range(2)]
+    two.guest.give_way(two.now_s)
+    two.guest.worked(1.0, two.now_s)
+    two.guest.reset(streams[0], CLOSED, "enough")
+    assert [type(decode(message)) for message in two.say(two.guest)] == [Reset]
+
+
+def test_rests_are_bounded_and_end_with_the_requests() -> None:
+    two = Two()
+    stream = two.opened()
+    two.guest.write(stream, b"bytes")
+    assert two.guest.worked(9.0, two.now_s) is None, "nobody has asked for anything"
+    two.guest.give_way(two.now_s)
+    for _ in range(9):
+        two.guest.worked(9.0, two.now_s)
+    two.now_s += REST_S_MAX
+    assert len(two.say(two.guest)) == 1
+    two.now_s += GIVE_WAY_S
+    assert two.guest.worked(9.0, two.now_s) is None
+    two.guest.write(stream, b"bytes")
+    assert len(two.say(two.guest)) == 1
+
+
+class OneProcessor:
+    """A guest whose one processor both its streams and its calls need: what comes is done in the
+    order in which it came. The host takes no time."""
+
+    PART_S = 0.003
+    CALL_S = 0.006
+    CALLS = 400
+
+    def __init__(self, *, is_down: bool, gives_way: bool) -> None:
+        self.two = Two()
+        self.stream = self.two.opened()
+        self.source, self.sink = self.two.host, self.two.guest
+        if not is_down:
+            self.source, self.sink = self.sink, self.source
+        self.gives_way = gives_way
+        self.port: list[bytes | None] = []  # None: a call
+        self.chance = random.Random(7)
+        self.call_s: float | None = 0.01  # when the next one comes
+        self.came_s = 0.0
+        self.waited_s: list[float] = []
+        self.moved = 0
+
+    def run(self) -> tuple[float, float]:
+        """What half of the calls wait at least, and what the stream moves in a second."""
+        two = self.two
+        while len(self.waited_s) < self.CALLS:
+            self.source.write(self.stream, bytes(SEND_BYTES_MAX))
+            if self.call_s is not None and self.call_s <= two.now_s:
+                self.port.append(None)
+                self.came_s, self.call_s = self.call_s, None
+            self.port += two.say(two.host)
+            if self.port:
+                self.take(self.port.pop(0))
+            elif (message := two.guest.next_message(two.now_s)) is not None:
+                self.work(two.host, message)
+            else:
+                times = [two.guest.next_timeout(), self.call_s]
+                two.now_s = max(two.now_s, min(at_s for at_s in times if at_s is not None))
+                two.guest.handle_timeout(two.now_s)
+        self.waited_s.sort()
+        return self.waited_s[self.CALLS // 2] - self.CALL_S, self.moved / two.now_s
+
+    def take(self, message: bytes | None) -> None:
+        if message is not None:
+            self.work(self.two.guest, message)
+            return
+        if self.gives_way:
+            self.two.guest.give_way(self.two.now_s)
+        self.two.now_s += self.CALL_S
+        self.waited_s.append(self.two.now_s - self.came_s)
+        self.call_s = self.two.now_s + self.chance.uniform(0.0005, 0.002)
+
+    def work(self, side: StreamEnds, message: bytes) -> None:
+        moved = self.moved
+        self.two.tell(side, message)
+        self.moved += len(self.sink.read(self.stream, 10**6)[0])
+        took_s = self.PART_S if self.moved != moved else self.PART_S / 20
+        self.two.now_s += took_s
+        self.two.guest.worked(took_s, self.two.now_s)
+
+
+@pytest.mark.parametrize("is_down", [True, False], ids=["to the guest", "from it"])
+def test_a_call_beside_a_stream_waits_for_little_of_it_and_the_stream_goes_on(
+    is_down: bool,
+) -> None:
+    selfish_s, _ = OneProcessor(is_down=is_down, gives_way=False).run()
+    model = OneProcessor(is_down=is_down, gives_way=True)
+    waited_s, bytes_per_s = model.run()
+    assert waited_s < 0.6 * selfish_s
+    slowest_s = model.waited_s[-model.CALLS // 100]
+    assert slowest_s <= 2 * model.CALL_S, "99 in 100 take at most twice as long as alone"
+    assert bytes_per_s > CHUNK_BYTES_MAX / model.PART_S / (REST_TIMES + 2)
 
 
 @pytest.mark.parametrize("lost", [StreamOffer, Open, Progress, Part, Reset])

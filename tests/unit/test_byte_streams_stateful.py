@@ -11,6 +11,7 @@ import random
 from collections import Counter, deque
 from typing import Final
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,10 +24,12 @@ from hypothesis.stateful import (
 
 from vchan.streams import Accepted, Ended, Fault, Readable, StreamEnds, StreamWanted, Writable
 from vchan.streams.ends import (
+    DOUBTS_MAX,
     ENDED_MAX,
     IN_FLIGHT_BYTES_MAX,
     REPLIES_MAX,
     STREAMS_MAX,
+    UNDER_WAY_BYTES_MAX,
 )
 from vchan.streams.halves import SEND_BYTES_MAX, WINDOW_BYTES
 from vchan.streams.messages import CLOSED, FORGOTTEN, UNSUPPORTED
@@ -105,10 +108,15 @@ class Streams(RuleBasedStateMachine):
     # ------------------------------------------------------------ the path
 
     def carry(self, side: Side) -> None:
+        most = IN_FLIGHT_BYTES_MAX + 2 * STREAMS_MAX  # an END counts as one
+        # What stood still and was heard again counts again.
+        most = max(most, side.ends.in_flight)
         while (message := side.ends.next_message(self.now_s)) is not None:
-            assert (
-                side.ends.in_flight <= IN_FLIGHT_BYTES_MAX + 2 * STREAMS_MAX
-            )  # an END counts as one
+            assert side.ends.in_flight <= most
+            halves = [stream.outgoing for stream in side.ends._streams.values()]
+            assert all(half.in_flight <= IN_FLIGHT_BYTES_MAX + 1 for half in halves)
+            under_way = sum(half.in_flight for half in halves)
+            assert under_way <= UNDER_WAY_BYTES_MAX + 2 * STREAMS_MAX
             self.peer(side).inbox.append(message)
 
     def hand_over(self, side: Side, count: int) -> None:
@@ -223,6 +231,14 @@ class Streams(RuleBasedStateMachine):
         program.saw_end |= is_end
         self.reached["bytes read"] += len(data)
         self.take(side)
+
+    @rule(name=sides, hundredths=fractions)
+    def rest(self, name: str, hundredths: int) -> None:
+        """A request comes, and streams have kept this end busy."""
+        side = self.side(name)
+        side.ends.give_way(self.now_s)
+        side.ends.worked(hundredths / 100, self.now_s)
+        self.reached["rests"] += 1
 
     @rule(name=sides, at=fractions)
     def finish(self, name: str, at: int) -> None:
@@ -351,6 +367,7 @@ class Streams(RuleBasedStateMachine):
 def check_limits(ends: StreamEnds) -> None:
     """Nothing is above its limit."""
     assert len(ends._streams) <= 2 * STREAMS_MAX
+    assert len(ends._doubts) <= DOUBTS_MAX
     assert len(ends._ended) <= ENDED_MAX and len(ends._replies) <= REPLIES_MAX
     for stream in ends._streams.values():
         assert len(stream.outgoing._kept) <= SEND_BYTES_MAX
@@ -358,6 +375,7 @@ def check_limits(ends: StreamEnds) -> None:
         assert stream.outgoing.acknowledged <= stream.outgoing.sent <= stream.outgoing.sent_max
 
 
+@pytest.mark.long
 def test_streams_keep_what_they_promise() -> None:
     REACH.clear()
     examples = max(EXAMPLES_MIN, settings().max_examples)

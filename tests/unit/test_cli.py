@@ -97,16 +97,19 @@ def test_what_only_python_takes_for_json_is_text(host: LocalHost, run: Run, text
     assert json.loads(run("--json", "call", "vm", "agent", "echo", f"x={text}")[1]) == {"x": text}
 
 
+@pytest.mark.parametrize(
+    ("words", "extra"), [(("policy", "check"), "host"), (("dev", "run", "agent.py"), "dev")]
+)
 def test_a_command_that_lacks_a_package_says_which(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "oslo_config", None)
-    for name in ("config", "config_files"):
+    for name in ("config", "config_files", "dev"):
         monkeypatch.delitem(sys.modules, f"vchan.host.{name}", raising=False)
         monkeypatch.delattr(f"vchan.host.{name}", raising=False)
-    status, out, err = run("policy", "check")
+    status, out, err = run(*words)
     assert (status, out) == (cli.EXIT_FAILED, "")
-    assert err.startswith("vchan: policy needs oslo_config: pip install 'vchan[host]'")
+    assert err.startswith(f"vchan: {words[0]} needs oslo_config: pip install 'vchan[{extra}]'")
 
 
 def test_list_status_and_ping(host: LocalHost, run: Run) -> None:
@@ -158,6 +161,54 @@ def test_what_a_guest_reports_is_shown(host: LocalHost, run: Run) -> None:
     assert json.loads(run("--json", "facts", "vm")[1]) == {"facts": {"hostname": "a"}}
 
 
+SMALL = {"path": "/", "bytes": 10, "free_files": "\x1b[2J"}
+
+
+def test_what_a_guest_reports_is_said_for_people(host: LocalHost, run: Run) -> None:
+    host.facts = {
+        "phase": {"age_s": 3.0, "phase": "ready", "cloud_init": {"errors": []}},
+        "facts": {
+            "age_s": 61.2,
+            "hostname": "web\x1b[2J",
+            "os": {"pretty_name": "Debian GNU/Linux 12"},
+            "addresses": [
+                {"interface": "eth0", "family": "ipv4", "address": "192.0.2.7", "prefix": 24},
+                {"interface": "eth0", "family": "ipv6", "address": "fd00::2", "prefix": 64},
+                {"interface": "eth1"},
+                7,
+            ],
+        },
+        "metrics": {"age_s": 1.0, "file_systems": [SMALL], "load": [0.5, 1]},
+        "agents": {"age_s": 2.0, "units": {}},
+    }
+    assert run("facts", "vm")[1].splitlines() == [
+        "phase, 3 s ago",
+        "  phase:               ready",
+        "  cloud init errors:   none",
+        "facts, 61 s ago",
+        "  hostname:            web?[2J",
+        "  os pretty name:      Debian GNU/Linux 12",
+        "  addresses:           192.0.2.7/24 eth0",
+        "                       fd00::2/64 eth0",
+        "                       interface eth1",
+        "                       7",
+        "metrics, 1 s ago",
+        "  file systems:        path /, bytes 10, free files ?[2J",
+        "  load:                0.5",
+        "                       1",
+        "agents, 2 s ago",
+        "  units:               none",
+    ]
+    host.facts = {}
+    assert run("facts", "vm") == (
+        cli.EXIT_OK,
+        "",
+        "vchan: vm has reported nothing: the policy must allow report, option report in the guest "
+        "as well, and its vchan-guest must know how\n",
+    )
+    assert json.loads(run("--json", "facts", "vm")[1]) == {}
+
+
 def test_a_list_made_without_libvirt_says_so(host: LocalHost, run: Run) -> None:
     host.status["libvirt"] = "libvirtd cannot be reached"
     _, out, problem = run("list")
@@ -170,7 +221,7 @@ def test_a_list_made_without_libvirt_says_so(host: LocalHost, run: Run) -> None:
     [
         (("call", "vm", "agent", "fail"), cli.EXIT_FAILED, "ValueError: as asked"),
         (("call", "vm", "agent", "gone"), cli.EXIT_FAILED, "went away"),
-        (("call", "vm", "other", "echo"), cli.EXIT_FAILED, "no agent serves topic other"),
+        (("call", "vm", "other", "echo"), cli.EXIT_FAILED, "no agent serves topic openstack/other"),
         (("call", "nobody", "agent", "echo"), cli.EXIT_FAILED, "no such domain"),
         (("attach", "vm"), cli.EXIT_FAILED, "no controller"),
         (("detach", "vm"), cli.EXIT_FAILED, "no method 'detach'"),

@@ -1,11 +1,18 @@
-"""Ctrl-C ends a command at once and quietly, whichever line it is at."""
+"""Ctrl-C ends a command at once and quietly, whichever line it is at.
+
+At once: it waits for nothing. A clock would also measure what else the machine has to do. So waits
+between threads have no limit here, and what would wait in vain, until its limit, does not end.
+"""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 from tests.unit.local_host import LocalHost
 from tests.unit.test_cli_shapes import HEALTHY
@@ -15,15 +22,23 @@ ROOT = Path(__file__).parents[2]
 PLACES = 240
 LAST = 60
 """Lines at the end of a run, which is not as long as another's."""
-ENDS_S = 4.0
-"""Less than the 5 s that a client waits for its thread."""
+HANGS_S = 60
+"""Who has not ended so long after Ctrl-C never ends; a slow machine needs a part of a second."""
+GIVEN_UP_S = 1200.0
+TIMEOUT_S = 600
+"""Of a question: longer than any machine takes."""
 
 # A child for each place, which is a line run by the main thread, counted from `main`'s second.
 PROGRAM = f"""
-import os, signal, sys, time
+import os, signal, sys, threading
 from vchan.cli import command
 
-def child(stop_at, word, report):
+def wait_without_limit():
+    join, wait = threading.Thread.join, threading.Condition.wait
+    threading.Thread.join = lambda self, timeout=None: join(self)
+    threading.Condition.wait = lambda self, timeout=None: wait(self)
+
+def child(stop_at, report, errors):
     lines = 0
     def trace(frame, event, _):
         nonlocal lines
@@ -35,8 +50,12 @@ def child(stop_at, word, report):
             if lines == stop_at:
                 sys.settrace(None)
                 os.write(report, f"{{name}}:{{frame.f_lineno}}".encode())
+                signal.alarm({HANGS_S})
                 signal.raise_signal(signal.SIGINT)
         return trace
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(errors, 2)
+    wait_without_limit()
     sys.settrace(trace)
     try:
         command.main()
@@ -45,49 +64,61 @@ def child(stop_at, word, report):
         if not stop_at:
             os.write(report, str(lines).encode())
         os._exit(ended.code)
-    finally:  # it escaped, or was swallowed
+    except BaseException:  # it escaped
+        sys.excepthook(*sys.exc_info())
+    finally:  # or was swallowed
         os._exit(99)
 
-def one(stop_at, word):
-    read, write = os.pipe()
-    began_s = time.monotonic()
+def read_all(fd):
+    with open(fd, "rb") as file:
+        return file.read().decode()
+
+def one(stop_at):
+    report, reported = os.pipe()
+    errors, erred = os.pipe()
     pid = os.fork()
     if not pid:
-        child(stop_at, word, write)
-    os.close(write)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    said = os.read(read, 1000).decode()
-    os.close(read)
-    return status, said, time.monotonic() - began_s
+        child(stop_at, reported, erred)
+    os.close(reported)
+    os.close(erred)
+    where, said = read_all(report), read_all(errors)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), where, said
 
-status, said, _ = one(0, sys.argv[1])
-assert status == 0, status
-lines = int(said)
-step = max(1, lines // {PLACES})
-for place in range(3, lines - {LAST}, step):
-    status, said, took_s = one(place, sys.argv[1])
-    if status != {cli.EXIT_INTERRUPTED} or took_s > {ENDS_S}:
-        sys.stderr.write(f"line {{place}}, {{said}}: {{status}} after {{took_s:.1f}} s\\n")
-sys.stderr.write("tried all\\n")
+status, lines, usual = one(0)
+assert status == 0, (status, usual)
+tried = 0
+for place in range(3, int(lines) - {LAST}, max(1, int(lines) // {PLACES})):
+    status, where, said = one(place)
+    if not where and status == 0:
+        continue  # it was shorter than the first: it had to wait less
+    tried += 1
+    if status != {cli.EXIT_INTERRUPTED} or not usual.startswith(said):
+        print(f"line {{place}}, {{where}}: {{status}} {{said!r}}")
+    if status == -signal.SIGALRM:
+        break  # one that hangs is enough
+print("tried", tried)
 """
 
 
+@pytest.mark.long
 def test_ctrl_c_at_any_line_ends_it_at_once() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="vc", dir="/tmp") as name,
         LocalHost(Path(name) / "host.sock") as host,
     ):
         host.status |= HEALTHY
-        words = ["--socket", host.server.path, "watch", "--interval", "0.01", "--count", "3"]
+        words = ["--socket", host.server.path, "--timeout", str(TIMEOUT_S)]
+        words += ["watch", "--interval", "0.01", "--count", "3"]
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *words],
             cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
-            timeout=300,
+            timeout=GIVEN_UP_S,
             check=False,
         )
-    wrong = [line for line in done.stderr.splitlines() if line.startswith(("line ", "Trace"))]
-    assert done.returncode == 0 and "tried" in done.stderr, done.stderr[-2000:]
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
+    found = re.search(r"^tried (\d+)$", done.stdout, re.MULTILINE)
+    wrong = re.findall(r"^line .*", done.stdout, re.MULTILINE)
     assert not wrong, "\n".join(wrong)
+    assert found is not None and int(found[1]) > PLACES / 2

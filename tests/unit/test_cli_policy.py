@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vchan import cli
+from vchan.host.policy.rules import KINDS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -193,12 +194,46 @@ def test_a_topic_alone_is_of_the_default_exchange(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("report any vchan/facts allow", ("report", "facts")),
+        ("report any vchan/facts allow", ("report", "vchan/facts")),
+        ("http any vchan/metadata allow", ("http", "metadata", "method=GET")),
+    ],
+)
+def test_what_has_an_exchange_of_its_own_is_asked_for_there(
+    run: Run, rule: str, words: tuple[str, ...]
+) -> None:
+    assert run(f"{rule}\n", "check", *words)[0] == cli.EXIT_OK
+    assert run(f"{rule.replace('vchan/', 'openstack/')}\n", "check", *words)[0] == cli.EXIT_FAILED
+
+
+@pytest.mark.parametrize("shape", ["csv", "value", "table"])
+def test_the_verdict_is_told_in_every_shape(run: Run, shape: str) -> None:
+    for kind, verdict in (("call", "allow"), ("cast", "deny")):
+        _, out, _ = run("call any any allow\n", "check", "-f", shape, kind, "a/b")
+        assert verdict in out
+        shown = run("call any any allow\n", "check", "-f", "value", "-c", "effect", kind, "a/b")
+        assert shown[1] == f"{verdict}\n"
+
+
+def test_the_help_names_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["policy", "check", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert {kind for kind in KINDS if str(kind) not in said.partition("KIND ")[2]} == set()
+
+
+@pytest.mark.parametrize(
     ("words", "text"),
     [
         (("shout", "a/b"), "'shout': is no kind; expected listen"),
         (("call", "/a"), "'/a': is no target; expected TOPIC or EXCHANGE/TOPIC"),
         (("call", "a/"), "'a/': is no target; expected TOPIC or EXCHANGE/TOPIC"),
         (("call",), "'': is no target; expected TOPIC or EXCHANGE/TOPIC"),
+        (("report",), "report '': expected phase, facts, agents, metrics"),
+        (("report", "fact"), "report 'fact': expected phase, facts, agents, metrics"),
+        (("report", "openstack/facts"), "report 'openstack/facts': expected phase, facts"),
         (("call", "a/b", "color=red"), "color=: expected server, namespace, method"),
         (("call", "a/b", "method"), "expected KEY=VALUE"),
         (("--vm", "color=red", "call", "a/b"), "color=: is no fact; expected uuid"),

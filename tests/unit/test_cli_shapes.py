@@ -302,7 +302,7 @@ def test_status_is_for_people(host: LocalHost, run: Run) -> None:
 def test_a_topic_that_nobody_serves_is_named_whole(host: LocalHost, run: Run) -> None:
     status, _, err = run("call", "vm", "nova/other", "echo")
     assert status == cli.EXIT_FAILED
-    assert "nobody in vm serves nova/other; what is served there: openstack/agent" in err
+    assert "no agent serves topic nova/other; served in vm: openstack/agent" in err
 
 
 def test_a_denied_topic_names_the_rule(host: LocalHost, run: Run) -> None:
@@ -319,6 +319,16 @@ def test_a_denied_topic_names_the_rule(host: LocalHost, run: Run) -> None:
     out = run("status", "vm")[1]
     assert f"openstack/secret ({rule})" in out
     assert f"  answers denied:      openstack/agent ({rule})" in out
+
+
+def test_a_vm_that_is_not_listened_to_is_said_to_be(host: LocalHost, run: Run) -> None:
+    rule = "/etc/vchan/policy.d/50-a.policy:2"
+    host.details["vm"] = {"mute_by": rule}
+    assert f"openstack/agent; not listened to: {rule}" in run("doctor", "vm")[1]
+    assert f"  not listened to:     {rule}" in run("status", "vm")[1]
+    host.details["vm"] = {"mute_by": "default"}
+    assert "not listened to: no rule lets it say anything" in run("doctor", "vm")[1]
+    assert "  not listened to:     no rule lets it say anything" in run("status", "vm")[1]
 
 
 def test_a_remote_traceback_is_told_on_request(host: LocalHost, run: Run) -> None:

@@ -66,6 +66,32 @@ def test_a_cast_that_ran_again_and_says_so() -> None:
     assert not row(of, ran).is_well  # nothing died
 
 
+def test_a_cast_that_ran_after_a_later_one() -> None:
+    of = sent()
+    ran = all_ran(of)
+    swapped = [*ran[:-2], ran[-1], ran[-2]]
+    found = row(of, swapped)
+    assert (found.casts_overtaken, found.is_well) == (1, False)
+    assert not row(of, swapped, kills=True).is_well, "no death excuses that"
+
+
+def test_all_that_the_last_one_overtook() -> None:
+    of = sent()
+    *calls, last = all_ran(of)
+    found = row(of, [last, *calls])
+    assert found.casts_overtaken == len(of.casts) - 1
+
+
+def test_the_order_is_that_of_first_runs_and_marked_ones_have_none() -> None:
+    of = sent()
+    again = [*all_ran(of), Ran("cast", 203, True)]
+    assert row(of, again, kills=True).is_well
+    late = [run for run in all_ran(of) if run.number != 203] + [Ran("cast", 203, True)]
+    assert row(of, late, kills=True).is_well
+    calls_last_first = list(reversed(all_ran(of)[:21])) + all_ran(of)[21:]
+    assert row(of, calls_last_first).is_well, "calls of several threads have no order"
+
+
 @pytest.mark.parametrize(("at_s", "is_lost"), [(9.0, False), (10.0, False), (7.0, True)])
 def test_what_dies_with_a_guest_is_what_it_had_just_received(at_s: float, is_lost: bool) -> None:
     """The last answer came at 9.1 s: the guest died after that."""
@@ -126,6 +152,6 @@ def test_the_table() -> None:
     text = table([row(of, all_ran(of)), row(of, [], problem="it is gone")])
     head, first, second, below = text.splitlines()
     assert head.split()[:4] == ["operation", "nova", "first", "silence"]
-    assert first.split() == ["it", "10.0", "1.5", "12.4", "21/21", "21", "0", "0", "0"]
+    assert first.split() == ["it", "10.0", "1.5", "12.4", "21/21", "21", "0", "0", "0", "0"]
     assert second.endswith("NOT WELL")
     assert below == "  it: it is gone"

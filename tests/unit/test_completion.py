@@ -37,6 +37,17 @@ function=$(complete -p "${COMP_WORDS[0]}" | sed 's/.*-F \\([^ ]*\\).*/\\1/')
 "$function" "${COMP_WORDS[0]}" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
 printf '%s\\n' "${COMPREPLY[@]}"
 """
+# Tells of three VMs at the daemon's usual socket, and of two others at others'.
+PROGRAM = """#!/bin/sh
+case "$#:$*" in
+    "5:-f value -c name list") printf "web-1\\nweb-2\\ndb\\n" ;;
+    "7:--socket /tmp/other -f value -c name list") printf "web-8\\nweb-9\\n" ;;
+    "7:--socket /tmp/odd -f value -c name list")
+        printf 'web-4\\nweb-$(touch ran)\\nweb `touch ran`\\n' ;;
+    "7:--socket $HOME/other -f value -c name list") printf "web-6\\nweb-7\\n" ;;
+    *) exit 1 ;;
+esac
+"""
 
 needs_bash = pytest.mark.skipif(
     not (BASH_COMPLETION.exists() and VCHAN.exists() and shutil.which("bash")),
@@ -55,16 +66,14 @@ WITH_VM = [
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The scripts, by shell; `vms` is a directory with a vchan that has three VMs, and no more."""
+    """The scripts, by shell; `vms` is a directory with PROGRAM as vchan, and no more."""
     directory = tmp_path_factory.mktemp("completion")
     made = {shell: directory / f"vchan.{shell}" for shell in ("bash", "zsh", "fish")}
     for shell, file in made.items():
         file.write_text(script(shell, build_parser()))
     (directory / "bin").mkdir()
     program = directory / "bin" / "vchan"
-    program.write_text(
-        '#!/bin/sh\n[ "$*" = "-f value -c name list" ] || exit 1\nprintf "web-1\\nweb-2\\ndb\\n"\n'
-    )
+    program.write_text(PROGRAM)
     program.chmod(0o755)
     return {**made, "vms": program.parent}
 
@@ -85,12 +94,35 @@ LINES = [
     ("vchan policy check --dir /tmp no", {"notify"}),
     ("vchan policy check --vm name=x li", {"listen"}),
     ("vchan completion ", {"bash", "zsh", "fish"}),
+    ("vchan help poli", {"policy"}),
+    ("vchan help ", set(commands_of(PARSERS[()]))),
     ("vchan list --format ", {"table", "json", "value", "csv"}),
     ("vchan log --kind no", {"notify"}),
     ("vchan log --vm we", {"web-1", "web-2"}),
     *((" ".join(("vchan", *path, "we")), {"web-1", "web-2"}) for path in WITH_VM),
     ("vchan -v call we", {"web-1", "web-2"}),
+    ("vchan call -v --timeout 3 we", {"web-1", "web-2"}),
+    ("vchan --timeout=3 -fjson call -v --timeout=3 we", {"web-1", "web-2"}),
+    # The VMs of the daemon that the command would ask.
+    ("vchan --socket /tmp/other ping we", {"web-8", "web-9"}),
+    ("vchan --socket=/tmp/other -v ping we", {"web-8", "web-9"}),
+    ("vchan ping --socket /tmp/other we", {"web-8", "web-9"}),
+    ("vchan log --socket=/tmp/other --vm we", {"web-8", "web-9"}),
+    ("vchan --socket /tmp/none ping --socket /tmp/other we", {"web-8", "web-9"}),
+    ('vchan --socket "/tmp/other" ping we', {"web-8", "web-9"}),
+    ("vchan --socket ~/other ping we", {"web-6", "web-7"}),
 ]
+
+
+def hostile_lines(file: Path) -> tuple[str, ...]:
+    """Lines that make a file, if anything of them is run before they are entered."""
+    return (
+        f"vchan --socket $(touch${{IFS}}{file}) ping we",
+        f"vchan --socket (touch {file}) ping we",
+        f'vchan --socket "/tmp/other;touch${{IFS}}{file}" ping we',
+        f'vchan --socket="`touch${{IFS}}{file}`" ping we',
+        f"vchan --socket=;touch${{IFS}}{file};: ping we",
+    )
 
 
 # ---------------------------------------------------------------- bash
@@ -146,6 +178,23 @@ def test_bash_proposes_nothing_where_nothing_is_known(scripts: dict[str, Path]) 
 
 
 @needs_bash
+def test_bash_runs_nothing_of_a_line(scripts: dict[str, Path], tmp_path: Path) -> None:
+    for line in hostile_lines(tmp_path / "ran"):
+        complete(line, scripts)
+        assert not (tmp_path / "ran").exists(), line
+
+
+@needs_bash
+def test_bash_runs_nothing_of_a_name(
+    scripts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Nor does it propose what would be run, or would be two words, when the line is entered.
+    assert complete("vchan --socket /tmp/odd ping we", scripts) == {"web-4"}
+    assert not list(tmp_path.iterdir())
+
+
+@needs_bash
 def test_bash_completes_files(scripts: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.conf").touch()
     for option in ("--socket", "--config-file"):
@@ -185,6 +234,13 @@ def test_fish_completes_what_arguments_take(
     line: str, expected: set[str], scripts: dict[str, Path]
 ) -> None:
     assert fish(line, scripts) == expected
+
+
+@needs_fish
+def test_fish_runs_nothing_of_a_line(scripts: dict[str, Path], tmp_path: Path) -> None:
+    for line in hostile_lines(tmp_path / "ran"):
+        fish(line, scripts)
+        assert not (tmp_path / "ran").exists(), line
 
 
 # ---------------------------------------------------------------- zsh
@@ -257,6 +313,13 @@ def test_zsh_completes_every_command_and_option(zsh: Zsh) -> None:
 def test_zsh_completes_what_arguments_take(line: str, expected: set[str], zsh: Zsh) -> None:
     if len(expected) > 1:  # one alone is not listed
         assert expected <= zsh.complete(line)
+
+
+@needs_zsh
+def test_zsh_runs_nothing_of_a_line(zsh: Zsh, tmp_path: Path) -> None:
+    for line in hostile_lines(tmp_path / "ran"):
+        zsh.complete(line)
+        assert not (tmp_path / "ran").exists(), line
 
 
 # ---------------------------------------------------------------- the scripts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("amqp", reason='needs pip install "vchan[dev]"')
 pytest.importorskip("oslo_log", reason='needs pip install "vchan[dev]"')
 
+from tests.rig.forwarding import Server
 from vchan import cli
 from vchan.client import Agent, Client
 from vchan.errors import ConfigError, PortBusy
@@ -209,6 +211,16 @@ def test_nothing_is_left_running(started: Callable[..., Dev], number: int) -> No
     again.wait_said("topics served: demo")
 
 
+def test_streams_reach_what_runs_here(started: Callable[..., Dev]) -> None:
+    running = started()
+    running.wait_said("topics served: demo")
+    with Server() as server:
+        command = [sys.executable, "-m", "vchan.cli", "forward", "--stdio"]
+        command += ["--socket", f"{running.place}/host.sock", "dev", server.target]
+        done = subprocess.run(command, cwd=ROOT, input=b"hello", capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"hello", b"")
+
+
 def test_a_program_in_the_control_sides_place(started: Callable[..., Dev]) -> None:
     running = started()
     running.wait_said("topics served: demo")
@@ -249,6 +261,36 @@ def test_a_host_s_policy_may_be_tried(directory: Path, started: Callable[..., De
     assert "Rejected" in said
 
 
+@pytest.mark.parametrize("action", ["call", "cast"])
+def test_who_asks_before_it_runs_is_told_so(directory: Path, action: str) -> None:
+    """And not to look for a vchan-host."""
+    words = [sys.executable, "-m", "vchan.cli", "dev", action, "--dir", str(directory), "echo"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == cli.EXIT_UNREACHABLE
+    assert done.stderr == (
+        f"vchan: {directory}/host.sock: no vchan dev runs there; start one in another terminal: "
+        f"vchan dev run --dir {directory} AGENT\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("run", "--policy", "no-such-dir", "agent.py"), "--policy: no-such-dir is no directory"),
+        (("run", "--watch", "no-such-dir", "agent.py"), "agent.py: no such file in "),
+        (("run",), "the following arguments are required: AGENT\n"),
+    ],
+)
+def test_what_is_wrong_with_its_arguments(directory: Path, words: list[str], told: str) -> None:
+    command = [sys.executable, "-m", "vchan.cli", "dev", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == cli.EXIT_USAGE
+    assert told in done.stderr
+
+
 def test_one_at_a_time(directory: Path) -> None:
     place = Place(str(directory / "place"))
     with pytest.raises(PortBusy, match="another vchan dev"):
@@ -285,6 +327,18 @@ def test_what_the_user_keeps_there_stays(directory: Path) -> None:
     assert (directory / "place" / "notes").read_text() == "mine"
 
 
+def test_a_policy_of_the_users_is_not_taken_for_its_own(directory: Path) -> None:
+    """It used to be deleted: what an earlier `vchan dev` has left is known by its lock."""
+    (directory / "place" / "policy.d").mkdir(parents=True)
+    (directory / "place").chmod(0o700)
+    with pytest.raises(ConfigError, match=r"policy\.d is there, and no vchan dev has made it"):
+        Place(str(directory / "place"))
+    assert [path.name for path in (directory / "place").iterdir()] == ["policy.d"]
+    (directory / "place" / "lock").touch()  # as one has left it that was killed
+    Place(str(directory / "place")).remove()
+    assert not (directory / "place").exists()
+
+
 def test_commands(directory: Path) -> None:
     script = directory / "agent.sh"
     script.write_text("#!/bin/sh\n")
@@ -296,8 +350,10 @@ def test_commands(directory: Path) -> None:
     python = resolve_command((str(directory / "agent.py"), "a"))
     assert python == (sys.executable, str(directory / "agent.py"), "a")
     assert resolve_command(("sh", "-c", "x"))[0].startswith("/")
-    with pytest.raises(ConfigError, match="is no program"):
+    with pytest.raises(ConfigError, match="no-such-program: no such command"):
         resolve_command(("no-such-program",))
+    with pytest.raises(ConfigError, match=r"agnet\.py: no such file in /"):
+        resolve_command(("agnet.py",))
 
 
 def test_which_files_are_watched(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

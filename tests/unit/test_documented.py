@@ -128,3 +128,32 @@ def test_each_line_of_a_log_that_the_documents_explain_is_one_that_a_daemon_writ
         fixed = [part.strip(" :;()") for part in re.split(r"\b[A-Z_]{2,}\b", line)]
         missing = [part for part in fixed if len(part) > 2 and part not in code]
         assert set(missing) <= PUT_TOGETHER, line
+
+
+def test_the_table_of_what_was_run_in_debian_13_has_every_real_test_once() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    table = page.partition("| of tests/real, in Debian 13 |")[2].partition("\n\n")[0]
+    cells = re.findall(r"(?m)^\| .* \| (.*) \|$", table)
+    named = [name for cell in cells for name in cell.split(", ")]
+    files = [path.stem.removeprefix("test_") for path in (ROOT / "tests/real").glob("test_*.py")]
+    assert sorted(named) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "packaged"),
+    [
+        ("docs/faq.md", "[b](b.md#c)", "[b](b.md#c)"),
+        ("docs/faq.md", "[c](#c)", "[c](#c)"),
+        ("docs/faq.md", "[site](https://example.org/b.md)", "[site](https://example.org/b.md)"),
+        ("docs/faq.md", "![p](pictures/p.svg)", "![p](pictures/p.svg)"),
+        ("docs/decisions/index.md", "[a](../faq.md)", "[a](../faq.md)"),
+        ("docs/faq.md", "[e](../examples/e.py)", "[e](../../vchan-guest/examples/e.py)"),
+        ("docs/faq.md", "[l](../libvirt/README.md#n)", "[l](../examples/libvirt/README.md#n)"),
+        ("docs/faq.md", "[me](../README.md)", "[me](../README.md)"),
+        ("README.md", "[a](docs/faq.md)", "[a](docs/faq.md)"),
+        ("libvirt/README.md", "[a](../docs/faq.md)", "[a](../../docs/faq.md)"),
+        ("docs/faq.md", "the [plugin](../devstack/settings), too", "the plugin, too"),
+    ],
+)
+def test_a_link_of_a_packaged_page(page: str, link: str, packaged: str, build: Any) -> None:
+    assert build.with_links_of_packages(page, link) == packaged

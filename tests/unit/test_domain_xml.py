@@ -10,6 +10,7 @@ import pytest
 from vchan.errors import ConfigError, LimitExceeded
 from vchan.host.hypervisor import domain_xml
 from vchan.host.hypervisor.domain_xml import (
+    ADDRESSES_MAX,
     ALIAS,
     LABEL_BYTES_MAX,
     LABELS_MAX,
@@ -85,7 +86,6 @@ def test_a_running_domain_with_its_channel() -> None:
         name="vm1",
         state=DomainState.RUNNING,
         channel_path=PATH,
-        guest_opened=True,
         has_controller=True,
         configured=True,
         persistent=True,
@@ -123,15 +123,6 @@ def test_a_migrating_domain() -> None:
     xml = domain(LIVE_CHANNEL)
     assert domain_facts(xml, None, state=DomainState.PAUSED, incoming=True).incoming
     assert domain_facts(xml, None, state=DomainState.PAUSED, outgoing=True).outgoing
-
-
-@pytest.mark.parametrize(
-    ("state", "opened"),
-    [(" state='connected'", True), (" state='disconnected'", False), ("", None)],
-)
-def test_whether_the_guest_has_opened_the_port(state: str, opened: bool | None) -> None:
-    channel = LIVE_CHANNEL.replace(" state='connected'", state)
-    assert facts_of(domain(channel)).guest_opened is opened
 
 
 @pytest.mark.parametrize(
@@ -201,6 +192,26 @@ def test_labels_are_bounded_and_never_cut() -> None:
     written = nova("1.1").replace("</nova:flavor>", f"{specs}</nova:flavor>")
     labels = facts_of(domain(metadata=written)).labels
     assert labels == {f"extra-spec:n{number}": "v" for number in range(LABELS_MAX)}
+
+
+def addressed(*ips: str) -> str:
+    ports = "".join(f"<nova:port uuid='p'>{ip}</nova:port>" for ip in ips)
+    return nova("1.1").replace(
+        "</nova:instance>", f"<nova:ports>{ports}</nova:ports></nova:instance>"
+    )
+
+
+def test_addresses_are_those_that_nova_has_given() -> None:
+    """In their shortest form, and each once."""
+    ip = "<nova:ip type='{}' address='{}' ipVersion='4'/>".format
+    two = ip("fixed", "192.0.2.7") + ip("floating", "198.51.100.1")
+    more = ip("fixed", "2001:DB8:0:0::7") + ip("fixed", "192.0.2.7") + ip("fixed", "nonsense")
+    facts = facts_of(domain(metadata=addressed(two, more + "<nova:ip type='fixed'/>")))
+    assert facts.addresses == ("192.0.2.7", "198.51.100.1", "2001:db8::7")
+    assert facts_of(domain(metadata=nova("1.1"))).addresses == ()
+    assert facts_of(domain()).addresses == ()
+    many = "".join(ip("fixed", f"192.0.2.{number}") for number in range(ADDRESSES_MAX + 5))
+    assert len(facts_of(domain(metadata=addressed(many))).addresses) == ADDRESSES_MAX
 
 
 def test_what_nova_wrote_is_cut() -> None:

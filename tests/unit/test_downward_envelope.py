@@ -95,6 +95,17 @@ def nested(depth: int) -> bytes:
 
 
 class TestDecode:
+    def test_white_space_around_it_is_no_fault(self) -> None:
+        inner = f"\r\n {json.dumps(CAST)}\t"
+        body = f" \n{json.dumps({'oslo.version': '2.0', 'oslo.message': inner})} ".encode()
+        plain = decode(enveloped(CAST), expiration=None)
+        assert decode(body, expiration=None) == plain
+
+    @pytest.mark.parametrize("further", [b"x", b"{}", b"\0", b"\xc2\xa0"])
+    def test_anything_else_behind_it_is_one(self, further: bytes) -> None:
+        with pytest.raises(EnvelopeError, match="Extra data"):
+            decode(enveloped(CAST) + further, expiration=None)
+
     def test_a_call(self) -> None:
         request = decode(enveloped(CALL), expiration="30000")
         assert request == BrokerRequest(

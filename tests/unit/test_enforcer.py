@@ -197,11 +197,34 @@ def test_the_rules_that_denied_something_are_known(place: Place) -> None:
     assert gate.denials() == {
         "denied_by": {"openstack/agent": f"{where}:1"},
         "replies_denied_by": {"openstack/agent": "default", "openstack/other": f"{where}:3"},
+        "mute_by": "default",
     }
     place.write("listen any any allow\nreply any any allow\n")
     enforcer.reload()
     assert gate.may_listen(AGENT) and gate.may_reply(AGENT) and gate.may_reply(other)
-    assert gate.denials() == {"denied_by": {}, "replies_denied_by": {}}
+    assert gate.denials() == {"denied_by": {}, "replies_denied_by": {}, "mute_by": ""}
+    enforcer.close()
+
+
+def test_why_a_vm_may_not_answer(place: Place) -> None:
+    """The rule by its file and line, for who is told that there is no answer."""
+    place.write("reply any agent deny\nmode name:vm1 one-way-cast\n")
+    enforcer = place.enforcer()
+    gate, where = enforcer.gate(VM), f"{place.files}/50-a.policy"
+    assert gate.why_no_reply(AGENT) == f"{where}:1 denies reply openstack/agent"
+    other = Topic("openstack", "other")
+    assert gate.why_no_reply(other) == f"{where}:2 denies reply openstack/other"
+    assert gate.denials()["mute_by"] == f"{where}:2"
+    place.write("listen any any allow\n")
+    enforcer.reload()
+    assert gate.why_no_reply(AGENT) == "no rule allows reply openstack/agent"
+    assert gate.denials()["mute_by"] == "default"
+    place.write("call\n")
+    enforcer.reload()
+    gate.is_one_way = True
+    assert gate.why_no_reply(AGENT) == "the channel has no way back"
+    assert gate.denials()["mute_by"] == "the channel has no way back"
+    assert place.lines() == []
     enforcer.close()
 
 
@@ -312,3 +335,12 @@ def test_a_targets_keys_pass_with_its_requests_alone_and_what_does_not_is_told_o
     assert "out of guests, trove/t: keys that do not pass: 'is_admin', 'roles'" in told[0]
     assert "\n" not in told[1] and len(told[1]) < 200
     enforcer.close()
+
+
+def test_which_vms_programs_may_be_connected_to(place: Place) -> None:
+    place.write("forward project:p1 tcp:80 allow\nany any any allow\n")
+    enforcer = place.enforcer()
+    assert enforcer.lets_forward(VM, "tcp:80")
+    assert not enforcer.lets_forward(VM, "tcp:81")
+    assert not enforcer.lets_forward(VM._replace(project="p2"), "tcp:80")
+    assert not enforcer.lets_forward(VM, "nonsense")

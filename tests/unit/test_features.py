@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.rig.older import OlderSession
+from tests.rig.older import older_session
 from tests.unit.pair import Entropy, Pair, connected, make_session, opened, read_frames
 from vchan.session import Config, Opened, Role, Session, Violation
 from vchan.wire import layout
@@ -129,7 +129,7 @@ def test_64_kib_are_one_frame_between_local_ends() -> None:
 @pytest.mark.parametrize("role", list(Role))
 def test_an_older_peer_gets_small_frames_with_their_crc(role: Role) -> None:
     made = {each: make_session(each, **LOCAL) for each in Role}
-    made[role] = OlderSession(Config(role, b"older-instance-1", "older", **LOCAL), Entropy("o"))
+    made[role] = older_session(Config(role, b"older-instance-1", "older", **LOCAL), Entropy("o"))
     pair = Pair(made[Role.HOST], made[Role.GUEST]).connect()
     for end, peer in pair.ends():
         end.session.send(bytes(100_000), 2)

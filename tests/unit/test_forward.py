@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ pytest.importorskip("amqp", reason="py-amqp is not installed")
 from tests.rig import tail, wait_until
 from tests.rig.forwarding import ROOT, WAIT_S, Forwarding, Part, Server, Transfer, connect
 from vchan.cli.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from vchan.host.policy.audit_record import NO_END
 from vchan.splices import UNTAKEN_BYTES_MAX
-from vchan.streams.ends import IDLE_S, STREAMS_MAX
+from vchan.streams.ends import IDLE_S, PROBE_S, STREAMS_MAX
 from vchan.streams.halves import SEND_BYTES_MAX, WINDOW_BYTES
 
 POLICY = """
@@ -267,7 +269,10 @@ def test_it_goes_on_through_cuts_and_restarts_of_the_hosts_daemon(
     transfer.wait_for(transfer.received + 3 * MIB)
     transfer.end_early()  # behind all of that: its end is on record with the last daemon
     assert transfer.finish() == []
-    (end,) = wait_ended(fresh, 1)
+    *killed, end = wait_ended(fresh, 3)
+    assert [(row["reason"], row.get("bytes_in")) for row in killed] == [(NO_END, None)] * 2
+    begun = [row["request"] for row in fresh.audited() if row["verdict"] == "allow"]
+    assert begun == [row["request"] for row in (*killed, end)], "each beginning has its end"
     assert end["reason"] == "both ends were done"
     assert 0 < end["bytes_in"] < transfer.size, "of what a killed daemon passed there is no record"
 
@@ -281,6 +286,109 @@ def test_an_idle_connection_outlives_the_hosts_daemon(fresh: Forwarding, server:
         client.sendall(b"after")
         assert client.recv(100) == b"after"
     assert forward.log.read_text() == ""
+
+
+class Giver(Server):
+    """Gives bytes for as long as somebody takes them."""
+
+    def serve(self, connected: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connected.sendall(bytes(65536))
+
+
+class Taker(threading.Thread):
+    """Takes what comes, and notes how long it stood."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(name="taker")
+        self.received = 0
+        self.longest_s = 0.0
+        self._where = where
+        self._is_enough = False
+        self.start()
+
+    def run(self) -> None:
+        with connect(self._where) as connected:
+            while not self._is_enough:
+                began_s = time.monotonic()
+                self.received += len(connected.recv(65536))
+                self.longest_s = max(self.longest_s, time.monotonic() - began_s)
+
+    def wait_for(self, count: int) -> None:
+        """So many bytes more."""
+        goal = self.received + count
+        failure = lambda: f"stands at {self.received}, {goal} wanted"  # noqa: E731
+        wait_until(
+            lambda: self.received >= goal, timeout_s=WAIT_S, interval_s=0.01, failure=failure
+        )
+
+    def end(self) -> None:
+        self._is_enough = True
+        self.join(WAIT_S)
+
+
+def test_one_that_was_stopped_holds_up_no_other_stream(fresh: Forwarding) -> None:
+    """It has under way all that may be: the others would wait until it was asked in vain."""
+    with Giver() as giver:
+        stopped, where = fresh.forward(f"0:{giver.target}")
+        _, other = fresh.forward(f"0:{giver.target}")
+        process = stopped.process
+        assert process is not None
+        takers = [Taker(where), Taker(other)]
+        try:
+            for taker in takers:
+                taker.wait_for(MIB)
+            for _ in range(3):  # not each time is something under way
+                process.send_signal(signal.SIGSTOP)
+                takers[1].longest_s = 0.0
+                takers[1].wait_for(4 * MIB)
+                assert takers[1].longest_s < PROBE_S
+                process.send_signal(signal.SIGCONT)
+                takers[0].wait_for(MIB)
+        finally:
+            process.send_signal(signal.SIGCONT)
+            for taker in takers:
+                taker.end()
+
+
+def test_streams_give_way_to_requests_in_the_guest(world: Forwarding) -> None:
+    def rests() -> int:
+        done = world.cli("--json", "call", "vm", "vchan.guest", "info")
+        count = json.loads(done.stdout)["streams"]["rests"]
+        assert isinstance(count, int)
+        return count
+
+    with Giver() as giver:
+        _, where = world.forward(f"0:{giver.target}")
+        taker = Taker(where)
+        try:
+            taker.wait_for(MIB)
+            before = rests()
+            taker.wait_for(MIB)
+            assert rests() > before
+            taker.wait_for(MIB)  # they rest no longer than there are requests
+        finally:
+            taker.end()
+
+
+def test_a_stream_that_has_all_of_a_rate_makes_no_answer_wait(fresh: Forwarding) -> None:
+    """A VM that is over a rate is not read from: its answers would wait with the bytes."""
+    fresh.policy.write_text(POLICY + "limit any bytes_per_s=2M\n")
+    assert fresh.host.process is not None
+    fresh.host.process.send_signal(signal.SIGHUP)
+    with Giver() as giver:
+        _, where = fresh.forward(f"0:{giver.target}")
+        taker = Taker(where)
+        try:
+            taker.wait_for(5 * MIB)
+            began_s = time.monotonic()
+            taker.wait_for(2 * MIB)
+            assert time.monotonic() - began_s > 0.5, "there is a rate"
+            status = json.loads(fresh.cli("--json", "status", "vm").stdout)
+        finally:
+            taker.end()
+    assert status["channel"]["throttled"] == 0
 
 
 def test_a_guest_daemon_that_is_restarted_resets_with_its_reason(
@@ -458,3 +566,22 @@ def test_a_call_beside_a_saturated_stream_is_answered(world: Forwarding, server:
     assert done.returncode == EXIT_OK, done.stderr
     assert time.monotonic() - began_s < WAIT_S
     assert transfer.finish() == []
+
+
+@pytest.mark.parametrize("is_proxy", [False, True])
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_listeners_path_that_others_have_removed(
+    world: Forwarding, directory: Path, is_proxy: bool, is_taken: bool
+) -> None:
+    """What stands there since is another's."""
+    path = directory / "here.sock"
+    if is_proxy:
+        part, _ = world.proxy(listen=f"unix:{path}")
+    else:
+        part, _ = world.forward(f"{path}:8080")
+    path.unlink()
+    if is_taken:
+        path.write_text("another's")
+    assert part.interrupt() == EXIT_INTERRUPTED
+    assert part.log.read_text() == ""
+    assert path.exists() is is_taken

@@ -8,6 +8,7 @@ import json
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,9 +18,16 @@ from tests.rig.gates import OpenGate
 from vchan.cli.forward import Local, listen, parse_what
 from vchan.errors import ConfigError, LimitExceeded, Rejected
 from vchan.host.vm.gate import StreamNote
-from vchan.host.vm.streams import Program, VmStreams
+from vchan.host.vm.streams import FOR_CHARS_MAX, Program, VmStreams
 from vchan.io.loop import Loop
-from vchan.io.targets import AllowedTargets, Target, parse_target
+from vchan.io.targets import (
+    AllowedTargets,
+    Target,
+    begin_to_connect,
+    connect_problem,
+    parse_target,
+    services_directory,
+)
 from vchan.session import Config, Role, Session
 from vchan.splices import Splices
 from vchan.streams import Ended, StreamEnds, StreamWanted
@@ -103,20 +111,30 @@ def test_a_port_that_is_taken_is_said() -> None:
         ("tcp:80 , unix:/run/a*", "unix:/run/abc", True),
         ("tcp:*", "unix:/80", False),
         ("unix:/run/*", "unix:/etc/a", False),
+        ("service:shell", "service:shell", True),
+        ("service:*", "service:exec", True),
+        ("service:e*", "service:shell", False),
+        ("tcp:*, unix:/*", "service:shell", False),
     ],
 )
 def test_what_a_guests_owner_allows(allow: str, target: str, is_allowed: bool) -> None:
     assert AllowedTargets(allow).allows(parse_target(target)) == is_allowed
 
 
-@pytest.mark.parametrize("allow", ["*", "80", "tcp:", "tcp:a", "unix:run", "udp:1"])
+@pytest.mark.parametrize(
+    "allow", ["*", "80", "tcp:", "tcp:a", "unix:run", "udp:1", "service:", "service:../a"]
+)
 def test_what_an_owner_cannot_have_meant(allow: str) -> None:
-    with pytest.raises(ValueError, match="expected tcp:PORT or unix:/PATH"):
+    with pytest.raises(ValueError, match="expected tcp:PORT, unix:/PATH or service:NAME"):
         AllowedTargets(allow)
 
 
 @pytest.mark.parametrize(
-    "text", ["tcp:0", "tcp:01", "tcp:65536", "tcp:\u0661", "unix:a", "unix:/a/../b", "unix:/a\nb"]
+    "text",
+    [
+        *["tcp:0", "tcp:01", "tcp:65536", "tcp:\u0661", "unix:a", "unix:/a/../b", "unix:/a\nb"],
+        *["service:", "service:.", "service:a/b", "service:*", "service:A", "service:" + "a" * 33],
+    ],
 )
 def test_what_is_no_target(text: str) -> None:
     with pytest.raises(ValueError):
@@ -126,6 +144,35 @@ def test_what_is_no_target(text: str) -> None:
 def test_a_target_is_written_as_it_is_read() -> None:
     assert str(parse_target("unix:/run/a.sock")) == "unix:/run/a.sock"
     assert parse_target("tcp:80") == Target("tcp", "80")
+
+
+def test_services_are_reached_by_name_in_a_directory_that_nobody_else_writes_to(
+    tmp_path: Path,
+) -> None:
+    directory = Path(services_directory(str(tmp_path / "agent.sock")))
+    assert directory == tmp_path / "services"
+    services, target = str(directory), Target("service", "echo")
+    with pytest.raises(OSError, match="No such file"):
+        begin_to_connect(target, services)
+    directory.mkdir(mode=0o755)
+    path = directory / "echo"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with begin_to_connect(target, services) as made:
+            assert connect_problem(made) == ""
+        with pytest.raises(OSError, match="reached as service:NAME"):
+            begin_to_connect(Target("unix", str(path)), services)
+        (tmp_path / "alias").symlink_to(directory)
+        with pytest.raises(OSError, match="reached as service:NAME"):
+            begin_to_connect(Target("unix", f"{tmp_path}/alias/echo"), services)
+        directory.chmod(0o777)
+        with pytest.raises(OSError, match=r"others can write to .*/services"):
+            begin_to_connect(target, services)
+        directory.chmod(0o755)
+        tmp_path.chmod(0o1777)
+        with pytest.raises(OSError, match=f"others can write to {tmp_path}: chmod"):
+            begin_to_connect(target, services)
 
 
 # ---------------------------------------------------------------- the switchboard's facts
@@ -178,8 +225,8 @@ def test_bytes_are_counted_once_and_the_end_is_told_once() -> None:
     say(board, Progress(0, ID, TAG, 3, 0))
     say(board, Progress(0, ID, TAG, 3, 0))
     assert board.take_events() == [
-        Began(ID, 1, "tcp:80"),
-        Over(ID, 1, "tcp:80", 0, "", 5, 2),
+        Began(ID, 1, "tcp:80", "{}"),
+        Over(ID, 1, "tcp:80", 0, "", 5, 2, "{}"),
     ]
     assert board.open_streams == 0
     hear(board, Progress(0, ID, TAG, 6, 0))  # late, and passes
@@ -190,7 +237,7 @@ def test_what_was_said_before_this_daemon_is_not_counted() -> None:
     board = switchboard()
     say(board, OPEN._replace(tag=TAG), Part(0, ID, TAG, 1000, b"abc"))
     say(board, Reset(CLOSED, ID, "enough"))
-    assert board.take_events()[1:] == [Over(ID, 1, "tcp:80", CLOSED, "enough", 3, 0)]
+    assert board.take_events()[1:] == [Over(ID, 1, "tcp:80", CLOSED, "enough", 3, 0, "{}")]
 
 
 def test_a_program_that_goes_has_the_last_word() -> None:
@@ -205,7 +252,7 @@ def test_a_program_that_is_gone_may_go_on_elsewhere() -> None:
     board = switchboard()
     say(board, OPEN)
     board.detach(1)
-    assert board.take_events()[1:] == [Over(ID, 1, "tcp:80", None, "", 0, 0)]
+    assert board.take_events()[1:] == [Over(ID, 1, "tcp:80", None, "", 0, 0, "{}")]
     assert board.next_for_guest() is None
 
 
@@ -268,6 +315,29 @@ class World:
         return [(note.verdict, note.reason) for note in self.gate.streams]
 
 
+@pytest.mark.parametrize(
+    ("facts", "is_gone", "is_reset"),
+    [
+        ('{"pid":8}', True, True),
+        ('{"pid":8}', False, False),  # this host has sent it away: it looks for its VM elsewhere
+        ('{"pid":9}', True, False),  # another process brings its connection here
+        ("", True, False),  # of an earlier release
+        ('["pid"]', True, False),
+    ],
+)
+def test_a_program_that_has_ended_ends_its_streams(
+    facts: str, is_gone: bool, is_reset: bool
+) -> None:
+    world = World()
+    world.say(OPEN._replace(facts=facts))
+    world.to_guest()
+    world.streams.detach(1, is_gone=is_gone)
+    said = "the program that opened it has ended"
+    assert world.to_guest() == ([Reset(CLOSED, ID, said)] if is_reset else [])
+    why = f"closed: {said}" if is_reset else "its program is gone from here"
+    assert world.noted()[-1] == ("ended", why)
+
+
 def test_the_guest_is_told_who_asks_by_the_hosts_word() -> None:
     world = World()
     world.say(OPEN._replace(facts='{"uid":0}'))
@@ -279,6 +349,34 @@ def test_the_guest_is_told_who_asks_by_the_hosts_word() -> None:
     ]
     world.say(OPEN._replace(tag=TAG))  # it goes on in a new session: no news
     assert len(world.gate.streams) == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "for_whom"),
+    [
+        ('{"for":"octavia at 192.0.2.1","uid":0,"host":"x"}', "octavia at 192.0.2.1"),
+        ('{"for":"a\\nb\\u00e9"}', "a?b?"),
+        (json.dumps({"for": '"' * 500}), '"' * FOR_CHARS_MAX),
+        ('{"for":7}', ""),
+        ('["for"]', ""),
+        ("[" * 900, ""),
+        ("nonsense", ""),
+    ],
+)
+def test_for_whom_a_program_asks_is_its_own_word(facts: str, for_whom: str) -> None:
+    """It stands beside the kernel's, in the guest and on record, from the first to the last."""
+    world = World()
+    world.say(OPEN._replace(facts=facts))
+    (opened,) = world.to_guest()
+    assert isinstance(opened, Open)
+    told = {"host": "host", "uid": 7, "pid": 8} | ({"for": for_whom} if for_whom else {})
+    assert json.loads(opened.facts) == told
+    world.say(Reset(CLOSED, ID, "enough"))
+    by = "uid 7, pid 8" + (f", for {for_whom}" if for_whom else "")
+    assert [note.by for note in world.gate.streams] == [by, by]
+    world.gate.deny_forward = "50-a.policy:7"
+    world.say(OPEN._replace(id=bytes(16), facts=facts))
+    assert world.gate.streams[-1].by == by
 
 
 def test_what_is_denied_reaches_no_guest() -> None:
@@ -300,7 +398,7 @@ def test_what_is_no_target_reaches_no_guest(target: str) -> None:
     world = World()
     world.say(OPEN._replace(target=target))
     assert world.to_guest() == []
-    with pytest.raises(Rejected, match="expected tcp:PORT or unix:/PATH"):
+    with pytest.raises(Rejected, match="expected tcp:PORT, unix:/PATH or service:NAME"):
         world.streams.require(target, world.program)
 
 
@@ -416,7 +514,7 @@ class Pair:
         for each in (self.host, self.guest):
             each.connected()
         ours, self.client = socket.socketpair()
-        self.stream = self.host.open(ours, "tcp:80")
+        self.stream = self.host.open(ours, "tcp:80", "")
         self.client.settimeout(5.0)
         self.outer.settimeout(5.0)
 

@@ -99,8 +99,10 @@ def feed(decoder: Decoder, chunks: Iterable[bytes]) -> list[Frame]:
 
 
 def held(decoder: Decoder) -> int:
-    assert len(decoder._chunks) <= max(1, decoder._held)
-    assert sum(map(len, decoder._chunks)) == decoder._held
+    chunks = decoder._chunks
+    assert len(chunks) <= max(1, decoder._held)
+    if len(chunks) < 100 or len(chunks) % 100 == 0:  # else frames in single bytes take minutes
+        assert sum(map(len, chunks)) == decoder._held
     return decoder._held
 
 
@@ -352,7 +354,12 @@ def test_the_decoder_finds_the_next_good_frame_after_damage_and_a_flush(
     hurt = draw.draw(damage(b"".join(map(seal, sent))))
     good = [ping(1), data(b"good", 2), greeting_frame(), data(b"better", 3)]
     expected = feed(decoder(), good)
-    out = feed(decoder(), cut(hurt + FLUSH + b"".join(good), sizes))
+    edge = 300  # where it begins and ends; between them all of it is alike, and cut more coarsely
+    chunks = cut(hurt + FLUSH[:edge], sizes)
+    chunks += cut(FLUSH[edge:-edge], [50 * size for size in sizes])
+    chunks += cut(FLUSH[-edge:] + b"".join(good), sizes)
+    assert b"".join(chunks) == hurt + FLUSH + b"".join(good)
+    out = feed(decoder(), chunks)
     assert out[-len(good) :] == expected
     event(f"of {len(sent)} damaged frames came through: {len(out) - len(good)}")
     for frame in out[: -len(good)]:
@@ -426,6 +433,19 @@ def test_a_payload_crc_is_bound_to_its_header() -> None:
     """The payload of one frame behind the header of another, both whole: no frame."""
     one, two = data(b"one", 1), data(b"two", 2)
     assert feed(decoder(), [one[:HEADER_BYTES] + two[HEADER_BYTES:], FLUSH]) == []
+
+
+def test_a_hole_and_a_repeat_of_one_length_are_found() -> None:
+    """Header and end are in their places, and what is between is not what was sent: what was read
+    from a ring is lost with its socket, and the ring's next buffer comes twice."""
+    pieces = [bytes([letter]) * 1000 for letter in b"abcd"]
+    whole = data(b"".join(pieces))
+    spliced = whole.replace(pieces[1], pieces[2])
+    assert len(spliced) == len(whole)
+    assert spliced[:HEADER_BYTES] + spliced[-4:] == whole[:HEADER_BYTES] + whole[-4:]
+    made = decoder()
+    assert [frame.seq for frame in feed(made, [spliced, ping(3)])] == [3]
+    assert made.bad_payloads == 1
 
 
 # ---------------------------------------------------------------- smuggling

@@ -17,6 +17,7 @@ import pytest
 
 from tests.rig.gates import OpenGate
 from tests.rig.hosting import HostEnd
+from tests.rig.phases import hush, speak
 from tests.unit.cable import Cable
 from tests.unit.pair import reconfigure
 from vchan import __version__
@@ -90,8 +91,8 @@ def daemon(directory: Path, cable: Cable) -> Iterator[Program]:
     daemon.kill()
 
 
-def guest_daemon(directory: Path, port: str) -> Program:
-    options = ["--port", port, "--socket", str(directory / "agent.sock")]
+def guest_daemon(directory: Path, port: str, *others: str) -> Program:
+    options = ["--port", port, "--socket", str(directory / "agent.sock"), *others]
     return Program(directory / "daemon.log", "-m", "vchan.guest.daemon", *options)
 
 
@@ -127,6 +128,37 @@ def ran(host: HostEnd) -> list[int]:
 
 
 # --- serving
+
+
+def steps_of(line: str) -> list[str]:
+    return [step.rpartition(" ")[0] for step in line.partition("in ms: ")[2].split(", ")]
+
+
+def test_both_ends_tell_an_arrival_step_by_step_and_the_host_a_departure(
+    directory: Path, cable: Cable, daemon: Program, agent: Program
+) -> None:
+    daemon.kill()
+    telling = guest_daemon(directory, f"unix:{cable.guest}", "--debug")
+    telling.start()
+    try:
+        with HostEnd(cable.host) as host:
+            assert echo(host, 0)
+            line = telling.wait_log("arrival at", "answered")
+            host.run(lambda: hush(host.channel))
+            host.run(lambda: speak(host.channel))
+            host.run(lambda: hush(host.channel))
+    finally:
+        telling.kill()
+    in_guest = steps_of(line)
+    assert in_guest[-1] == "answered"
+    assert {"session open", "topics said", "first request", "with an agent"} <= set(in_guest)
+    arrival, stayed, again, departure = host.debug
+    at_host = steps_of(arrival)
+    assert (at_host[0], at_host[-1]) == ("told to speak", "answered")
+    assert {"session open", "topics heard", "sent to the guest"} <= set(at_host)
+    assert "departure at" in stayed and "broken off" in stayed
+    assert "arrival at" in again and "broken off" in again
+    assert "departure at" in departure and steps_of(departure) == ["hushed", "released"]
 
 
 def test_calls_reach_the_agent(host: HostEnd, agent: Program) -> None:
@@ -179,11 +211,16 @@ def test_the_daemon_is_killed_and_the_agent_lives(
         calls = [
             host.submit("demo", "echo", sender="test", number=1 + turn * 20 + n) for n in range(20)
         ]
+        if turn:  # it has some that it has not answered, for sure
+            agent.process.send_signal(signal.SIGSTOP)
+            calls += [host.submit("demo", "echo", sender="test", number=41 + n) for n in range(3)]
+            wait(lambda: json.loads(host.call("vchan.guest", "info"))["running"] > 3)
         daemon.kill()
         daemon.start()
+        agent.process.send_signal(signal.SIGCONT)
         for call in calls:
-            call.result(WAIT_S)
-    assert ran(host) == list(range(41))
+            assert isinstance(call.result(WAIT_S), Answered)
+    assert ran(host) == list(range(44))
 
 
 def test_the_agent_is_killed(host: HostEnd, agent: Program) -> None:
@@ -307,7 +344,10 @@ def test_the_command_line_goes_before_the_file(directory: Path) -> None:
         (["--port", "serial:ttyS1"], "--port: port 'serial:ttyS1': expected a device's path"),
         (["--config", "/no/such/file"], "/no/such/file: no such file"),
         (["--config", "/proc/self"], "/proc/self: cannot be read"),
-        (["--config", "{file}"], "{file}:2: expected OPTION = VALUE"),
+        (
+            ["--config", "{file}"],
+            "{file}:2: 'dance' is no option; expected OPTION = VALUE, one of port",
+        ),
         (["--config", "{mode}"], "{mode}:1: socket-mode: '1234567': expected an octal mode"),
         (["--config", "{quiet}"], "{quiet}:1: quiet: 'perhaps': expected yes or no"),
         (["--config", "{binary}"], "{binary}: cannot be read"),

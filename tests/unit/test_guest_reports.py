@@ -12,7 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from vchan.guest.reports import BUSY_S, Reporter
 from vchan.rpc.bodies import decode_invocation
-from vchan.rpc.messages import BUSY, NO_AGENT, REFUSED, Receipt, Request, Returned, Settled
+from vchan.rpc.messages import (
+    AGENT_GONE,
+    BUSY,
+    NO_AGENT,
+    REFUSED,
+    Receipt,
+    Request,
+    Returned,
+    Settled,
+)
 from vchan.rpc.reports import FACTS, METRICS, PHASE, REPORT_BYTES_MAX, TOPIC
 
 
@@ -146,11 +155,12 @@ def test_a_policy_that_changes_is_asked_again(reason: int) -> None:
     assert rig.sent() == [(FACTS, {"hostname": "a"}, False)]
 
 
-def test_a_busy_host_is_asked_again_later() -> None:
+@pytest.mark.parametrize("reason", [BUSY, NO_AGENT, AGENT_GONE])
+def test_a_host_that_has_not_refused_is_told_again_later(reason: int) -> None:
     rig = Rig()
     rig.session()
     rig.tell(METRICS, load=1)
-    rig.refuse(BUSY)
+    rig.refuse(reason)
     rig.tell(METRICS, load=2)
     assert rig.sent() == []
     assert rig.reporter.next_timeout() == BUSY_S

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from vchan.host.oslo_wire.mail import STAYS_MAX, Arrival, Note
+from vchan.host.vm.channel import SILENCE_S
 from vchan.host.vm.handover import CLOSED_MAX, OPEN_MAX, SETTLED_S, Handover, Past
+from vchan.session.contract import PING_IDLE_S
+from vchan.session.liveness import PROBE_S
+
+
+def test_a_guest_that_stands_still_is_found_silent_before_all_is_settled() -> None:
+    """It was heard, is asked when it has been idle or, if something just went out to it, a little
+    later, and has that long to answer. Only what is known to stand still keeps its time."""
+    assert PING_IDLE_S + PROBE_S + SILENCE_S < SETTLED_S
 
 
 def begun(before: str = "host-0") -> Handover:

@@ -196,7 +196,9 @@ def test_a_fanout_to_nobody_is_refused_at_once(host: Host) -> None:
     host.vms.names.clear()
     caller = host.program()
     caller.fan_out()
-    assert caller.refusals == [(NO_AGENT, "no program on this host serves topic t, and no VM does")]
+    assert caller.refusals == [
+        (NO_AGENT, "no program on this host serves topic e/t, and no VM does")
+    ]
 
 
 def test_it_goes_on_without_who_sent_it_and_is_not_sent_again(host: Host) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.rig import hosting
 from tests.rig.hosting import HostEnd
 from tests.rig.ports import claim_ports
 from tests.unit.cable import Cable
@@ -363,7 +364,7 @@ def test_a_call_is_received_and_answered(rig: Rig, client: Client) -> None:
     (request,) = client.receive()
     assert (request["kind"], request["method"], request["topic"]) == ("call", "add", "demo")
     assert request["args"] == {"x": 1, "y": 2}
-    assert 0 < request["timeout_s"] <= 60
+    assert 0 < request["timeout_s"] <= hosting.WAIT_S
     assert (request["deliveries"], request["redelivered"]) == (1, False)
     assert client.ask("heartbeat", lease=request["lease"]) == {"lease_s": 60}
     client.ask("reply", lease=request["lease"], result={"sum": 3})

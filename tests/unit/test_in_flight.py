@@ -40,7 +40,9 @@ from vchan.rpc.messages import (
     CALL,
     EXPIRED,
     FINAL,
+    IN_PLACE,
     NO_AGENT,
+    OUT_OF_TURN,
     RAW,
     REDELIVERED,
     REFUSED,
@@ -54,6 +56,7 @@ from vchan.rpc.messages import (
     Unknown,
     decode,
 )
+from vchan.wire.frames import RAW_BODIES
 
 
 class Line:
@@ -69,7 +72,7 @@ class Line:
         self.outcomes: list[Outcome] = []
         self.deliveries: list[Delivery] = []
         self.no_raw = ""
-        self.requester.opened(self.now_s, no_raw="")
+        self.requester.opened(self.now_s, takes_raw=RAW_BODIES)
 
     def send_request(self, message: bytes, stream: int) -> None:
         self.check_size(message)
@@ -103,7 +106,8 @@ class Line:
         """All that was under way is lost."""
         self.to_responder.clear()
         self.to_requester.clear()
-        self.requester.opened(self.now_s, no_raw=self.no_raw)
+        takes_raw = 0 if self.no_raw else RAW_BODIES
+        self.requester.opened(self.now_s, takes_raw=takes_raw, no_raw=self.no_raw)
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
@@ -214,6 +218,45 @@ def test_a_repeated_request_says_so() -> None:
     line.requester.submit(call(1), line.now_s)
     line.new_session()
     assert line.forth() == [Deliver(call(1)._replace(flags=CALL | REDELIVERED))]
+
+
+def test_what_is_late_says_if_it_kept_its_place() -> None:
+    """It was never sent, or only to the peer that we still talk to; until there is another one."""
+    line = Line()
+    sent: list[int] = []
+    requester = Requester(
+        lambda message, _: sent.append(getattr(message_in(message), "flags", 0)), marks_turns=True
+    )
+    again = call(1)._replace(flags=CALL | REDELIVERED)
+    requester.submit(again, line.now_s)
+    requester.submit(call(2), line.now_s)
+    assert sent == []
+    in_place = [CALL | REDELIVERED | OUT_OF_TURN | IN_PLACE, CALL]
+    requester.opened(line.now_s, takes_raw=RAW_BODIES)
+    assert sent == in_place
+    requester.opened(line.now_s, takes_raw=RAW_BODIES, is_known=True)
+    assert sent[2:] == in_place
+    requester.opened(line.now_s, takes_raw=RAW_BODIES)
+    assert sent[4:] == [CALL | REDELIVERED | OUT_OF_TURN] * 2
+    requester.opened(line.now_s, takes_raw=RAW_BODIES, is_known=True)
+    assert sent[6:] == [CALL | REDELIVERED | OUT_OF_TURN] * 2
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_who_is_not_told_of_turns_gets_what_is_late_as_it_is(held: bool) -> None:
+    line = Line()
+    if held:
+        line.requester.hold()
+    else:
+        line.requester.connected = False
+    again = call(1)._replace(flags=CALL | REDELIVERED)
+    line.requester.submit(again, line.now_s)
+    assert line.forth() == []
+    if held:
+        line.requester.resume(line.now_s)
+    else:
+        line.requester.opened(line.now_s, takes_raw=RAW_BODIES)
+    assert line.forth() == [Deliver(again)]
 
 
 @pytest.mark.parametrize("failed", [False, True])
@@ -690,7 +733,7 @@ class Exchange(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.line.requester.opened(self.line.now_s, no_raw="")
+        self.line.requester.opened(self.line.now_s, takes_raw=RAW_BODIES)
 
     @rule(
         kind=st.sampled_from([0, CALL, CALL | RAW]),
@@ -839,6 +882,7 @@ class Exchange(RuleBasedStateMachine):
         self.each_runs_at_most_once()
 
 
+@pytest.mark.long
 def test_the_exchange() -> None:
     tries = settings(settings(), max_examples=2 * settings().max_examples, stateful_step_count=60)
     run_state_machine_as_test(Exchange, settings=tries)

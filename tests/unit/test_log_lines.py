@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import vchan.client
 from tests.unit.local_host import LocalHost
 from vchan.client import Agent
 from vchan.errors import RemoteError
@@ -25,6 +26,7 @@ from vchan.host.broker import broker as broker_module
 from vchan.host.broker.broker import Broker
 from vchan.host.broker.config import BrokerConfig, BrokerHost
 from vchan.host.broker.events import Disconnected
+from vchan.io.streams import Stream, connect_local
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -90,19 +92,20 @@ def test_a_broker_that_is_away_is_said_once(
     assert posted[0] == Disconnected("127.0.0.1:9: [Errno 111] Connection refused")
 
 
-def test_an_agent_says_once_that_its_daemon_is_away(directory: Path) -> None:
+def test_an_agent_says_once_that_its_daemon_is_away(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, said = directory / "agent.sock", list[str]()
-    agent = Agent(str(path), log=said.append)
-    agent.serve("t", SimpleNamespace(echo=len))
     attempts = 0
-    connect = agent._connection.connect
 
-    def counting() -> None:
+    def counting(path: str) -> Stream:
         nonlocal attempts
         attempts += 1
-        connect()
+        return connect_local(path)
 
-    agent._connection.connect = counting  # type: ignore[method-assign]
+    monkeypatch.setattr(vchan.client, "connect_local", counting)
+    agent = Agent(str(path), log=said.append)
+    agent.serve("t", SimpleNamespace(echo=len))
     thread = threading.Thread(target=agent.run)
     thread.start()
     try:

@@ -76,6 +76,33 @@ def test_an_alarm_rings_once_at_the_earliest_time_it_is_set_to(loop: Loop) -> No
     assert 0.02 <= rang_s[0] - began_s < 0.06
 
 
+def test_an_alarm_that_is_put_off_does_not_ring_before(loop: Loop) -> None:
+    began_s, rang_s = loop.time(), list[float]()
+    alarm = Alarm(loop, lambda: rang_s.append(loop.time()))
+    alarm.set(began_s + 0.01)
+    alarm.move(began_s + 0.04)
+    alarm.set(began_s + 0.05)  # later than it is set to: nothing
+    loop.call_later(0.08, loop.stop)
+    loop.run()
+    assert len(rang_s) == 1
+    assert 0.04 <= rang_s[0] - began_s < 0.08
+
+
+def test_an_alarm_that_is_called_off_can_be_set_to_any_time(loop: Loop) -> None:
+    began_s, rang_s = loop.time(), list[float]()
+    alarm = Alarm(loop, lambda: rang_s.append(loop.time()))
+    alarm.set(began_s + 0.01)
+    alarm.move(None)
+    loop.call_later(0.02, loop.stop)
+    loop.run()
+    assert rang_s == []
+    alarm.set(began_s + 0.03)
+    alarm.move(began_s + 0.025)
+    loop.call_later(0.03, loop.stop)
+    loop.run()
+    assert len(rang_s) == 1 and rang_s[0] - began_s >= 0.025
+
+
 def test_an_alarm_can_be_set_again_while_it_rings_and_be_cancelled(loop: Loop) -> None:
     rang: list[str] = []
 
@@ -173,6 +200,18 @@ def test_calls_from_other_threads_all_run_in_order(loop: Loop) -> None:
     while len(came) < 70_000:
         loop.run_once(1.0)
     assert came == list(range(70_000))
+
+
+def test_many_calls_from_another_thread_wake_the_loop_once(loop: Loop) -> None:
+    came: list[int] = []
+    for turn in range(2):
+        for _ in range(100):
+            loop.call_soon_threadsafe(lambda: came.append(1))
+        woken = os.read(loop._wake_read, 4096)
+        assert len(woken) == 1
+        os.write(loop._wake_write, woken)
+        loop.run_once(0.0)
+        assert len(came) == 100 * (turn + 1)
 
 
 def test_stop_from_another_thread_ends_an_idle_loop(loop: Loop) -> None:

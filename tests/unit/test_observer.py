@@ -15,6 +15,7 @@ from vchan.agents.standard import metrics as metrics_module
 from vchan.guest import observer
 from vchan.guest.observer import (
     ADDRESSES_MAX,
+    ATTACHED_MAX,
     ERRORS_MAX,
     FILE_BYTES_MAX,
     TEXT_CHARS_MAX,
@@ -28,7 +29,18 @@ from vchan.io.loop import Loop
 from vchan.rpc.bodies import decode_invocation, encode_invocation
 from vchan.rpc.in_flight import Send
 from vchan.rpc.messages import Receipt, Request, Settled, encode
-from vchan.rpc.reports import AGENTS, BOOTING, FACTS, METRICS, PHASE, READY, REPORT_BYTES_MAX, TOPIC
+from vchan.rpc.reports import (
+    AGENTS,
+    BOOTING,
+    FACTS,
+    METRICS,
+    PHASE,
+    PRODUCT_CHARS_MAX,
+    READY,
+    REPORT_BYTES_MAX,
+    TOPIC,
+    is_product,
+)
 
 
 def keeps(what: str, report: dict[str, Any]) -> None:
@@ -112,6 +124,30 @@ def test_facts_are_the_same_as_long_as_nothing_changes() -> None:
     keeps(FACTS, first)
 
 
+def test_what_agents_say_that_they_are_is_among_the_facts() -> None:
+    assert "attached" not in told_facts()
+    assert told_facts(["web/2", "backup/1.9", "web/2"])["attached"] == ["backup/1.9", "web/2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("backup/2.1", True),
+        ("a/b/c", True),
+        ("agent", False),
+        ("/2", False),
+        ("backup/", False),
+        ("my backup/2", False),
+        ("a/\x1b[2J", False),
+        ("x" * (PRODUCT_CHARS_MAX - 1) + "/", False),
+        ("x" * (PRODUCT_CHARS_MAX - 2) + "/1", True),
+        ("x" * (PRODUCT_CHARS_MAX - 1) + "/1", False),
+    ],
+)
+def test_what_is_a_product(text: str, is_one: bool) -> None:
+    assert is_product(text) is is_one
+
+
 def test_a_guest_of_many_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     address = {
         "interface": "eth0123456789abc",
@@ -128,7 +164,9 @@ def test_a_guest_of_many_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         "machine_id": "m" * 4096,
     }
     monkeypatch.setattr(observer, "facts", lambda: dict(made))
-    told = told_facts()
+    products = [f"{number:02d}{'é' * (PRODUCT_CHARS_MAX - 5)}/{number:02d}" for number in range(40)]
+    told = told_facts(products)
+    assert (told["attached"], told["attached_left_out"]) == (products[:ATTACHED_MAX], 24)
     assert len(told["addresses"]) == ADDRESSES_MAX
     assert told["addresses_left_out"] == 500 - ADDRESSES_MAX
     assert all(len(text) <= TEXT_CHARS_MAX for text in told["os"].values())
@@ -226,6 +264,7 @@ def watching(loop: Loop, host: Host, wanted: dict[str, int], directory: Path) ->
         host.attach,
         wanted,
         dict,
+        tuple,
         lambda _: None,
         cloud_init=str(directory / "cloud-init"),
         no_login=str(directory / "nologin"),

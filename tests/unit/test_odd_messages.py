@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.rig.mail import take_mail
 from tests.unit.test_vm_downward import TOO_LARGE, A, B, Rig
 from vchan.errors import LimitExceeded
 from vchan.host.oslo_wire.downward_envelope import decode
@@ -120,7 +121,7 @@ def test_whatever_stands_in_mail(changes: dict[str, Any], without: set[str]) -> 
     message = {key: value for key, value in (MAIL | changes).items() if key not in without}
     for number, body in enumerate(envelopes(message)):
         rig = Rig()
-        problem = rig.downward.upward.mail(f"t{number}", body, rig.now_s)
+        problem = take_mail(rig.downward.upward, f"t{number}", body, rig.now_s)
         assert not problem or ("ack", f"t{number}") in rig.broker.take()
         rig.wait(1e6)
 

@@ -31,6 +31,7 @@ from vchan.host.ops import page as served
 from vchan.host.ops.asking import HostAnswers
 from vchan.host.ops.page import CONNECTIONS_MAX, HEADERS, LOCAL_NAMES, Looks, PageServer, listen
 from vchan.host.ops.status_page import (
+    ADDRESSES_MAX,
     REFRESH_S,
     TEXT_CHARS_MAX,
     TOPICS_MAX,
@@ -182,6 +183,24 @@ def test_many_topics_are_cut_and_said() -> None:
     assert f"openstack/t{TOPICS_MAX}" not in said.text
 
 
+def test_what_guests_report() -> None:
+    addresses = [f"2001:db8::{number}" for number in range(1, ADDRESSES_MAX + 3)]
+    ready = {"phase": "ready", "os": "Debian GNU/Linux 12", "addresses": addresses}
+    silent: dict[str, Any] = {
+        "phase": None,
+        "hostname": None,
+        "os": None,
+        "addresses": [],
+        "agents_failed": [],
+    }
+    rows = [{**row(), "guest": guest} for guest in (ready, silent, None)]
+    said = read((None, look(rows=rows)))
+    assert "guest, as it says" in said.text
+    assert set(addresses[:ADDRESSES_MAX]) <= set(said.texts)
+    assert " and 2 more" in said.texts and addresses[-1] not in said.texts
+    assert said.texts.count("Debian GNU/Linux 12") == 1 and "None" not in said.text
+
+
 # --- no word of others becomes an element
 
 ODD = [
@@ -201,11 +220,17 @@ def plain(word: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in word)
 
 
-@given(
-    word=WORDS, place=st.sampled_from(["name", "topics", "problem", "domain", "channel", "uuid"])
+PLACES = (
+    *("name", "problem", "domain", "channel", "uuid", "topics"),
+    *("guest phase", "guest os", "guest addresses"),
 )
+
+
+@given(word=WORDS, place=st.sampled_from(PLACES))
 def test_a_vms_words_stay_words(word: str, place: str) -> None:
-    told = {**row("quarantined"), place: [word] if place == "topics" else word}
+    group, _, name = place.rpartition(" ")
+    at = {name: [word] if name in ("topics", "addresses") else word}
+    told = {**row("quarantined"), **({group: at} if group else at)}
     said = read((None, look(rows=[told], vms={"other": VM})))
     assert_words(said, word)
 

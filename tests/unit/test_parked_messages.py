@@ -7,17 +7,31 @@ from typing import Any, cast
 
 import pytest
 
+from tests.rig.gates import OpenGate
 from vchan.errors import LimitExceeded
 from vchan.host.broker import parked
 from vchan.host.broker.amqp import Inbound, ResourceError, spec
 from vchan.host.broker.events import Token
 from vchan.host.broker.parked import PARKED, Parking, ParkingLot
 from vchan.host.hypervisor.domains import Domain
-from vchan.host.vm.channel import End
+from vchan.host.policy.rules import Facts, Policy
+from vchan.host.policy.vm_limits import Limits
+from vchan.host.vm.channel import Channel, End, Home
+from vchan.host.vm.gate import VmGate
+from vchan.host.vm.mailbox import Mailbox
+from vchan.host.vm.throttle import Throttle
+from vchan.host.vm.upward import Offer
 from vchan.host.vm.vm import BREAKS_KNOWN_MAX, BREAKS_MAX, HostedVm, Refusals, _Message
 from vchan.io.loop import Loop
+from vchan.rpc.messages import Topic
+
+TOKEN = Token("vm", 1, 1)
 
 # -------------------------------------------------------------------- the VM
+
+
+def nothing(*_: Any) -> None:
+    """In place of what is told something."""
 
 
 class Site:
@@ -25,21 +39,27 @@ class Site:
 
     def __init__(self) -> None:
         self.parked: list[tuple[Any, ...]] = []
-        self.abandoned: list[bytes] = []
-        downward = SimpleNamespace(abandon=lambda key, _: self.abandoned.append(key))
-        self.channel: Any = SimpleNamespace(downward=downward)
-        self.broker: Any = SimpleNamespace(park_message=lambda *what: self.parked.append(what))
-        nothing: Any = SimpleNamespace()
+        broker: Any = SimpleNamespace(park_message=lambda *what: self.parked.append(what))
+        loop, domain, home = Loop(), Domain("vm"), Home("here", bytes(16))
+        offer: Offer = lambda _request, _told: None  # noqa: E731
+        self.channel = Channel(loop, domain, home, broker, OpenGate(), offer)
+        policy = Policy.denying("there is none")
+        gate = VmGate(Facts("vm"), lambda: policy, nothing, lambda *_: {}, Topic("", ""))
         self.vm = HostedVm(
-            Loop(), Domain("vm"), nothing, self.broker, nothing, nothing, End(), nothing, nothing
+            loop, domain, home, broker, gate, Throttle(Limits()), End(), offer, nothing
         )
+
+    @property
+    def mail(self) -> Mailbox:
+        """Where what is left of a message would be."""
+        return self.channel.downward.upward.mailbox
 
     def handle(self, request_id: bytes, error: Exception | None) -> None:
         def work() -> None:
             if error is not None:
                 raise error
 
-        message = _Message(request_id, Token("vm", 1, 1), "queue", b"body")
+        message = _Message(request_id, TOKEN, "queue", b"body")
         self.vm._handle(self.channel, message, work, None)
 
 
@@ -52,12 +72,15 @@ def test_a_message_that_breaks_us_again_and_again_is_put_aside(
             site.handle(b"odd", KeyError("ours"))
         site.handle(b"good", None)
     assert site.parked == []
+    site.mail.put(TOKEN, b"body")
+    site.handle(b"good", None)
+    assert len(site.mail) == 1
     site.handle(b"odd", KeyError("ours"))
     ((*message, reason),) = site.parked
-    assert message == [Token("vm", 1, 1), "queue", b"body"]
+    assert message == [TOKEN, "queue", b"body"]
     assert reason.startswith("KeyError in test_parked_messages.py:")
     assert "Traceback" not in caplog.text and "in work" in caplog.text and "'ours'" in caplog.text
-    assert site.abandoned == [b"odd"]
+    assert len(site.mail) == 0  # nothing is left of it
     with pytest.raises(KeyError):  # published again by somebody: it begins anew
         site.handle(b"odd", KeyError("ours"))
 
@@ -97,7 +120,7 @@ def test_what_the_broker_says_of_a_vm() -> None:
 # -------------------------------------------------------------------- the queue
 
 
-class Channel:
+class FakeChannel:
     """What the parking lot is given."""
 
     def __init__(self, hub: Hub, owner: ParkingLot) -> None:
@@ -127,17 +150,17 @@ class Hub:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.channels: list[Channel] = []
+        self.channels: list[FakeChannel] = []
         self.is_full = False
         self.now_s = 0.0
         self.later: list[Any] = []
         self.link: Any = self
         self.loop: Any = SimpleNamespace(time=lambda: self.now_s, call_soon=self.later.append)
 
-    def channel(self, owner: ParkingLot) -> Channel:
+    def channel(self, owner: ParkingLot) -> FakeChannel:
         if self.is_full:
             raise ResourceError("no channel ids left")
-        self.channels.append(Channel(self, owner))
+        self.channels.append(FakeChannel(self, owner))
         return self.channels[-1]
 
     def published(self) -> list[bytes]:

@@ -18,7 +18,8 @@ from vchan.host.policy.rules import Ask, Facts, Kind, Policy
 UUID = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
 PROJECT = "0123456789abcdef0123456789abcdef"
-SHIPPED = Path(__file__).parents[2] / "etc" / "policy.d" / "90-default.policy"
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "etc" / "policy.d" / "90-default.policy"
 
 
 def policy(*lines: str) -> Policy:
@@ -201,11 +202,38 @@ def test_shadowed_limits() -> None:
         ("call,cast name:x */** conductor", "conducts call, cast on every topic"),
         ("listen name:x any allow", "allows listen on every topic"),
         ("mode any any cast", "allows cast, notify on every topic for every VM"),
+        ("forward any any allow", "allows forward to every target for every VM"),
+        ("forward name:x any allow", "allows forward to every target"),
     ],
 )
 def test_what_matches_everything(line: str, text: str) -> None:
     findings = [finding for finding in lint(policy(line)) if finding.code == "everything"]
     assert any(finding.text.startswith(text) for finding in findings), findings
+
+
+@pytest.mark.parametrize(
+    ("lines", "services"),
+    [
+        (["forward any any allow"], "exec, files, shell"),
+        (["forward name:x service:* allow"], "exec, files, shell"),
+        (["forward any service:[!f]* allow"], "exec, shell"),
+        (["forward any service:shell deny", "forward any any allow"], "exec, files"),
+        (["forward name:x* service:* deny", "forward name:xy any allow"], ""),
+        (["forward name:xy service:* deny", "forward name:x* any allow"], "exec, files, shell"),
+        (["forward any service:shell allow", "forward any any allow"], "exec, files"),
+        (["forward any service:shell allow"], ""),
+        (["forward any service:my-* allow"], ""),
+        (["forward any tcp:* allow"], ""),
+        (["forward any any deny"], ""),
+    ],
+)
+def test_services_that_a_pattern_lets_in(lines: list[str], services: str) -> None:
+    """Programs, files and a shell are to be meant by name."""
+    said = [finding for finding in lint(policy(*lines)) if finding.code == "service"]
+    assert [finding.where for finding in said] == ([f"p:{len(lines)}"] if services else [])
+    for finding in said:
+        named = ", ".join(f"service:{name}" for name in services.split(", "))
+        assert finding.text.startswith(f"includes {named}:")
 
 
 @pytest.mark.parametrize(
@@ -366,3 +394,9 @@ def test_the_shipped_policy() -> None:
         [(str(SHIPPED), SHIPPED.read_text()), ("listen_topics", "listen,reply any trove-* allow")]
     )
     assert lint(with_topics) == []
+
+
+def test_the_role_for_kolla_has_the_policy_that_is_shipped() -> None:
+    """A copy: operators take the role away by itself."""
+    copy = ROOT / "packaging" / "kolla" / "vchan" / "files" / SHIPPED.name
+    assert copy.read_bytes() == SHIPPED.read_bytes()

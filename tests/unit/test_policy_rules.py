@@ -680,7 +680,10 @@ def test_a_vm_that_may_be_forwarded_to_is_listened_to() -> None:
     ("line", "expected"),
     [
         ("forward,call any any allow", "on a line of its own"),
-        ("forward any nova/x allow", "expected a target: any, tcp:PORT or unix:/PATH"),
+        (
+            "forward any nova/x allow",
+            "expected a target: any, tcp:PORT, unix:/PATH or service:NAME",
+        ),
         ("forward any tcp: allow", "expected a target"),
         ("forward any tcp:1 conductor", "expected allow or deny"),
         ("forward any tcp:1 server:a allow", "expected allow or deny"),

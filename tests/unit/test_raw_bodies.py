@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rig.gates import OpenGate
-from tests.rig.older import OlderSession
+from tests.rig.older import older_session
 from tests.unit.oslo_site import VM, Site, made_site, om
-from vchan import aio, client
+from vchan import aio
 from vchan.client import Agent, Client, raw
 from vchan.errors import (
     BadBody,
@@ -35,7 +35,7 @@ from vchan.host.vm.upward import NO_RAW_TO_BROKER, Upward
 from vchan.io import local_socket
 from vchan.rpc import httpcall
 from vchan.rpc.arguments import raw_methods
-from vchan.rpc.bodies import decode_raw, encode_invocation, encode_raw
+from vchan.rpc.bodies import decode_raw, encode_invocation, encode_raw, mark_redelivered
 from vchan.rpc.in_flight import (
     NO_RAW,
     Answered,
@@ -49,9 +49,12 @@ from vchan.rpc.messages import (
     AGENT_GONE,
     CALL,
     FAILURE,
+    FANOUT,
     FINAL,
+    NOTIFICATION,
     RAW,
     RAW_REPLY,
+    REDELIVERED,
     REFUSED,
     BadMessage,
     Reply,
@@ -60,8 +63,9 @@ from vchan.rpc.messages import (
     decode,
     encode,
 )
-from vchan.session import MESSAGE_BYTES_MAX
+from vchan.session import MESSAGE_BYTES_MAX, Config, Session
 from vchan.testing import FakeGuest
+from vchan.wire.frames import PLAIN_PAYLOADS, RAW_BODIES, RAW_REQUESTS
 
 EVERY_BYTE = bytes(range(256))
 ID = b"i" * 16
@@ -73,6 +77,14 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.ran: list[str] = []
+        self.kept: list[bytes] = []
+
+    @raw
+    def keep(self, data: bytes, name: str = "") -> str:
+        """For casts: what it returns is nobody's."""
+        self.ran.append(f"keep {name}")
+        self.kept.append(data)
+        return name
 
     @raw
     def turn(self, data: bytes, times: int = 1) -> bytes:
@@ -112,6 +124,14 @@ class Stock:
 class AsyncEndpoint:
     """For asyncio."""
 
+    def __init__(self) -> None:
+        self.kept: list[bytes] = []
+
+    @raw
+    async def keep(self, data: bytes) -> None:
+        """For casts."""
+        self.kept.append(data)
+
     @raw
     async def turn(self, data: bytes, times: int = 1) -> bytes:
         """As above."""
@@ -124,9 +144,13 @@ class AsyncEndpoint:
 
 
 @contextmanager
-def running(path: str, topic: str, endpoint: object, workers: int = 0) -> Iterator[Agent]:
-    """An agent on a thread of its own."""
+def running(
+    path: str, topic: str, endpoint: object, workers: int = 0, *, older: int | None = None
+) -> Iterator[Agent]:
+    """An agent on a thread of its own; `older`: of a release that has these features."""
     agent = Agent(path, workers=workers, log=lambda _: None)
+    if older is not None:
+        agent._connection._session = of_a_release(agent._connection._session.config, older)
     agent.serve(topic, endpoint)
     thread = threading.Thread(target=agent.run)
     thread.start()
@@ -187,11 +211,14 @@ def test_an_agent_with_threads(site: Site) -> None:
 def test_asyncio_at_both_ends(site: Site) -> None:
     async def talk() -> None:
         agent = aio.Agent(f"{site.directory}/agent.sock", log=lambda _: None)
-        agent.serve("files", AsyncEndpoint())
+        endpoint = AsyncEndpoint()
+        agent.serve("files", endpoint)
         task = asyncio.create_task(agent.run())
         await asyncio.to_thread(site.wait_served, "files")
         async with aio.Client(site.host.path) as client:
+            await client.cast_raw("files", "keep", EVERY_BYTE, server=VM)
             assert await client.call_raw("files", "turn", EVERY_BYTE, server=VM) == EVERY_BYTE[::-1]
+            assert endpoint.kept == [EVERY_BYTE]
             with pytest.raises(Rejected, match="turn of topic files takes bytes: use call_raw"):
                 await client.call("files", "turn", server=VM)
             with pytest.raises(Rejected, match="plain of topic files takes JSON: use call"):
@@ -216,6 +243,47 @@ def test_out_of_a_guest_to_a_program_of_the_host(site: Site, endpoint: Endpoint)
         assert neighbour.call_raw("store", "turn", b"ab") == b"ba"  # from program to program
         with pytest.raises(Rejected, match="takes JSON"):
             client.call_raw("store", "plain")
+        client.cast_raw("store", "keep", b"\x00\xff", {"name": "a"})
+        assert client.call_raw("store", "turn", b"ab") == b"ba"  # behind it
+        assert endpoint.kept == [b"\x00\xff"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 200_000])
+def test_bytes_are_cast_into_a_guest(served: Client, endpoint: Endpoint, size: int) -> None:
+    data = (EVERY_BYTE * (size // 256 + 1))[:size]
+    served.cast_raw("files", "keep", data, {"name": "a"}, server=VM)
+    assert served.call_raw("files", "turn", b"ab", server=VM) == b"ba"  # behind it
+    assert endpoint.kept == [data] or pytest.fail("altered")
+    assert endpoint.ran == ["keep a", "turn"]
+
+
+def test_a_raw_cast_to_a_method_that_takes_json_does_not_run(
+    served: Client, endpoint: Endpoint
+) -> None:
+    served.cast_raw("files", "plain", b"x", server=VM)  # nobody hears of that: the log does
+    assert served.call("files", "plain", {"x": 2}, server=VM) == 2
+    assert endpoint.ran == ["plain"]
+
+
+def test_who_takes_raw_calls_alone_is_sent_no_raw_cast(site: Site, endpoint: Endpoint) -> None:
+    older = PLAIN_PAYLOADS | RAW_BODIES
+    with ExitStack() as stack:
+        path = f"{site.directory}/agent.sock"
+        stack.enter_context(running(path, "files", endpoint, older=older))
+        site.wait_served("files")
+        caller = stack.enter_context(Client(site.host.path))
+        assert caller.call_raw("files", "turn", b"ab", server=VM) == b"ba"
+        with pytest.raises(Rejected, match="takes raw calls, but no raw casts: upgrade its vchan"):
+            caller.cast_raw("files", "keep", b"x", server=VM)
+        assert caller.call_raw("files", "turn", b"ab", server=VM) == b"ba"
+        channel = site.host.channel
+        site.host.run(lambda: make_older(channel, older))
+        stack.enter_context(running(str(site.host.path), "store", endpoint))
+        inside = stack.enter_context(Client(f"{site.directory}/agent.sock"))
+        wait_for(lambda: inside.call("store", "plain", {"x": 1}) == 1)
+        with pytest.raises(Rejected, match="takes raw calls, but no raw casts: upgrade its vchan"):
+            inside.cast_raw("store", "keep", b"x")
+    assert endpoint.kept == []
 
 
 def test_what_nobody_serves(site: Site) -> None:
@@ -264,6 +332,10 @@ def test_the_daemons_own_methods_take_json(served: Client, site: Site) -> None:
         served.call_raw("vchan.guest", "ping", server=VM)
     with pytest.raises(Rejected, match=r"vchan\.host take JSON"):
         served.call_raw("vchan.host", "list", exchange="x")
+    with pytest.raises(Rejected, match=r"vchan\.guest take JSON"):
+        served.cast_raw("vchan.guest", "ping", server=VM)
+    with pytest.raises(Rejected, match=r"vchan\.host take JSON"):
+        served.cast_raw("vchan.host", "list", exchange="x")
 
 
 def test_an_oslo_caller_of_a_raw_method_is_refused(site: Site, served: Client) -> None:
@@ -328,10 +400,20 @@ def test_an_older_host_is_named(site: Site) -> None:
             client.call_raw("store", "turn", b"x")
 
 
-def make_older(channel: Any) -> None:
+def of_a_release(config: Config, features: int) -> Session:
+    """A session of one that had these; without any, its frames are small, too."""
+
+    def entropy(size: int) -> bytes:
+        return b"n" * size
+
+    if not features:
+        return older_session(config, entropy)
+    return Session(config._replace(features=features), entropy)
+
+
+def make_older(channel: Any, features: int = 0) -> None:
     """The next session of a channel is of an older release."""
-    session = channel._session
-    channel._session = OlderSession(session.config, lambda size: b"n" * size)
+    channel._session = of_a_release(channel._session.config, features)
     channel._link._fail("the daemon was replaced by an older one")
 
 
@@ -339,7 +421,7 @@ def test_an_older_daemon_says_so_at_once(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     site.host.down()
-    monkeypatch.setattr(local_socket, "Session", OlderSession)
+    monkeypatch.setattr(local_socket, "Session", older_session)
     site.host.up()
     with Client(site.host.path) as client:
         with pytest.raises(Rejected, match=r"host\.sock: .* takes no raw bodies: upgrade vchan"):
@@ -348,12 +430,11 @@ def test_an_older_daemon_says_so_at_once(
             Client(tmp_path / "none")
 
 
-def test_an_older_agent_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched, ExitStack() as stack:
-        patched.setattr(client, "Session", OlderSession)
-        stack.enter_context(running(f"{site.directory}/agent.sock", "files", Endpoint()))
+def test_an_older_agent_is_named(site: Site) -> None:
+    with ExitStack() as stack:
+        path = f"{site.directory}/agent.sock"
+        stack.enter_context(running(path, "files", Endpoint(), older=0))
         site.wait_served("files")
-        patched.undo()
         caller = stack.enter_context(Client(site.host.path))
         with pytest.raises(Rejected, match="the agent that serves this topic takes no raw bodies"):
             caller.call_raw("files", "turn", b"x", server=VM)
@@ -372,8 +453,8 @@ def test_a_raw_body_is_read_as_it_was_written(invocation: bytes, data: bytes) ->
 
 
 def test_which_methods_are_raw() -> None:
-    assert raw_methods(Endpoint()) == {"turn", "give", "wrong", "fail"}
-    assert raw_methods(AsyncEndpoint()) == {"turn"}
+    assert raw_methods(Endpoint()) == {"keep", "turn", "give", "wrong", "fail"}
+    assert raw_methods(AsyncEndpoint()) == {"keep", "turn"}
     assert raw_methods(object()) == frozenset()
 
     class Static:
@@ -390,10 +471,12 @@ def test_which_methods_are_raw() -> None:
     assert raw_methods(Static()) == {"above", "below"}
 
 
-def test_only_a_call_may_be_raw() -> None:
+def test_only_a_call_or_a_cast_to_one_may_be_raw() -> None:
     request = Request(ID, RAW | CALL, 0, 0, "e", "t", "", encode_raw(b"{}", b""))
-    assert decode(encode(request)) == request
-    for flags in (RAW, RAW | 2, RAW | 4 | 8):
+    for flags in (RAW | CALL, RAW, RAW | REDELIVERED):
+        asked = request._replace(flags=flags)
+        assert decode(encode(asked)) == asked
+    for flags in (RAW | FANOUT, RAW | NOTIFICATION | REDELIVERED):
         assert isinstance(decode(encode(request._replace(flags=flags))), BadMessage)
 
 
@@ -408,7 +491,8 @@ class Line:
         self.to_requester: list[Any] = []
         self.requester = Requester(lambda data, _: self.to_responder.append(decode(data)))
         self.responder = Responder(lambda data, _: self.to_requester.append(decode(data)))
-        self.requester.opened(0.0, no_raw=no_raw)
+        takes_raw = 0 if no_raw else RAW_REQUESTS
+        self.requester.opened(0.0, takes_raw=takes_raw, no_raw=no_raw)
 
     def submit(self, flags: int) -> None:
         self.requester.submit(Request(ID, flags, 0, 0, "e", "t", "", b"body"), 0.0)
@@ -443,12 +527,31 @@ def test_an_answer_of_the_wrong_kind_is_a_failure(asked: int, answered: int) -> 
     assert json.loads(outcome.body)["class"] == "BadReply"
 
 
+def test_a_raw_cast_that_may_have_run_says_so_in_its_json() -> None:
+    body = encode_raw(encode_invocation("keep", {"name": "a"}, context={"user": "u"}), EVERY_BYTE)
+    invocation, data = decode_raw(mark_redelivered(body, is_raw=True))
+    assert json.loads(invocation)["context"] == {"user": "u", "vchan_redelivered": True}
+    assert data == EVERY_BYTE
+    assert mark_redelivered(b"\0\0", is_raw=True) == b"\0\0"
+
+
 def test_a_peer_that_takes_none_is_sent_none() -> None:
     line = Line(no_raw="upgrade it")
     with pytest.raises(Rejected, match="upgrade it"):
         line.submit(RAW | CALL)
     assert (line.to_responder, len(line.requester)) == ([], 0)
+    with pytest.raises(Rejected, match="upgrade it"):
+        line.submit(RAW)
     line.submit(CALL)
+    assert len(line.to_responder) == 1
+
+
+def test_a_peer_that_takes_raw_calls_alone_is_sent_no_raw_cast() -> None:
+    line = Line()
+    line.requester.opened(0.0, takes_raw=RAW_BODIES)
+    with pytest.raises(Rejected, match="no raw casts"):
+        line.submit(RAW)
+    line.submit(RAW | CALL)
     assert len(line.to_responder) == 1
 
 
@@ -552,6 +655,22 @@ def test_a_raw_request_does_not_go_over_the_broker() -> None:
     assert upward.open_requests == 0
 
 
+def test_a_raw_cast_does_not_go_over_the_broker_either() -> None:
+    said: list[Any] = []
+    upward = Upward(
+        VM,
+        lambda data, _: said.append(decode(data)),
+        NoBroker(),
+        Recorded(),
+        lambda *_: None,
+        "here",
+    )
+    upward.opened(resumed=False, now_s=0.0)
+    upward.receive(raw_request(encode_invocation("keep", {}), flags=RAW), 100.0)
+    upward.handle_timeout(200.0)
+    assert said == [Returned(ID, REFUSED, NO_RAW_TO_BROKER)]
+
+
 # ---------------------------------------------------------------- tests of agents
 
 
@@ -564,6 +683,10 @@ def test_a_fake_guest_carries_raw_bodies(endpoint: Endpoint) -> None:
             guest.call("files", "turn")
         assert agent.call_raw("store", "turn", b"ab", {"times": 2}) == b"ab"
         assert guest.sent[-1].data == b"ab"
+        guest.cast_raw("files", "keep", b"cd")
+        assert endpoint.kept == [b"cd"]
+        agent.cast_raw("store", "keep", b"ef")
+        assert (guest.sent[-1].kind, guest.sent[-1].data) == ("cast", b"ef")
         with pytest.raises(Rejected, match="takes JSON"):
             agent.call_raw("store", "plain", b"ab")
         with pytest.raises(Rejected, match="takes bytes"):

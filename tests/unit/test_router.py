@@ -29,6 +29,7 @@ from vchan.rpc.messages import (
     FINAL,
     GUEST_TOPIC,
     IDS_MAX,
+    IN_PLACE,
     LOCAL,
     NO_AGENT,
     OUT_OF_TURN,
@@ -759,9 +760,22 @@ def test_a_daemon_older_than_a_calls_whole_time_was_there_when_it_was_made() -> 
     rig.wait(RESTART_GRACE_S)
     rig.wait(5.0 + DOUBT_MARGIN_S)
     rig.ask(call(1, flags=CALL | AGAIN, timeout_ms=5000))
-    rig.ask(call(2, flags=CALL | AGAIN, timeout_ms=10_000))
+    rig.ask(call(2, flags=CALL | AGAIN, timeout_ms=20_000))
     rig.ask(call(3, flags=CALL | AGAIN | OUT_OF_TURN, timeout_ms=1))  # it had more
     assert rig.ids(1) == [1]
+
+
+def test_what_is_late_and_in_its_place_is_behind_the_first_fresh_request() -> None:
+    """Its place says that the daemon has been there; the time it has left says nothing."""
+    rig = Rig(grace=True)
+    rig.attach(1, A)
+    rig.wait(RESTART_GRACE_S + 1.0 + DOUBT_MARGIN_S)
+    late = CALL | AGAIN | OUT_OF_TURN | IN_PLACE
+    rig.ask(call(1, flags=late, timeout_ms=1))
+    rig.ask(call(2))
+    rig.ask(call(3, flags=late, timeout_ms=MINUTE_MS))
+    rig.ask(call(4, flags=late & ~IN_PLACE))
+    assert rig.ids(1) == [2, 3]
 
 
 def test_what_an_agent_holds_is_not_in_doubt() -> None:
@@ -772,6 +786,24 @@ def test_what_an_agent_holds_is_not_in_doubt() -> None:
     rig.say(1, Subscribe((A,)))
     call_, cast_ = [said for said in rig.given(1) if isinstance(said, Request)]
     assert (call_.id, is_marked(cast_)) == (identity(1), False)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_cast_stays_in_doubt_until_somebody_has_taken_it(is_held: bool) -> None:
+    """Who was given it may die before: its next agent is told so, too, and one that held it has
+    perhaps run it."""
+    rig = Rig(grace=True)
+    rig.attach(1, A, holding=(1,) if is_held else ())
+    rig.ask(cast(1, flags=AGAIN, body=BODY))
+    rig.wait(RESTART_GRACE_S)
+    (request,) = [said for said in rig.given(1) if isinstance(said, Request)]
+    assert is_marked(request) is not is_held
+    rig.detach(1)
+    rig.attach(2, A)
+    (request,) = rig.given(2)
+    assert is_marked(request)
+    rig.say(2, Receipt(identity(1)))
+    assert rig.router._doubtful == {}
 
 
 def charges(rig: Rig, key: int) -> Any:

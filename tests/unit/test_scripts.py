@@ -1,4 +1,4 @@
-"""scripts/install-deps and scripts/setup, with programs of ours in place of apt and pip."""
+"""scripts/install-deps, scripts/setup and scripts/test, with our programs in place of theirs."""
 
 from __future__ import annotations
 
@@ -128,3 +128,67 @@ def test_what_is_no_option(run: Run, script: str) -> None:
     done = subprocess.run([ROOT / "scripts" / script, "--dem"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: scripts/")
+
+
+# --- scripts/test
+
+
+@pytest.fixture
+def checks(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """scripts/test --quick where every check says its name, and those that are named fail."""
+    for directory in ("scripts", "venv/bin"):
+        (tmp_path / directory).mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
+    for name in ("cloud", "demo", "install-deps", "package", "release", "test-oldest", "world"):
+        (tmp_path / "scripts" / name).touch()
+    for name in ("ssh", "scp"):
+        (tmp_path / "tests" / "cloud" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests" / "cloud" / "bin" / name).touch()
+    programs = [f"venv/bin/{name}" for name in ("ruff", "mypy", "lint-imports", "pytest")]
+
+    def run(*failing: str) -> subprocess.CompletedProcess[str]:
+        for name in [*programs, "scripts/setup", "scripts/docs"]:
+            short = name.rpartition("/")[2]
+            path = tmp_path / name
+            text = f'echo "{short} speaks" >&2\nexit {3 if short in failing else 0}\n'
+            path.write_text(f"#!/bin/sh\n{text}")
+            path.chmod(0o755)
+        return subprocess.run(
+            ["bash", tmp_path / "scripts" / "test", "--quick"],
+            env=os.environ | {"VCHAN_VENV": str(tmp_path / "venv")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+
+    return run
+
+
+STEPS = ("setup", "format", "lint", "types", "documents", "imports", "shell scripts")
+
+
+def test_each_step_says_how_long_it_took(
+    checks: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = checks()
+    assert done.returncode == 0, done.stdout
+    said, _, summary = done.stdout.partition("== took\n")
+    for step in STEPS:
+        assert f"== {step}\n" in said
+        assert f" s  {step}\n" in summary
+    for program in ("mypy", "docs", "lint-imports", "pytest"):
+        assert f"{program} speaks" in said
+    assert "in all" in summary
+
+
+@pytest.mark.parametrize("failing", ["ruff", "mypy", "docs", "lint-imports", "pytest"])
+def test_a_check_that_fails_fails_the_whole(
+    checks: Callable[..., subprocess.CompletedProcess[str]], failing: str
+) -> None:
+    done = checks(failing)
+    assert done.returncode == 3
+    assert f"{failing} speaks" in done.stdout
+    assert ("pytest speaks" in done.stdout) is (failing == "pytest")  # what is quick comes first
+    assert "in all" in done.stdout

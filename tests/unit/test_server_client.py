@@ -31,6 +31,7 @@ from vchan.errors import (
     RemoteError,
 )
 from vchan.io import local_socket as server_module
+from vchan.io import streams
 from vchan.io.access import Credentials
 from vchan.io.link import Link
 from vchan.io.local_socket import LocalServer
@@ -80,7 +81,7 @@ def test_a_call_is_answered(client: Client) -> None:
         ("agent", "gone", "vm", AgentGone, "went away"),
         ("agent", "move", "vm", AgentGone, "migrated"),
         ("agent", "nonsense", "vm", RemoteError, "not JSON"),
-        ("other", "echo", "vm", NoSuchAgent, "no agent serves topic other"),
+        ("other", "echo", "vm", NoSuchAgent, "no agent serves topic openstack/other"),
         ("agent", "echo", "nobody", NoSuchDomain, "'nobody': this host has no such domain"),
         ("agent", "echo", "off", Rejected, "vchan attach off"),
         ("vchan.host", "dance", "", RemoteError, "NoSuchMethod: .*no method 'dance'"),
@@ -261,7 +262,8 @@ def test_no_descriptor_left(
     host: LocalHost, client: Client, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The daemon goes on, and accepts who waits when it can."""
-    listener = host.server._server
+    acceptor = host.server._acceptor
+    listener = acceptor._listener
 
     class Exhausted:
         def accept(self) -> None:
@@ -271,12 +273,12 @@ def test_no_descriptor_left(
             return listener.fileno()
 
     client.call("vchan.host", "list")
-    monkeypatch.setattr(server_module, "ACCEPT_RETRY_S", 0.05)
-    host.server._server = Exhausted()  # type: ignore[assignment]
+    monkeypatch.setattr(streams, "ACCEPT_RETRY_S", 0.05)
+    acceptor._listener = Exhausted()  # type: ignore[assignment]
     other = connect_unix(str(path))
     wait(lambda: any("cannot accept" in line for line in host.log))
     assert client.call("agent", "echo", server="vm") == {}
-    host.server._server = listener
+    acceptor._listener = listener
     with Client(str(path)) as late:
         assert late.call("agent", "echo", server="vm") == {}
     other.close()
@@ -340,8 +342,8 @@ class Recorder:
     def peer_message(self, key: int, data: bytes) -> None:
         self.told.append(data.decode())
 
-    def peer_closed(self, key: int) -> None:
-        self.told.append("closed")
+    def peer_closed(self, key: int, *, is_gone: bool) -> None:
+        self.told.append("gone" if is_gone else "closed")
 
 
 def test_a_peer_that_greets_again_is_the_same_peer(path: Path) -> None:
@@ -366,7 +368,28 @@ def test_a_peer_that_greets_again_is_the_same_peer(path: Path) -> None:
         assert [event.resumed for event in events if isinstance(event, Opened)] == [False, True]
         assert peers.told == ["opened", "said"]
         link.close()
-        while "closed" not in peers.told:
+        while "gone" not in peers.told:
             loop.run_once(1.0)
         server.close()
     assert not path.exists()
+
+
+def test_a_daemon_is_told_whether_a_peer_is_gone_or_was_sent_away(path: Path) -> None:
+    peers = Recorder()
+    with Loop() as loop:
+        server = LocalServer(
+            loop, str(path), 0o660, os.urandom(16), "daemon", peers, lambda _: None
+        )
+        links = []
+        for count in (1, 2):
+            session = Session(Config(Role.GUEST, os.urandom(16), "agent"), os.urandom)
+            stream = connect_unix(str(path))
+            links.append(Link(loop, session, stream, lambda _: None, lambda _: None))
+            while peers.told.count("opened") < count:
+                loop.run_once(1.0)
+        links[0].close()
+        while "gone" not in peers.told:
+            loop.run_once(1.0)
+        server.close()
+        assert peers.told == ["opened", "opened", "gone", "closed"]
+        links[1].close()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.rig import wait_until
 from tests.rig.hosting import HostEnd
+from tests.rig.stand_in import StandIn
 from tests.unit.cable import Cable
 from vchan.errors import LinkError, PortAbsent, PortBusy
 from vchan.guest.daemon import Daemon, Options
@@ -210,8 +211,9 @@ def test_only_an_absence_that_lasts_ends_it(
             raise problem
 
     monkeypatch.setattr(daemon, "_opener", opener)
-    monkeypatch.setattr(daemon.loop, "time", lambda: now_s)
-    monkeypatch.setattr(daemon.loop, "stop", lambda: stopped.append(now_s))
+    loop = daemon.loop
+    told = StandIn(loop, time=lambda: now_s, stop=lambda: stopped.append(now_s))
+    monkeypatch.setattr(daemon, "loop", told)
 
     absent, busy = PortAbsent("port", "absent"), PortBusy("port", "busy")
     story = [(0, absent), (9, absent), (9.5, None), (11, absent), (20, absent), (20.5, busy)]
@@ -221,4 +223,4 @@ def test_only_an_absence_that_lasts_ends_it(
             daemon._open_port()
     assert stopped == [32]
     daemon._server.close()
-    daemon.loop.close()
+    loop.close()

@@ -25,6 +25,7 @@ from tests.unit.pair import (
 )
 from vchan.errors import LimitExceeded
 from vchan.session import (
+    ASK_TICK_S,
     BACKLOG_BYTES_MAX,
     CONTROL,
     MESSAGE_BYTES_MAX,
@@ -47,9 +48,11 @@ from vchan.session import (
     Violation,
 )
 from vchan.session import session as session_module
+from vchan.session.contract import ACK_DELAY_S, COUNTED
 from vchan.session.liveness import PROBE_S, REGREET_PINGS
+from vchan.session.receiver import PART_BYTES_MIN
 from vchan.session.sender import REWIND_S
-from vchan.session.session import ACK_DELAY_S, REGREET_S, Cause
+from vchan.session.session import REGREET_S, Cause
 from vchan.wire import layout
 from vchan.wire.frames import (
     FLUSH,
@@ -120,13 +123,31 @@ def test_two_ends_open_a_session() -> None:
     assert host.counters.sessions == guest.counters.sessions == 1
 
 
-def test_a_stream_opens_with_a_flush_and_a_hello() -> None:
+def test_a_stream_opens_with_a_hello_and_a_flush() -> None:
     host = make_session(Role.HOST)
     host.open(0.0)
     data = host.data_to_send()
-    assert data.startswith(FLUSH)
-    assert kinds(data, host) == ["HELLO"]
+    assert data.endswith(FLUSH)
+    assert kinds(data.removesuffix(FLUSH), host) == ["HELLO"]
     assert host.data_to_send() == b""
+
+
+@pytest.mark.parametrize("of_it", [1, 30, 60, 5_000, FRAME_BYTES_MAX - 1])
+@pytest.mark.parametrize("piece", [64, 4096, 1 << 20])
+def test_a_hello_behind_a_half_frame_is_heard_once_the_flush_has_come(
+    of_it: int, piece: int
+) -> None:
+    """As of a host that the guest has left, in the middle of what it wrote."""
+    pair = Pair().connect()
+    pair.host.session.send(bytes(FRAME_BYTES_MAX - OVERHEAD_BYTES), 1)
+    torn = pair.host.session.data_to_send()[:of_it]
+    assert len(torn) == of_it
+    another = make_session(Role.HOST)
+    another.open(0.0)
+    data = torn + another.data_to_send()
+    for at in range(0, len(data), piece):
+        pair.guest.session.receive_data(data[at : at + piece], pair.now_s)
+    assert "WELCOME" in kinds(pair.guest.session.data_to_send(), pair.guest.session)
 
 
 @pytest.mark.parametrize("first", [Role.HOST, Role.GUEST])
@@ -231,7 +252,7 @@ def test_the_next_hello_replaces_a_lost_confirmation() -> None:
 def test_a_duplicate_hello_gets_the_same_answer() -> None:
     pair = Pair()
     pair.open()
-    hello = pair.write(pair.guest)[len(FLUSH) :]
+    hello = pair.write(pair.guest).removesuffix(FLUSH)
     pair.deliver(pair.host)
     first = greetings_in(pair.write(pair.host))[-1]
     hand(pair, pair.host, hello)
@@ -596,6 +617,34 @@ def test_a_session_forgets_the_candidate_key_once_a_key_is_in_force() -> None:
     replug(pair, pair.guest)
     pair.settle()
     assert pair.host.session._decoder.candidate is None
+
+
+def test_both_ends_decide_alike_of_what_was_sent_behind_a_hello_that_waits() -> None:
+    """The guest, which hears nothing, asks with a HELLO and sends on; the host hears all of that
+    but the HELLO, and greets anew. One of them once went on, and the other began anew."""
+    pair = connected()
+    guest = pair.guest.session
+    guest.send(b"0")
+    while guest._handshake.hello is None:
+        pair.write(pair.guest)
+        pair.deliver(pair.host)
+        lose(pair, pair.host)
+        pair.advance(1.0, settle=False)
+    lose(pair, pair.guest)
+    for n in range(1, 4):
+        guest.send(b"%d" % n)
+        pair.write(pair.guest)
+        pair.deliver(pair.host)
+    lose(pair, pair.host)
+    assert guest._handshake.hello is not None, "it has heard something"
+    assert len(pair.host.received()) == 4
+    replug(pair, pair.host)
+    pair.settle()
+    assert opened(pair.host.events) == opened(pair.guest.events)
+    assert pair.host.session.counters.violations == pair.guest.session.counters.violations == 0
+    guest.send(b"after")
+    pair.settle()
+    assert pair.host.received()[-1] == b"after"
 
 
 def test_messages_are_taken_while_there_is_no_stream() -> None:
@@ -1122,7 +1171,28 @@ def test_tiny_fragments_cost_the_sender_more_than_the_receiver() -> None:
     for _ in range(1000):
         hand(pair, pair.host, sealed(host, DATA, flags=0, payload=b"xx"))
     (partial,) = host._receiver._partials.values()
-    assert partial.data.__sizeof__() < 2 * 2002 + 100
+    held = [*partial._parts, partial._small]
+    assert sum(part.__sizeof__() for part in held) < 2 * 2002 + 100
+
+
+@pytest.mark.parametrize("small", [1, PART_BYTES_MIN - 1])
+def test_small_fragments_between_large_ones_are_few_objects(small: int) -> None:
+    """Whatever their order, each object holds as much as a large fragment, or stands beside one."""
+    pair = connected()
+    host = pair.host.session
+    sizes = [PART_BYTES_MIN, small, small, small, PART_BYTES_MIN, 2000, small, small]
+    message = b"".join(bytes([n]) * size for n, size in enumerate(sizes))
+    at, flags = 0, 1
+    for size in sizes:
+        payload = message[at : at + size]
+        total = len(message) + 1
+        hand(pair, pair.host, sealed(host, DATA, flags=flags, total=total, payload=payload))
+        at, flags = at + size, 0
+    (partial,) = host._receiver._partials.values()
+    assert partial.received == len(message)
+    assert len(partial._parts) <= 2 * sum(size >= PART_BYTES_MIN for size in sizes)
+    hand(pair, pair.host, sealed(host, DATA, flags=2, payload=b"."))
+    assert pair.host.received() == [message + b"."]
 
 
 # ---------------------------------------------------------------- credit
@@ -1294,6 +1364,75 @@ def test_an_idle_session_sends_pings() -> None:
         assert end.of(Silent) == []
 
 
+def asking_host() -> Pair:
+    """A host that asks idle guests together, connected."""
+    host = make_session(Role.HOST, ask_tick_s=ASK_TICK_S, silence_s=4.0)
+    pair = Pair(host, make_session(Role.GUEST), now_s=1000.1).connect()
+    pair.forget_events()
+    return pair
+
+
+def test_a_host_asks_idle_guests_at_common_times_and_before_they_would_ask() -> None:
+    pair = asking_host()
+    host, asked_s = pair.host.session, list[float]()
+    for _ in range(40):
+        before = host.counters.pings_sent
+        pair.advance(1.5)
+        if host.counters.pings_sent > before:
+            heard_s = host._liveness.heard_s
+            assert heard_s % ASK_TICK_S == 0
+            asked_s.append(heard_s)
+    gaps = [later - earlier for earlier, later in pairwise(asked_s)]
+    assert len(gaps) > 10 and all(PING_IDLE_S - 2 * ASK_TICK_S <= gap < PING_IDLE_S for gap in gaps)
+    assert pair.guest.session.counters.pings_sent == 0
+
+
+@pytest.mark.parametrize("later_s", [0.0, 0.01, 0.13, 0.249, 2.0])
+def test_a_host_that_asks_at_common_times_tells_silence_no_later(later_s: float) -> None:
+    pair = asking_host()
+    pair.advance(later_s)
+    pair.guest.session.send(b"last words")
+    pair.settle()
+    heard_s = pair.now_s
+    while not pair.host.of(Silent):
+        at_s = pair.host.session.next_timeout()
+        assert at_s is not None and at_s >= pair.now_s
+        pair.now_s = at_s
+        pair.host.events += pair.host.session.handle_timeout(at_s)
+        pair.host.session.data_to_send()
+    assert 4.0 < pair.now_s - heard_s <= PING_IDLE_S + 4.0
+    assert pair.host.of(Silent)[0].for_s == pytest.approx(pair.now_s - heard_s)
+
+
+def test_who_waits_for_an_acknowledgement_is_asked_at_once_not_at_a_tick() -> None:
+    pair = asking_host()
+    pair.host.session.send(b"lost")
+    pair.host.session.data_to_send()
+    pair.advance(2 * PROBE_S + 0.01, settle=False)
+    assert pair.host.session.counters.pings_sent == 1
+    pair.settle()
+    assert pair.guest.received() == [b"lost"]
+
+
+def test_an_acknowledgement_may_wait_longer_on_a_channel() -> None:
+    pair = connected(ack_delay_s=0.25)
+    pair.guest.session.send(b"telling")
+    pair.settle()
+    assert pair.host.session.next_timeout() == pytest.approx(pair.now_s + 0.25)
+    pair.advance(0.26)
+    assert pair.guest.session.unacknowledged == 0
+    assert pair.guest.session.counters.pings_sent == 0
+
+
+def test_one_that_may_send_no_more_does_not_wait_for_its_acknowledgement() -> None:
+    """However long they may wait: a window is shorter than what may be in flight."""
+    pair = connected(ack_delay_s=1000.0)
+    for _ in range(64):
+        pair.guest.session.send(bytes(16 * 1024))
+    pair.settle()
+    assert len(pair.host.received()) == 64
+
+
 def test_the_first_message_after_a_silence_is_not_probed_at_once() -> None:
     """send() is not told the time: the last time it knows is long ago."""
     pair = connected()
@@ -1450,7 +1589,7 @@ def test_the_counters_count_what_their_names_say() -> None:
     counts = pair.host.session.counters.as_dict()
     assert counts["messages_sent"] == 1 and counts["sessions"] == 1
     assert pair.guest.session.counters.as_dict()["messages_received"] == 1
-    assert set(counts) == set(pair.host.session.counters.__slots__)
+    assert set(counts) == set(COUNTED)
 
 
 def test_a_config_is_what_the_session_says_of_itself() -> None:

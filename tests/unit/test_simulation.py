@@ -6,12 +6,14 @@ More: `python -m tests.simulate --seeds 10000`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 
 from tests.simulate import SCENARIOS, simulate
-from tests.simulate.exempt import ASKED_AGAIN, OVERTAKEN, RAN_AGAIN
-from tests.simulate.run import Run
+from tests.simulate.exempt import ASKED_AGAIN, OVERTAKEN, RAN_AGAIN, TOLD_AGAIN
+from tests.simulate.run import OWNED_EVERY, Result, Run
+from tests.simulate.scenarios import broker_is_cut_again_and_again
 
 SEEDS = 200
 
@@ -34,10 +36,16 @@ KEPT = {
 }
 
 
+@cache
+def run(seed: int, scenario: Callable[[Run], None] | None = None) -> Result:
+    """Once in a process: a seed is a run."""
+    return simulate(seed, scenario=scenario)
+
+
 @pytest.mark.parametrize("first", range(0, SEEDS, 20))
 def test_promises_are_kept(first: int) -> None:
     for seed in range(first, first + 20):
-        result = simulate(seed)
+        result = run(seed)
         assert result.failure is None, _story(seed, result.failure, result.trace)
 
 
@@ -50,18 +58,17 @@ def test_what_once_broke_a_promise(seed: int) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenarios(scenario: Callable[[Run], None]) -> None:
     for seed in range(8):
-        result = simulate(seed, scenario=scenario)
+        result = run(seed, scenario)
         assert result.failure is None, _story(seed, result.failure, result.trace)
 
 
 def test_a_seed_is_a_run() -> None:
-    first, second = simulate(7), simulate(7)
-    assert first == second
+    assert run(7) == simulate(7)
 
 
 def test_the_simulation_gets_somewhere() -> None:
     """What is never reached proves nothing."""
-    stats = sum((simulate(seed).stats for seed in range(120)), start=simulate(120).stats)
+    stats = sum((run(seed).stats for seed in range(120)), start=run(120).stats.copy())
     for what in (
         "migrations",
         "migrations failed",
@@ -92,15 +99,29 @@ def test_the_simulation_gets_somewhere() -> None:
         "EXEMPT " + RAN_AGAIN,
         "EXEMPT " + ASKED_AGAIN,
         "EXEMPT " + OVERTAKEN,
+        "EXEMPT " + TOLD_AGAIN,
         "broker in trouble",
         "confirms that came late",
         "ids that had to be forgotten",
         "lies",
         "pairs of ends compared",
         "pauses",
+        "reports: heard, agents",
+        "reports: heard, facts",
+        "reports: heard, phase",
+        "reports: noted, known",
+        "reports: noted, new",
         "violations",
     ):
         assert stats[what] > 0, what
+
+
+def test_a_topics_own_queue_is_busy_as_long_as_the_broker_takes_its_last_holder_for_alive() -> None:
+    """One run of seven in which VMs have such a queue gets there by chance: few of the first ones
+    do. Those whose broker is cut often get there nearly all."""
+    owning = [seed for seed in range(8) if seed % OWNED_EVERY == 1]
+    stats = [run(seed, broker_is_cut_again_and_again).stats for seed in owning]
+    assert sum(each["topics' own queues that were busy"] for each in stats) > 0
 
 
 def _story(seed: int, failure: str | None, trace: list[str]) -> str:

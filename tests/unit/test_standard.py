@@ -35,6 +35,7 @@ from vchan.agents.standard.permissions import (
     Exec,
     FilePermissions,
     Rules,
+    Shell,
     matches,
     parse_rules,
     path_problem,
@@ -87,6 +88,12 @@ environment = ["LANG", "MY_*"]
 directories = ["/srv/**"]
 time_s_max = 5
 output_bytes_max = "64K"
+users = ["web"]
+detached_s = 60
+[shell]
+command = ["/bin/bash", "-l"]
+users = ["root", "web"]
+detached_s = 30
 [read]
 allow = ["/var/log/**"]
 bytes_max = "1M"
@@ -101,7 +108,8 @@ def test_everything_the_rules_can_say() -> None:
         "file",
         False,
         True,
-        Exec(("/usr/bin/*",), ("LANG", "MY_*"), ("/srv/**",), 5.0, 65536),
+        Exec(("/usr/bin/*",), ("LANG", "MY_*"), ("/srv/**",), 5.0, 65536, ("web",), 60.0),
+        Shell(("/bin/bash", "-l"), ("root", "web"), 30.0),
         FilePermissions(("/var/log/**",), 1 << 20),
         FilePermissions(("/srv/incoming/*",), 1000),
     )
@@ -113,6 +121,7 @@ def test_without_a_file_nothing_but_ping_is_allowed(directory: Path) -> None:
             "ping": True,
             "facts": False,
             "exec": False,
+            "shell": False,
             "read": False,
             "write": False,
         }
@@ -122,8 +131,10 @@ def test_without_a_file_nothing_but_ping_is_allowed(directory: Path) -> None:
     ("text", "expected"),
     [
         ("ping = 1", "ping: 1: expected true or false"),
-        ("fact = true", "fact: no such key; expected one of exec, read, write, ping, facts"),
+        ("fact = true", "fact: no such key; expected one of exec, shell, read, write, ping"),
         ("exec = true", "exec: True: expected a table"),
+        ("[shell]\ncommand = []", "shell: command: []: expected the program's absolute path"),
+        ('[shell]\ncommand = ["bash"]', "expected the program's absolute path"),
         ('[exec]\nallow = "/bin/ls"', "exec: allow: '/bin/ls': expected a list of texts"),
         ('[exec]\nallow = ["ls"]', "exec: allow: ['ls']: expected patterns of absolute paths"),
         ('[read]\nallow = ["/a/../b"]', "'/a/../b' has an empty part, or . or .. in it"),
@@ -568,15 +579,23 @@ def test_output_is_bounded(directory: Path) -> None:
     programs.close()
 
 
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_time_is_bounded(programs: Programs, stubborn: bool, monkeypatch: Any) -> None:
+def test_time_is_bounded(programs: Programs, monkeypatch: Any) -> None:
+    monkeypatch.setattr(runs, "GRACE_S", WAIT_S)  # however slowly it heeds that
+    key = programs.start("sleep 1000 & wait; sleep 1000", timeout_s=0.1)
+    last = programs.finish(key)[2]
+    assert (last["timed_out"], last["signal"]) == (True, signal.SIGTERM)
+
+
+def test_who_does_not_heed_the_end_of_its_time_is_killed(
+    programs: Programs, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(runs, "GRACE_S", 0.1)
-    trap = "trap '' TERM; " if stubborn else ""
-    key = programs.start(f"{trap}echo up; sleep 1000 & wait; sleep 1000", timeout_s=0.3)
+    key = programs.start("trap '' TERM; echo up; sleep 1000 & wait; sleep 1000")
+    programs.runs.read(key, 0, 0, runs.WAIT_S_MAX)  # from here on it does not heed it
+    programs.in_loop(partial(programs.runs._time_is_over, programs.runs._find(key)))
     out, _, last = programs.finish(key)
     assert out == b"up\n"
-    assert last["timed_out"]
-    assert last["signal"] == (signal.SIGKILL if stubborn else signal.SIGTERM)
+    assert (last["timed_out"], last["signal"]) == (True, signal.SIGKILL)
 
 
 def test_a_program_is_ended_with_all_that_it_started(programs: Programs) -> None:

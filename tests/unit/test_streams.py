@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
+import random
 import socket
 import stat
 import subprocess
@@ -11,12 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from vchan.errors import LinkError, NotAPort, PortAbsent, PortBusy, PortDenied
 from vchan.io import streams
-from vchan.io.streams import connect_unix, listen_unix, open_port
+from vchan.io.loop import Loop
+from vchan.io.streams import Acceptor, connect_unix, listen_unix, open_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +107,63 @@ def test_a_path_that_is_too_long(directory: Path) -> None:
         one_line(caught.value, path)
 
 
+# --- accepting
+
+
+def test_who_comes_waits_until_there_is_room(directory: Path) -> None:
+    path = str(directory / "s")
+    taken: list[socket.socket] = []
+    rooms = [0]
+    with Loop() as loop:
+        acceptor = Acceptor(
+            loop,
+            listen_unix(path, 0o660),
+            lambda connected, _: taken.append(connected),
+            has_room=lambda: len(taken) < rooms[0],
+        )
+        clients = [connect_unix(path), connect_unix(path)]
+        for rooms[0] in (1, 2):
+            acceptor.resume()
+            acceptor.resume()
+            while len(taken) < rooms[0]:
+                loop.run_once(10)
+            loop.run_once(0)  # one more waits, or none
+            assert len(taken) == rooms[0]
+        acceptor.close()
+        acceptor.resume()
+        loop.run_once(0)
+        for client in clients:
+            client.close()
+        for each in taken:
+            each.close()
+
+
+def test_a_connection_that_is_gone_again_costs_no_wait(directory: Path) -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.bound = listen_unix(str(directory / "s"), 0o660)
+            self.fileno, self.close = self.bound.fileno, self.bound.close
+            self.errors = [ConnectionAbortedError(), BlockingIOError()]
+
+        def accept(self) -> tuple[socket.socket, object]:
+            if self.errors:
+                raise self.errors.pop()
+            return self.bound.accept()
+
+    taken: list[socket.socket] = []
+    failures: list[str] = []
+    with Loop() as loop:
+        acceptor = Acceptor(loop, Listener(), lambda each, _: taken.append(each), failures.append)
+        acceptor.resume()
+        client = connect_unix(str(directory / "s"))
+        for _ in range(3):
+            loop.run_once(10)
+        assert taken and not failures
+        acceptor.close()
+        client.close()
+        taken[0].close()
+
+
 # --- listening
 
 
@@ -178,6 +239,89 @@ def test_a_port_that_is_no_port(directory: Path, kind: str) -> None:
     with pytest.raises(NotAPort, match="is no character device") as caught:
         open_port(str(path))
     one_line(caught.value, path)
+
+
+class Device(io.RawIOBase):
+    """A port's device: it gives what is left of one piece at a time."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._pieces = [random.Random(size).randbytes(size) for size in sizes]
+        self.everything = b"".join(self._pieces)
+        self.given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not self._pieces:
+            return None
+        given = self._pieces[0][: len(buffer)]
+        self._pieces[0] = self._pieces[0][len(given) :]
+        if not self._pieces[0]:
+            del self._pieces[0]
+        buffer[: len(given)] = given
+        self.given += len(given)
+        return len(given)
+
+
+PIECE = streams.PORT_READ_BYTES
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [100],
+        [PIECE],
+        [PIECE, 100],
+        [PIECE] * 16,
+        [PIECE] * 17 + [100],
+        [PIECE, 100, PIECE * 1, 1] * 20,
+        [1] + [PIECE] * 40,
+        [PIECE] + [PIECE - 1] * 60,
+    ],
+)
+def test_a_port_is_read_whole_and_nothing_is_kept_from_who_waits_for_it(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readiness tells of what lies in the device, and of nothing that was taken out of it."""
+    device = Device(sizes)
+
+    def read(_: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        given = device.readinto(buffer)
+        if given is None:
+            raise BlockingIOError
+        return bytes(buffer[:given])
+
+    monkeypatch.setattr(os, "read", read)
+    port = streams.PortStream(0, "port")
+    port._reader = io.BufferedReader(cast(Any, device), 1)
+    received = b""
+    while device.given < len(device.everything):
+        part = port.read()
+        assert 0 < len(part) <= streams.READ_BYTES
+        received += part
+        assert len(received) == device.given
+    assert received == device.everything
+    for _ in range(2):
+        with pytest.raises(BlockingIOError):
+            port.read()
+
+
+def test_a_port_that_much_has_come_to_is_read_in_few_reads_and_its_absence_is_seen() -> None:
+    ours, theirs = os.pipe2(os.O_NONBLOCK)
+    port = streams.PortStream(ours, "port")
+    sent = random.Random(1).randbytes(50_000)
+    os.write(theirs, sent)
+    assert port.read() + port.read() == sent
+    with pytest.raises(BlockingIOError):
+        port.read()
+    os.write(theirs, sent[:PIECE])
+    assert port.read() == sent[:PIECE]
+    os.close(theirs)
+    assert port.read() == b""  # asked of many, and of few
+    assert port.read() == b""
+    port.close()
 
 
 def test_a_terminal_is_no_port() -> None:

@@ -18,14 +18,15 @@ import pytest
 
 from tests.rig.hosting import HostEnd
 from tests.unit.cable import Cable
+from vchan.agents import processes
 from vchan.agents.allowed import UNIT_METHODS, Allowed, running_directory
 from vchan.agents.processes import Child, start_time
 from vchan.agents.super_agent import (
     LINE_BYTES_MAX,
     LINES_BYTES_MAX,
     LINES_MAX,
-    Agents,
     LastLines,
+    SuperAgent,
     describe_status,
 )
 from vchan.agents.systemd import Systemd, systemd_row
@@ -83,14 +84,14 @@ def write_unit(directory: Path, name: str, script: str, more: str) -> None:
 
 
 class Rig:
-    """Agents in a loop that turns only when asked to."""
+    """The super-agent in a loop that turns only when asked to."""
 
     def __init__(self, directory: Path, allow: str = EVERYTHING, systemd: Systemd | None = None):
         self.directory = directory
         self.loop = Loop()
         self.said: list[str] = []
         self.served: set[str] = set()
-        self.agents = Agents(
+        self.agents = SuperAgent(
             self.loop,
             str(directory / "units"),
             str(directory / "agent.sock"),
@@ -722,6 +723,25 @@ def keeper_of(guest: Guest) -> int:
         if b"for group in" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return int(pid)
     return 0
+
+
+def test_a_keeper_finds_what_it_keeps_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who had it started may be killed right after."""
+    found: list[Any] = []
+
+    class Begun:
+        def __init__(self, *_: object, stdin: int) -> None:
+            os.set_blocking(stdin, False)
+            found.append(os.read(stdin, 4096))
+
+    monkeypatch.setattr(processes, "Child", Begun)
+    keeper = processes.Keeper(Loop(), found.append)
+    keeper.add(17)
+    keeper.add(4)
+    keeper._ended(-signal.SIGKILL)
+    assert found[0] == b"17\n"
+    assert found[-1] == b"4 17\n"
+    keeper.close()
 
 
 def test_a_keeper_that_is_killed_is_replaced(guest: Guest, directory: Path) -> None:

@@ -97,7 +97,7 @@ def test_what_a_service_would_see(guest: FakeGuest, endpoint: Endpoint) -> None:
     assert "raise ValueError" in guest.log[-1]
     with pytest.raises(RemoteError, match="NoSuchMethod"):
         guest.call("agent", "dance")
-    with pytest.raises(NoSuchAgent, match="no agent serves topic other"):
+    with pytest.raises(NoSuchAgent, match="no agent serves topic openstack/other"):
         guest.call("other", "echo")
     with pytest.raises(ConfigError, match="timeout_s"):
         guest.call("agent", "echo", timeout_s=0)

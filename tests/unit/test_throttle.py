@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from vchan.host.policy.vm_limits import Limits
-from vchan.host.vm.throttle import PAUSE_S_MAX, PAUSE_S_MIN, THROTTLED_BUSY, Throttle, make_crowd
+from vchan.host.vm.throttle import (
+    PAUSE_S_MAX,
+    PAUSE_S_MIN,
+    RESERVED_S_MAX,
+    THROTTLED_BUSY,
+    Throttle,
+    make_crowd,
+)
 
 LIMITS = Limits(
     bytes_per_s=1_000_000,
@@ -65,6 +74,41 @@ def test_a_guest_that_was_quiet_may_keep_the_daemon_busy_for_a_moment() -> None:
     throttle = Throttle(Limits(busy_ms_per_s=100))
     assert throttle.received(100, 1, 1, 0.025, 0.0) == 0
     assert throttle.received(100, 1, 1, 0.001, 0.0) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "messages", "took_s"),
+    [(32_000, 2, 0.0001), (1000, 12, 0.0001), (1000, 1, 0.004)],
+    ids=["bytes", "messages", "time"],
+)
+def test_streams_that_wait_as_told_have_the_rate_and_never_make_requests_wait(
+    size: int, messages: int, took_s: float
+) -> None:
+    throttle, now_s, times = Throttle(LIMITS), 0.0, 0
+    while now_s < 20.0:
+        assert throttle.received(size, messages, messages, took_s, now_s) == 0
+        assert throttle.received(100, 1, 1, 0.0, now_s) == 0, "an answer among them"
+        times += 1
+        while wait_s := throttle.reserved(now_s):
+            now_s += wait_s
+    shares = (
+        times * (size + 100) / LIMITS.bytes_per_s,
+        times * (messages + 1) / LIMITS.messages_per_s,
+        times * took_s * 1000 / LIMITS.busy_ms_per_s,
+    )
+    assert 20.0 < max(shares) < 21.0
+    assert throttle.counters["throttled"] == 0
+
+
+def test_streams_have_turns_beside_requests_that_use_up_the_rate() -> None:
+    throttle, now_s, turns = Throttle(LIMITS), 0.0, []
+    while now_s < 10.0:
+        now_s += 0.01 + throttle.received(20_000, 20, 10, 0.0, now_s)
+        if not throttle.reserved(now_s):
+            turns.append(now_s)
+    late = [at_s for at_s in turns if at_s > 5.0]
+    assert len(late) > 20
+    assert max(b - a for a, b in itertools.pairwise(late)) < RESERVED_S_MAX + 0.1
 
 
 def test_no_pause_is_so_long_that_the_guest_looks_silent() -> None:

@@ -23,6 +23,7 @@ from tests.torture.records import (
     CONFIRMED,
     EVERYBODY,
     FANOUT,
+    REPORT,
     WRONG,
     Born,
     Ran,
@@ -411,6 +412,63 @@ def test_a_guests_cast_may_end_unknown_when_the_broker_dies() -> None:
     asker: list[Record] = [cast, told(cast, "CallTimeout")]
     assert broken(upward(asker, [])) == [oracle.LOST]
     assert broken(upward(asker, [], (Fault("broker_restart", "", 0, 5),))) == []
+
+
+# --- what guests report
+
+
+def changed(number: int, sender: str = "asker") -> Sent:
+    return sent(REPORT, number, target="guests", sender=sender)
+
+
+def asker_born(boot: str = "first") -> Born:
+    return Born(0.0, ASKER, boot, 1)
+
+
+def test_what_changed_again_in_between_need_not_be_heard() -> None:
+    changes = [changed(number) for number in (1, 2, 3)]
+    heard: list[Record] = [ran(changes[0], vm=VM), ran(changes[2], vm=VM)]
+    assert broken(upward([asker_born(), *changes], heard)) == []
+
+
+def test_the_last_change_is_heard() -> None:
+    changes = [changed(number) for number in (1, 2)]
+    heard: list[Record] = [ran(changes[0], vm=VM)]
+    asker: list[Record] = [asker_born(), *changes]
+    assert broken(upward(asker, heard)) == [oracle.LOST]
+    assert broken(upward([*asker, asker_born()], heard)) == [oracle.LOST]
+    assert broken(upward([*asker, asker_born("second")], heard)) == []
+    later: list[Record] = [*asker, asker_born("second"), changed(1, "other")]
+    assert broken(upward(later, heard)) == [oracle.LOST]
+
+
+def test_a_change_is_heard_once() -> None:
+    change = changed(1)
+    asker: list[Record] = [asker_born(), change]
+    twice: list[Record] = [ran(change, vm=VM, at_s=10), ran(change, vm=VM, at_s=30)]
+    marked: list[Record] = [ran(change, vm=VM, at_s=10), ran(change, marked=True, vm=VM, at_s=12)]
+    assert broken(upward(asker, twice)) == [oracle.UNMARKED]
+    assert upward(asker, marked).exemptions == {oracle.SENT_AGAIN: 1}
+    daemon, moved = Fault("guest_daemon_kill", VM, 20, 21), Fault("migrate", VM, 15, 16)
+    host, other = Fault("host_stop", "", 15, 16), Fault("migrate", OTHER_VM, 15, 16)
+    assert broken(upward(asker, twice, (daemon,))) == [oracle.UNMARKED]
+    assert broken(upward(asker, twice, (moved,))) == [oracle.UNMARKED]
+    assert broken(upward(asker, twice, (daemon, other))) == [oracle.UNMARKED]
+    for forgets in (moved, host):
+        verdict = upward(asker, twice, (daemon, forgets))
+        assert broken(verdict) == []
+        assert verdict.exemptions == {oracle.TOLD_AGAIN: 1}
+
+
+def test_changes_are_heard_in_order_and_as_they_were() -> None:
+    one, other = changed(1), changed(2)
+    asker: list[Record] = [asker_born(), one, other]
+    heard: list[Record] = [ran(other, vm=VM), ran(one, vm=VM)]
+    assert broken(upward(asker, heard)) == [oracle.REORDERED]
+    invented: list[Record] = [ran(one, vm=VM), ran(other, vm=VM), ran(changed(3), vm=VM)]
+    assert broken(upward(asker, invented)) == [oracle.INVENTED]
+    elsewhere: list[Record] = [ran(one, vm=OTHER_VM), ran(other, vm=VM)]
+    assert broken(upward(asker, elsewhere)) == [oracle.WRONG_IDENTITY]
 
 
 # --- the rest

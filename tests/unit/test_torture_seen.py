@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("libvirt_qemu", reason="libvirt-python is not installed")
 
 from tests.rig import RigError
-from tests.torture import oracle, run, watch
+from tests.torture import oracle, report, run, watch
 from tests.torture.faults import Faults
 from tests.torture.oracle import Evidence, Verdict
 from tests.torture.records import Book, Health, Sent, encode
@@ -338,3 +338,37 @@ def test_what_the_oracle_says_is_told_too(tmp_path: Path, monkeypatch: pytest.Mo
         f"{oracle.LOST}: a cast",
     ]
     assert (figures["lost"], figures["other_violations"]) == (1, 1)
+
+
+def worked(monkeypatch: pytest.MonkeyPatch, *, broken: bool = False) -> list[Sent]:
+    """The casts of a run without faults, of which each look at the records finds one more."""
+    monkeypatch.setattr(run, "LOOK_S", 0.01)
+    sent: list[Sent] = []
+
+    def read() -> Evidence:
+        sent.append(SENT)
+        return Evidence(sent, [], {}, (), "runner")
+
+    stage: Any = SimpleNamespace(read=read, consoles=list)
+    torture = Torture(Plan(1, 1, once=True), Path(), lambda _: None)
+    if broken:
+        torture._broken(oracle.STUCK, "text")
+    torture._work([], stage)
+    return sent
+
+
+def test_with_every_fault_once_the_load_goes_on_until_it_carried_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "LEAST", {"casts": 3})
+    assert len(worked(monkeypatch)) == 3
+    assert worked(monkeypatch, broken=True) == []
+
+
+def test_a_load_that_carries_nothing_is_said_to_be_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "LEAST", {"calls_answered": 1})
+    monkeypatch.setattr(run, "LOAD_S", 0.05)
+    with pytest.raises(RigError, match="too little load: 0 faults"):
+        worked(monkeypatch)

@@ -24,8 +24,9 @@ from vchan.host.oslo_wire.mail import (
     own_queue,
     read_mail,
 )
-from vchan.host.oslo_wire.upward_envelope import PRIORITIES, Form, publication, read
+from vchan.host.oslo_wire.upward_envelope import Form, publication, read
 from vchan.host.policy.rules import Kind
+from vchan.rpc.arguments import PRIORITIES
 from vchan.rpc.bodies import encode_invocation
 from vchan.rpc.messages import CALL, FANOUT, NAME_BYTES_MAX, NOTIFICATION, Request
 

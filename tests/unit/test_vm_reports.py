@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -115,12 +115,24 @@ def test_metrics_that_are_none(metrics: Any) -> None:
 def test_what_services_hear_of() -> None:
     reports = Reports()
     assert note(reports, FACTS, {"hostname": "a"}) == {"hostname": "a"}
+    assert note(reports, FACTS, {"hostname": "a"}) == {"hostname": "a"}  # what came of the first?
+    reports.heard(FACTS, {"hostname": "a"})
     assert note(reports, FACTS, {"hostname": "a"}) is None  # a new run of the guest's daemon
     assert note(reports, FACTS, {"hostname": "b"}, known=True) is None  # another host told it
+    assert note(reports, FACTS, {"hostname": "b"}) is None
     assert note(reports, FACTS, {"hostname": "c"}, known="yes") == {"hostname": "c"}
     assert note(reports, METRICS, {"load": []}) is None  # changes all the time
-    again = reports.note(FACTS, {"report": {"hostname": "c"}}, 0.0, again=True)
-    assert again == {"hostname": "c"}  # nobody knows what came of the first
+
+
+def test_that_services_have_heard_of_one_state_says_nothing_of_the_next() -> None:
+    reports = Reports()
+    note(reports, FACTS, {"hostname": "a"})
+    note(reports, FACTS, {"hostname": "b"})
+    reports.heard(FACTS, {"hostname": "a"})
+    reports.heard(PHASE, {"phase": "ready"})  # that it was told is not known any more
+    assert note(reports, FACTS, {"hostname": "b"}) == {"hostname": "b"}
+    reports.heard(FACTS, {"hostname": "b"})
+    assert note(reports, FACTS, {"hostname": "a"}) == {"hostname": "a"}
 
 
 # --- hostile guests
@@ -260,6 +272,19 @@ def test_a_report_is_taken_when_the_broker_has_it() -> None:
     assert rig.said == [Receipt(id_of(1))]
 
 
+def test_a_report_that_no_service_listens_for_is_taken_all_the_same() -> None:
+    """It is kept here; and what is told next must be, too."""
+    rig = rig_with_topic()
+    rig.opened()
+    rig.out.receive(report_request(1), rig.now_s)
+    rig.arrival_comes_back()
+    (sent,) = rig.published
+    rig.out.sent(sent.id, ok=False, unroutable=True, doubtful=False, now_s=rig.now_s)
+    assert rig.said == [Receipt(id_of(1))]
+    assert rig.out.open_requests == 0
+    assert rig.out.counters["guest_unroutable"] == 1
+
+
 def test_what_another_host_has_published_is_kept_and_not_published_again() -> None:
     from vchan.host.oslo_wire.mail import Note
 
@@ -271,6 +296,39 @@ def test_what_another_host_has_published_is_kept_and_not_published_again() -> No
     rig.arrival_comes_back()
     assert rig.published == []
     assert rig.said == [Receipt(id_of(1))]
+
+
+def test_what_waits_to_be_published_is_not_said_to_have_been() -> None:
+    """The guest's daemon died, and the next one tells the same: if this host dies, too, before the
+    broker has it, the next host must hear that it is news."""
+    rig = rig_with_topic()
+    rig.opened()
+    rig.out.receive(report_request(1), rig.now_s)
+    rig.out.receive(report_request(2), rig.now_s)
+    (returned,) = rig.said
+    assert (returned.id, returned.reason) == (id_of(2), BUSY)
+    rig.out.receive(report_request(3, PHASE, report={"phase": "ready"}), rig.now_s)
+    rig.arrival_comes_back()
+    assert [sent.id for sent in rig.published] == [id_of(1), id_of(3)]
+    rig.said.clear()
+    for sent in rig.published:
+        rig.out.sent(sent.id, ok=True, unroutable=False, doubtful=False, now_s=rig.now_s)
+    rig.out.receive(report_request(4), rig.now_s)
+    assert rig.said == [Receipt(id_of(1)), Receipt(id_of(3)), Receipt(id_of(4))]
+
+
+def test_what_was_lost_on_its_way_here_is_not_news_when_it_comes_again() -> None:
+    """A new run of the guest's daemon told what services know; its session began anew before it
+    came here."""
+    rig = rig_with_topic()
+    rig.opened()
+    rig.out.receive(report_request(1), rig.now_s)
+    rig.arrival_comes_back()
+    (sent,) = rig.published
+    rig.out.sent(sent.id, ok=True, unroutable=False, doubtful=False, now_s=rig.now_s)
+    rig.out.receive(report_request(2, flags=REDELIVERED), rig.now_s)
+    assert rig.said == [Receipt(id_of(1)), Receipt(id_of(2))]
+    assert len(rig.published) == 1
 
 
 def test_what_is_known_is_not_published() -> None:
@@ -314,19 +372,18 @@ def test_too_many_reports_are_asked_for_again_later() -> None:
 # --- the policy
 
 
-def gate(*lines: str, reports_to: Topic | None = None) -> VmGate:
+def gate(
+    *lines: str, reports_to: Topic | None = None, record: Callable[..., None] = lambda *_: None
+) -> VmGate:
     policy: Policy = parse([("p", "\n".join(lines))])
-    record: list[Any] = []
-    made = VmGate(
+    return VmGate(
         Facts("u", "web-1", "p"),
         lambda: policy,
-        lambda *decision: record.append(decision),
+        record,
         lambda given, facts, more: {},
         Topic("openstack", "vchan"),
         reports_to=reports_to,
     )
-    made.recorded = record  # type: ignore[attr-defined]
-    return made
 
 
 @pytest.mark.parametrize(
@@ -352,7 +409,9 @@ def test_the_policy_says_whether_a_vm_may_report(lines: list[str], may: bool, mu
 
 def test_the_policy_says_what_may_be_reported() -> None:
     rig = Rig()
-    rig.out._gate = gate("report any phase allow", "report any any deny")
+    recorded: list[tuple[Any, ...]] = []
+    lines = ("report any phase allow", "report any any deny")
+    rig.out._gate = gate(*lines, record=lambda *decision: recorded.append(decision))
     rig.opened()
     rig.out.receive(report_request(1, FACTS), rig.now_s)
     rig.out.receive(report_request(2, PHASE, report={"phase": "ready"}), rig.now_s)
@@ -360,7 +419,6 @@ def test_the_policy_says_what_may_be_reported() -> None:
     denied, taken, again = rig.said
     assert denied.reason == REFUSED and "report vchan/facts is denied" in denied.text
     assert taken == Receipt(id_of(2)) and again.reason == AGENT_GONE
-    recorded = rig.out._gate.recorded  # type: ignore[attr-defined]
     assert [decision[1].topic for decision in recorded] == ["facts", "facts"]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.attack.simulated import stock_reply
 from tests.rig.gates import OpenGate
+from tests.rig.mail import take_mail
 from vchan.errors import LimitExceeded
 from vchan.host.oslo_wire.downward_envelope import encode_reply
 from vchan.host.oslo_wire.mail import (
@@ -192,7 +193,7 @@ class Rig:
     def mail(self, body: bytes, problem: str = "") -> Hashable:
         self.tokens += 1
         token = f"token {self.tokens}"
-        assert problem in self.out.mail(token, body, self.now_s)
+        assert problem in take_mail(self.out, token, body, self.now_s)
         return token
 
     def note(self, note: Note) -> Hashable:
@@ -841,6 +842,17 @@ def test_local_answers_are_in_no_queue(rig: Rig) -> None:
     note = rig.take_note()
     assert set(note.gone) == {id_of(1), id_of(2)}
     assert (note.calls, note.doubt) == ((), (id_of(3),))
+
+
+def test_a_program_is_told_that_a_host_without_a_broker_may_have_had_the_request() -> None:
+    """Such a host leaves nothing in the queue, and a new guest's daemon does not know of it."""
+    for before, is_repeated in (("", True), ("", False), ("there", False)):
+        rig = fresh()
+        rig.serves = True
+        rig.arrive(before=before)
+        rig.ask(1, REDELIVERED if is_repeated else 0)
+        context = json.loads(rig.offered[0].request.body)["context"]
+        assert (REDELIVERED_KEY in context) == is_repeated
 
 
 # -------------------------------------------------------------------- arriving

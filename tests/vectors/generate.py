@@ -33,6 +33,8 @@ from vchan.rpc.messages import (
     Topic,
     encode,
 )
+from vchan.services import copies
+from vchan.services import programs as words
 from vchan.session import Config, Role, Session
 from vchan.streams import messages as streams
 from vchan.wire import layout
@@ -42,6 +44,7 @@ from vchan.wire.frames import (
     NO_KEY,
     PLAIN_PAYLOADS,
     RAW_BODIES,
+    RAW_CASTS,
     ZERO_ID,
     Decoder,
     Frame,
@@ -202,6 +205,11 @@ def greetings() -> Vectors:
                         features=RAW_BODIES | PLAIN_PAYLOADS,
                     ),
                 ),
+                (
+                    "a HELLO of who takes raw casts",
+                    layout.KIND_HELLO,
+                    hello._replace(features=RAW_BODIES | RAW_CASTS),
+                ),
             )
         ]
     }
@@ -217,6 +225,16 @@ def messages() -> Vectors:
             ID,
             CALL | RAW,
             60_000,
+            0,
+            "nova",
+            "agent",
+            "vm-1",
+            encode_raw(b'{"method":"put","args":{}}', b"\x00\xff any bytes"),
+        ),
+        "a raw cast": Request(
+            ID,
+            RAW,
+            0,
             0,
             "nova",
             "agent",
@@ -260,6 +278,7 @@ def byte_streams() -> Vectors:
         "accepted": streams.Progress(streams.ANSWER, ID, tag, 0, 65_536),
         "a question": streams.Progress(streams.ASK, ID, tag, 7, 65_536),
         "something is missing": streams.Progress(streams.REWIND, ID, tag, 7, 65_536),
+        "it is done": streams.Progress(streams.ANSWER | streams.DONE, ID, tag, 14, 65_549),
         "bytes": streams.Part(0, ID, tag, 7, b"hello"),
         "the last bytes": streams.Part(streams.END, ID, tag, 12, b"."),
         "an end alone": streams.Part(streams.END, ID, tag, 13, b""),
@@ -279,6 +298,99 @@ def byte_streams() -> Vectors:
             for name, message in made.items()
         ]
     }
+
+
+def programs() -> Vectors:
+    """A message of every kind that is said to the services exec and shell."""
+    size = words.Size(24, 80)
+    terminal = words.TerminalWanted("xterm", size)
+    asked: dict[str, words.CommandWord] = {
+        "a program": words.Start(("/bin/ls", "-l"), None, "/srv", {"LANG": "C"}, "web"),
+        "a shell": words.Start(terminal=terminal),
+        "go on with one": words.AttachTo("00c0ffee00c0ffee", size),
+        "go on with the only one": words.AttachTo(""),
+        "which are there": words.ListPrograms(),
+        "input": words.Input(b"ls\n"),
+        "no more input": words.InputEnd(),
+        "another size": words.Resized(words.Size(50, 132)),
+        "Ctrl-C": words.SendSignal(2),
+        "errors were written": words.Written(words.ERROR, 4_096),
+        "the command leaves": words.Leave(),
+        "the end was heard": words.Forget(),
+    }
+    told: dict[str, words.GuestWord] = {
+        "it runs": words.Running("00c0ffee00c0ffee", True, 3, (4_096, 0), 3_600.0),
+        "output": words.OutputPart(words.OUTPUT, b"a\xff"),
+        "room for input": words.Room(65_539),
+        "an exit": words.ProgramEnd(3, None),
+        "a death": words.ProgramEnd(None, 9, "it ran for 60 s ([exec] time_s_max)"),
+        "a refusal": words.Refusal("/bin/sh: is not allowed"),
+        "which there are": words.ProgramList(
+            ({"id": "00c0ffee00c0ffee", "state": "detached", "command": "/bin/bash -l"},)
+        ),
+        "left": words.Left(),
+    }
+    return {
+        "messages": [
+            {
+                "name": name,
+                "from": side,
+                "kind": type(message).__name__,
+                "message": words.encode_program(message).hex(),
+            }
+            for side, made in (("command", asked), ("guest", told))
+            for name, message in made.items()
+        ]
+    }
+
+
+def copied() -> Vectors:
+    """A message of every kind of the service `files`."""
+    facts = copies.EntryFacts(0o640, 1000, 100, 1_700_000_000_123_456_789)
+    sha256 = bytes(range(32))
+    put = copies.RECURSIVE | copies.KEEP
+    made: dict[str, copies.CopyMessage] = {
+        "a request to get": copies.CopyRequest(False, 1, copies.RESUME, b"", b"/var/log/syslog"),
+        "a request to put": copies.CopyRequest(True, 1, put, b"site", b"/srv"),
+        "granted": copies.CopyReady(),
+        "refused": copies.CopyRefusal("/etc/shadow: is not allowed"),
+        "a root that is a directory": copies.DirectoryEntry(facts, b""),
+        "a directory": copies.DirectoryEntry(facts, "\u00e9".encode()),
+        "its end": copies.DirectoryEnd(),
+        "a file": copies.FileEntry(0, facts, 5, b"a.txt"),
+        "a file that is asked about": copies.FileEntry(copies.ASK, facts, 1 << 40, b"\xff"),
+        "it begins there": copies.FileBegin(65_536),
+        "bytes": copies.FileData(b"hello"),
+        "the whole": copies.FileWhole(sha256),
+        "given up": copies.FileBroken("was changed while it was read"),
+        "left out": copies.LeftOut(b"link", "is a symbolic link"),
+        "the end": copies.TreeEnd(),
+        "what is there": copies.Have(3, 65_536, sha256),
+        "not written": copies.EntryFailed(3, "/srv/site/a.txt: No space left on device"),
+        "all is written": copies.TreeDone(2, 10),
+    }
+    return {
+        "messages": [
+            {
+                "name": name,
+                "kind": type(message).__name__,
+                "fields": copy_fields(message),
+                "message": copies.encode_copy(message).hex(),
+            }
+            for name, message in made.items()
+        ]
+    }
+
+
+def copy_fields(message: copies.CopyMessage) -> Vectors:
+    """A message's fields, bytes in hex."""
+    out: Vectors = {}
+    for field, value in message._asdict().items():
+        if isinstance(value, copies.EntryFacts):
+            out[field] = value._asdict()
+        else:
+            out[field] = value.hex() if isinstance(value, bytes) else value
+    return out
 
 
 def message_fields(message: Message) -> Vectors:
@@ -423,6 +535,8 @@ def generate() -> dict[str, str]:
         "greetings.json": greetings(),
         "messages.json": messages(),
         "byte_streams.json": byte_streams(),
+        "programs.json": programs(),
+        "copies.json": copied(),
         "decoding.json": decoding(),
         "conversation.json": conversation(),
     }

@@ -1,5 +1,6 @@
 /* The same as bulk.py, in C. */
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -36,7 +37,8 @@ int main(int argc, char **argv)
     while (status == 0) {
         char line[64], verb[8];
         long count;
-        ssize_t got = read(port, line, sizeof line - 1);
+        struct pollfd waiting = {.fd = port, .events = POLLIN};
+        ssize_t got = poll(&waiting, 1, -1) < 0 ? -1 : read(port, line, sizeof line - 1);
         if (got <= 0) {
             usleep(20000); /* no host is there yet */
             continue;
