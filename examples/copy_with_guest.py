@@ -3,8 +3,9 @@
 python3 copy_with_guest.py VM:/PATH FILE
 python3 copy_with_guest.py FILE VM:/PATH
 
-On the compute host, as a user who may use vchan-host's socket. The bytes go as they are; where
-something on the way is too old for that, as base64, which is slower.
+To copy files on a compute host there is `vchan cp`. This shows what a service does with the methods
+of the standard agent, here at vchan-host's socket: the bytes go as they are; where something on the
+way is too old for that, as base64, which is slower.
 """
 
 import base64
