@@ -83,10 +83,9 @@ class Manner:
             not waited for.
         asker_remembers: Who offers a request keeps its time, offers it again if it is handed back,
             and says when its id is settled (`settle`). Otherwise all of that is done here.
-        waits_for_all: In the grace after this daemon's start what waits goes to none but who holds
-            it, and fanouts wait: all servers are to be back. A fanout waits also if all that had it
-            went away. Otherwise only what was handed out before waits for the grace to end, and a
-            fanout is for those that are there.
+        waits_for_all: A fanout waits for the end of the grace after this daemon's start, when all
+            servers are to be back, and also if all that had it went away. Otherwise it is for those
+            that are there.
         lingers_unsubscribed: A topic is waited for also when its server is there and serves it no
             more.
     """
@@ -239,7 +238,7 @@ class Dispatcher:
         if served is not None:  # who asks repeats itself, perhaps on a new connection
             served.told = told
             return True
-        in_grace = self._grace_until_s is not None
+        in_grace = self.in_grace
         after_grace = in_grace and self._may_be_held(request)
         holder = self._holder_of(request) if self._holders else None
         is_served = topic in self._by_topic
@@ -258,7 +257,7 @@ class Dispatcher:
         if holder is not None:
             self._give(served, request, now_s, holder)
         elif after_grace or not is_served or (self._lines and topic in self._lines):
-            self._wait(served, now_s, after_grace=after_grace)
+            self._wait(served, now_s)
             self._lines.setdefault(topic, deque()).append(served)
         else:
             self._give(served, request, now_s)
@@ -273,14 +272,11 @@ class Dispatcher:
         """A fanout is for all: who holds it drops it, and who does not has missed it."""
         return None if request.flags & FANOUT else self._holders.get(request.id)
 
-    def _wait(
-        self, served: _Served, now_s: float, *, after_grace: bool = False, was_given: bool = False
-    ) -> None:
+    def _wait(self, served: _Served, now_s: float, *, was_given: bool = False) -> None:
         """No server has it, for now."""
         assert not served.owners
         served.was_given = was_given
-        in_grace = self._grace_until_s is not None
-        served.after_grace = after_grace or (in_grace and self._manner.waits_for_all)
+        served.after_grace = self.in_grace and self._may_be_held(served.request)
         if was_given or served.topic in self._by_topic:
             served.give_up_s = max(served.give_up_s, now_s + LINGER_S)
 
