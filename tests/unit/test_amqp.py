@@ -67,7 +67,7 @@ class FakeChannel(AmqpChannel):
 
     def __init__(self, link: AmqpLink, number: int, owner: Owner) -> None:
         self.owner = owner
-        self._inbox = link._inbox
+        self._link = link
         self.said: list[Any] = []
         self.is_gone = False
         cast("Any", link.amqp).channels[number] = self
@@ -315,6 +315,9 @@ def test_a_fault_of_ours_in_what_serves_all_gives_up_the_connection(site: Site) 
     class Shared(Owner):
         def on_method(self, inbound: Inbound) -> None:
             raise KeyError("ours")
+
+        def on_failure(self, fault: str) -> None:
+            raise RuntimeError(fault)
 
     FakeChannel(site.link, 3, Shared())
     site.feed(deliver(3, "q"), content(3, BODY))

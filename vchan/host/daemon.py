@@ -140,7 +140,7 @@ class Daemon:
         )
 
     def _poster(self, handle: Callable[[Any], None]) -> Callable[[Any], None]:
-        return lambda event: self.loop.call_soon_threadsafe(lambda: handle(event))
+        return lambda event: self.loop.call_soon_threadsafe(partial(handle, event))
 
     def thread_died(self, problem: str) -> None:
         """A thread has ended that should not have, and is in the log: from any thread."""

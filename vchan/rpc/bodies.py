@@ -42,7 +42,8 @@ class Invocation(NamedTuple):
 
 _RAW_HEAD: Final = Struct(layout.RAW)
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-_raw_decode = json.JSONDecoder().raw_decode
+_decoder: Any = json.JSONDecoder()
+_scan_once = _decoder.scan_once
 _new_tuple = tuple.__new__
 """Makes a NamedTuple in half the time that its own constructor takes."""
 
@@ -93,10 +94,10 @@ def decode_json(data: bytes) -> Any:
     """
     try:
         text = data.decode()
-        value, end = _raw_decode(text)
+        value, end = _scan_once(text, 0)
         if end == len(text):
             return value
-    except ValueError:
+    except (ValueError, StopIteration):
         pass
     return json.loads(data)  # three times as slow; takes white space and other encodings too
 

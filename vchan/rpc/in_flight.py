@@ -359,7 +359,7 @@ class Requester:
                 item = self._open.get(request_id)
                 if item is not None and not item.request.flags & CALL:
                     self._close(request_id)
-                    return [Taken(request_id)]
+                    return [_new_tuple(Taken, (request_id,))]
             case Returned(request_id, reason, text):
                 if self._close(request_id) is not None:
                     return [HandedBack(request_id, reason, text)]

@@ -297,7 +297,7 @@ def decode(data: bytes) -> Message | BadMessage | Unknown:
         if kind == layout.MESSAGE_REPLY and len(data) >= _REPLY.size:
             return _new_tuple(Reply, (data[2:18], data[1], data[18:]))
         if kind == layout.MESSAGE_RECEIPT and len(data) == _RECEIPT.size:
-            return Receipt(data[1:])
+            return _new_tuple(Receipt, (data[1:],))
         if kind == layout.MESSAGE_RETURNED and len(data) >= _RETURNED.size:
             text = data[18 : 18 + TEXT_BYTES_MAX].decode("utf-8", "replace")
             return Returned(data[2:18], data[1], text)

@@ -11,6 +11,7 @@ confirms           what either has published, and the broker has not confirmed
 topology           exchanges and queues that must be there
 queue_cleanup      when the queues of a VM that is no more may go (pure)
 parked             messages that make this daemon fail, put aside
-amqp               py-amqp without its waiting; `amqp_content` reads frames without
-                   trust, `amqp_frames` writes those of every message (both pure)
+amqp               one connection to it, and what comes on it, without waiting; `amqp_content` reads
+                   frames without trust, `amqp_frames` writes those of every message (both pure)
+py_amqp            py-amqp, whose handshake, codec and heartbeats it uses
 """

@@ -1,10 +1,10 @@
 """py-amqp without its waiting: one connection, its channels, and no thread that blocks.
 
-py-amqp gives the handshake, the codec and the heartbeats. Here `AmqpLink` moves the bytes, on our
-loop, and `AmqpChannel` keeps what the broker says until its owner is told. So what one channel
-waits for delays no other. Messages' contents are read here, too (`amqp_content`): py-amqp raises
-at headers that it cannot decode, and what one publisher wrote must not cost the connection. This
-module alone imports py-amqp: the others take its names from here.
+py-amqp (`py_amqp`) gives the handshake, the codec and the heartbeats. Here `AmqpLink` moves the
+bytes, on our loop, and keeps what the broker says until the owner of its channel is told. So what
+one channel waits for delays no other. Messages' contents are read here, too (`amqp_content`):
+py-amqp raises at headers that it cannot decode, and what one publisher wrote must not cost the
+connection.
 
     AmqpLink.connect()            waits for the handshake; nothing after it waits
     AmqpLink.channel(owner)       a channel, opened without waiting for the answer
@@ -22,12 +22,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final, NamedTuple
-
-import amqp
-from amqp import Message, spec
-from amqp.exceptions import AMQPError, ResourceError, UnexpectedFrame
-from amqp.method_framing import frame_writer
+from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.broker.amqp_content import (
     MalformedFrame,
@@ -36,13 +31,24 @@ from vchan.host.broker.amqp_content import (
     read_arguments,
     read_properties,
 )
-from vchan.host.broker.amqp_frames import acknowledgement, publication
 from vchan.host.broker.config import BrokerConfig, BrokerHost
+from vchan.host.broker.py_amqp import (
+    AmqpChannel,
+    AMQPError,
+    Connection,
+    Message,
+    ResourceError,
+    UnexpectedFrame,
+    frame_writer,
+    spec,
+)
 from vchan.host.faults import attempt, log_fault
 from vchan.host.oslo_wire.envelope import REQUEST_BYTES_MAX
 from vchan.io.loop import Loop, Timer
 
 LOG = logging.getLogger(__name__)
+
+_new_tuple = tuple.__new__  # what a NamedTuple's own does, without a frame of Python's
 
 __all__ = [
     "BROKEN",
@@ -59,7 +65,7 @@ __all__ = [
 
 CONNECT_TIMEOUT_S: Final = 4.0
 """For one address to answer, and then for each step of the handshake."""
-CLOSE_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S = 2.0
 """For the broker to say good-bye."""
 READ_BYTES: Final = 64 * 1024
 """Read of the broker's socket at a time."""
@@ -67,7 +73,7 @@ READS_PER_TURN: Final = 16
 WRITE_BYTES: Final = 128 * 1024
 """Written to the broker's socket at a time."""
 
-BODY_BYTES_MAX: Final = REQUEST_BYTES_MAX
+BODY_BYTES_MAX = REQUEST_BYTES_MAX
 """A message's body: RabbitMQ 3 takes messages of up to 512 MiB, and hands out 64 at a time to each
 VM. At it: only the beginning is kept; the message is dropped, and logged."""
 
@@ -144,69 +150,6 @@ _INBOUND: Final[Mapping[tuple[int, int], str]] = {
 _WITH_CONTENT: Final = frozenset({spec.Basic.Deliver, spec.Basic.Return, spec.Basic.GetOk})
 
 
-class AmqpChannel(amqp.Channel):  # type: ignore[misc]  # amqp publishes no types
-    """py-amqp's channel less the waiting: what the broker says is put aside for the owner."""
-
-    def __init__(self, link: AmqpLink, owner: Owner, inbox: deque[Inbound]) -> None:
-        super().__init__(link.amqp, auto_decode=False)
-        self.returned_messages = None  # never put in here, and an empty queue takes 4 KiB
-        self.owner = owner
-        self._link = link
-        self._inbox = inbox
-        self.ask(spec.Channel.Open, "s", "")
-
-    def ask(self, method: tuple[int, int], layout: str, *args: Any, content: Any = None) -> None:
-        """Send a method, without waiting for what comes back."""
-        self.send_method(method, layout, args, content)
-
-    def acknowledge(self, tag: int) -> None:
-        """Basic.Ack of one delivery."""
-        self._link.write_frames(acknowledgement(self.channel_id, tag))
-
-    def publish(
-        self, address: tuple[str, str], properties: bytes, body: bytes, *, mandatory: bool
-    ) -> None:
-        """Basic.Publish: see `amqp_frames.publication`."""
-        frames = publication(
-            self.channel_id,
-            address,
-            properties,
-            body,
-            mandatory=mandatory,
-            frame_max=self._link.amqp.frame_max,
-        )
-        self._link.write_frames(frames)
-
-    def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
-        """Called by py-amqp for every method that arrives on this channel."""
-        layout = _INBOUND.get(method_sig)
-        if layout is None:
-            return
-        self._inbox.append(Inbound(self, method_sig, read_arguments(layout, payload), content))
-
-    def close_softly(self) -> None:
-        """Ask the broker to close it. It stays ours until CloseOk."""
-        self.ask(spec.Channel.Close, "BsBB", 0, "", 0, 0)
-
-    def closed_by_broker(self) -> None:
-        """Agree to the broker's closing it, and free its number."""
-        self.send_method(spec.Channel.CloseOk)
-        self.collect()
-
-
-class _PyAmqpConnection(amqp.Connection):  # type: ignore[misc]  # amqp publishes no types
-    """py-amqp's connection, which tells before it closes its socket."""
-
-    def __init__(self, on_collect: Callable[[], None], **options: Any) -> None:
-        super().__init__(**options)
-        self._on_collect = on_collect
-
-    def collect(self) -> None:
-        """Called by py-amqp, and by us, when the connection is over."""
-        self._on_collect()
-        super().collect()
-
-
 class Content(NamedTuple):
     """A message.
 
@@ -249,7 +192,10 @@ class _Arriving:
     def content(self) -> Content:
         """All of it."""
         assert self._header is not None and self._received >= self._size
-        return Content(read_properties(self._header), b"".join(self._chunks), self._size)
+        chunks = self._chunks
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        made: Content = _new_tuple(Content, (read_properties(self._header), body, self._size))
+        return made
 
 
 class Inbound(NamedTuple):
@@ -261,11 +207,11 @@ class Inbound(NamedTuple):
     content: Content | None
 
 
-class Owner:
+class Owner(Protocol):
     """Who a channel works for."""
 
     def on_method(self, inbound: Inbound) -> None:
-        raise NotImplementedError
+        """The broker has said this on its channel."""
 
     def on_failure(self, fault: str) -> None:
         """`on_method` raised what it should not: give up the channel, and what depends on it.
@@ -273,7 +219,6 @@ class Owner:
         Raises:
             Exception: The owner works for all VMs. Then the connection is given up.
         """
-        raise RuntimeError(fault)
 
 
 class AmqpLink:
@@ -306,7 +251,7 @@ class AmqpLink:
         self._closing = False
         self._is_over = False
         self._fault = ""  # of ours, for which the connection must be given up
-        self.amqp = _PyAmqpConnection(
+        self.amqp: Any = Connection(
             self._detach,
             host=host.address,
             userid=host.user,
@@ -346,7 +291,7 @@ class AmqpLink:
         Raises:
             ResourceError: All the numbers the broker allows are taken (2047 by default).
         """
-        return AmqpChannel(self, owner, self._inbox)
+        return AmqpChannel(self, owner)
 
     def close_softly(self) -> None:
         """Say good-bye; `on_lost` is called when the broker has answered, or does not."""
@@ -512,9 +457,22 @@ class AmqpLink:
         self, channel: int, method: tuple[int, int], payload: bytes, content: Content | None
     ) -> None:
         """A method of a channel's. What is said of the whole connection goes to py-amqp."""
-        if not self.amqp.channels or channel not in self.amqp.channels:
+        found = self.amqp.channels.get(channel) if self.amqp.channels else None
+        if found is None:
             raise UnexpectedFrame(f"a method on channel {channel}, which is closed")
-        self.amqp.channels[channel].dispatch_method(method, payload, content)
+        if isinstance(found, AmqpChannel):
+            self.take(found, method, payload, content)
+        else:
+            found.dispatch_method(method, payload, content)
+
+    def take(
+        self, channel: AmqpChannel, method: tuple[int, int], payload: bytes, content: Content | None
+    ) -> None:
+        """A method for a channel's owner."""
+        layout = _INBOUND.get(method)
+        if layout is not None:
+            arguments = read_arguments(layout, payload)
+            self._inbox.append(_new_tuple(Inbound, (channel, method, arguments, content)))
 
     # ---------------------------------------------------------------- heartbeats
 

@@ -22,7 +22,6 @@ from vchan.host.broker.amqp import (
     AmqpLink,
     Inbound,
     Message,
-    Owner,
     ResourceError,
     spec,
 )
@@ -72,7 +71,7 @@ class Parking(NamedTuple):
     done: Callable[[str], None]
 
 
-class ParkingLot(Owner):
+class ParkingLot:
     """Puts messages aside, one after the other. Its channel is open while there are some."""
 
     def __init__(self, broker: BrokerForParked) -> None:

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
-from vchan.host.broker.amqp import AmqpLink, Inbound, Owner, ResourceError, spec
+from vchan.host.broker.amqp import AmqpLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
 from vchan.io.loop import Loop
 
 LOG = logging.getLogger(__name__)
 
-REOPEN_S: Final = 1.0
+REOPEN_S = 1.0
 """After the broker closed the channel."""
-REPLIES_MAX: Final = 4096
+REPLIES_MAX = 4096
 """Replies published and not yet confirmed. At it: a further reply is published after a second."""
-REPLIES_BYTES_MAX: Final = 64 * 1024 * 1024
+REPLIES_BYTES_MAX = 64 * 1024 * 1024
 """Bodies of replies published and not yet confirmed. At it: a further reply is published after a
 second."""
 
@@ -36,7 +36,7 @@ class _Reply(NamedTuple):
     told: OnPublished
 
 
-class ReplyPublisher(Owner):
+class ReplyPublisher:
     """The channel for replies: published mandatory, confirmed later and in lots."""
 
     def __init__(self, broker: BrokerForReplies) -> None:
@@ -97,6 +97,10 @@ class ReplyPublisher(Owner):
             LOG.error("the broker closed the channel for replies: %s %s", args[0], args[1])
             self.on_disconnected(f"{args[0]} {args[1]}")
             self._broker.loop.call_later(REOPEN_S, self.open)
+
+    def on_failure(self, fault: str) -> None:
+        """It serves all VMs."""
+        raise RuntimeError(fault)
 
     def on_disconnected(self, reason: str) -> None:
         """The channel is gone: nobody knows what became of the rest."""

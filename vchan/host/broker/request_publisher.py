@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, NamedTuple, Protocol, TypeVar
 
-from vchan.host.broker.amqp import AmqpLink, Inbound, Owner, ResourceError, spec
+from vchan.host.broker.amqp import AmqpLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
 from vchan.host.broker.events import BrokerEvent, PublishResult
 from vchan.host.broker.topology import MISSING, NOT_FOUND, Declared, QueueFacts
@@ -38,23 +38,23 @@ with its VM, and is published again after a second."""
 VM_REQUESTS_MAX: Final = 256
 """Requests of one VM that wait for the broker: it does not take what is there for all. At it: a
 request stays with its VM, and is published again after a second."""
-VM_REQUESTS_BYTES_MAX: Final = REQUEST_BYTES_MAX
+VM_REQUESTS_BYTES_MAX = REQUEST_BYTES_MAX
 """Bodies of one VM's requests that wait for the broker: one of the largest. At it: a request stays
 with its VM, and is published again after a second."""
-LANES_MAX: Final = 256
+LANES_MAX = 256
 """Channels for VMs that publish at the moment. A connection has 2047 for everything."""
-LOT_MAX: Final = 64
+LOT_MAX = 64
 """Published in a row by a VM while others wait for a channel."""
-LANE_IDLE_S: Final = 60.0
+LANE_IDLE_S = 60.0
 """A channel that nobody has needed for this long is closed."""
-CONFIRM_TIMEOUT_S: Final = 60.0
+CONFIRM_TIMEOUT_S = 60.0
 """For the broker to confirm. A quorum queue without its majority does not."""
-UNHEARD_MAX: Final = 1000
+UNHEARD_MAX = 1000
 """Casts, and likewise notifications, that one VM may leave in a queue that nobody consumes, since
 that was last found consumed or empty. At it: Returned: NO_AGENT."""
-UNHEARD_BYTES_MAX: Final = 16 * 1024 * 1024
+UNHEARD_BYTES_MAX = 16 * 1024 * 1024
 """Bytes that one VM may leave in a queue that nobody consumes. At it: Returned: NO_AGENT."""
-UNHEARD_KNOWN_MAX: Final = 4096
+UNHEARD_KNOWN_MAX = 4096
 """VMs and queues of which that is counted. Over this the longest known is forgotten."""
 
 
@@ -178,7 +178,7 @@ class Unheard:
         )
 
 
-class Lane(Owner):
+class Lane:
     """A channel with confirms, lent to one VM's outbox at a time."""
 
     def __init__(self, requests: Requests, link: AmqpLink) -> None:

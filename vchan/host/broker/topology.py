@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from vchan.host.broker.amqp import AmqpChannel, AmqpLink, Inbound, Owner, ResourceError, spec
+from vchan.host.broker.amqp import AmqpChannel, AmqpLink, Inbound, ResourceError, spec
 from vchan.host.broker.config import BrokerConfig
 from vchan.io.loop import Loop
 
@@ -22,7 +22,7 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ANSWER_TIMEOUT_S: Final = 60.0
+ANSWER_TIMEOUT_S = 60.0
 """For the broker to answer on a channel. A quorum queue may have to elect a leader first."""
 KNOWN_MAX: Final = 1024
 """Exchanges known to exist, and likewise queues. It only saves asking: over this it starts anew."""
@@ -149,7 +149,7 @@ class Declared:
             link.fail(f"the broker did not answer for {ANSWER_TIMEOUT_S} s")
 
 
-class _Thing(Owner):
+class _Thing:
     """An exchange or a queue, being asked for or known to be there."""
 
     def __init__(self, known: Declared, broker: BrokerForTopology, name: str) -> None:

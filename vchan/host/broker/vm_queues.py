@@ -30,7 +30,6 @@ from vchan.host.broker.amqp import (
     AmqpLink,
     Content,
     Inbound,
-    Owner,
     ResourceError,
     spec,
 )
@@ -64,7 +63,9 @@ from vchan.rpc.messages import NAME_BYTES_MAX, Topic
 
 LOG = logging.getLogger(__name__)
 
-RETRY_MIN_S: Final = 1.0
+_new_tuple = tuple.__new__
+
+RETRY_MIN_S = 1.0
 """Before a VM's channel that was closed is opened again; doubled up to RETRY_MAX_S."""
 RETRY_MAX_S: Final = 30.0
 """A channel that the broker keeps closing costs it little, and is back within half a minute."""
@@ -216,7 +217,7 @@ class _Phase(enum.Enum):
     CLOSING = enum.auto()  # asked; the broker has not answered
 
 
-class VmQueues(Owner):
+class VmQueues:
     """One VM: what it wants, its channel, and what is completed on it."""
 
     def __init__(self, broker: BrokerForQueues, vm: str) -> None:
@@ -572,7 +573,7 @@ class VmQueues(Owner):
     ) -> None:
         if self._is_closing or self._leaves:
             return  # it goes back when the channel is closed
-        token = Token(self.vm, self._generation, tag)
+        token: Token = _new_tuple(Token, (self.vm, self._generation, tag))
         self._unacked.add(tag)
         read = partial(self._read, token, content, consumer, redelivered, exchange)
         event, error = attempt(read, None)
@@ -595,23 +596,19 @@ class VmQueues(Owner):
         self, token: Token, content: Content, queue: str, redelivered: bool, exchange: str
     ) -> Delivered | Mail:
         body, properties = _body(content), content.properties
-        if queue == own_queue(self.vm):
+        meant = self._consumers.get(queue)
+        if meant is None:
+            assert queue == own_queue(self.vm)
             return Mail(self.vm, token, body)
         request = decode(body, expiration=properties.expiration)
-        meant = self._consumers[queue]
-        # Topics of one name on two exchanges share their queue.
-        published = Topic(exchange, meant.topic.name)
-        return Delivered(
-            self.vm,
-            token,
-            request,
-            published if published in self._topics else meant.topic,
-            meant.fanout,
-            bool(redelivered),
-            properties.delivery_count,
-            queue,
-            body,
-        )
+        topic = meant.topic
+        if exchange != topic.exchange:  # topics of one name on two exchanges share their queue
+            published = Topic(exchange, topic.name)
+            topic = published if published in self._topics else topic
+        returns = properties.delivery_count
+        fields = self.vm, token, request, topic, meant.fanout, redelivered, returns, queue, body
+        delivered: Delivered = _new_tuple(Delivered, fields)
+        return delivered
 
     def _on_close(self, code: int, text: str, class_id: int, method_id: int) -> None:
         """The broker found an error on the channel, and closed it."""
@@ -775,7 +772,7 @@ class VmQueues(Owner):
             self._timer = None
 
 
-class _Discarded(Owner):
+class _Discarded:
     """Of a channel that its VM has failed on: waits for the end, to give its number back."""
 
     def on_method(self, inbound: Inbound) -> None:
@@ -783,6 +780,10 @@ class _Discarded(Owner):
             inbound.channel.collect()
         elif inbound.method == spec.Channel.Close:
             inbound.channel.closed_by_broker()
+
+    def on_failure(self, fault: str) -> None:
+        """Its number cannot be given back."""
+        raise RuntimeError(fault)
 
 
 def _body(content: Content) -> bytes:
@@ -822,7 +823,7 @@ def _describe(queue: str, words: str) -> str:
     return text
 
 
-class Sweep(Owner):
+class Sweep:
     """Deletes one VM's queues, one after the other: those that are empty and that nobody uses.
     Notes and answers in its own queue are no use to anybody when the VM is gone.
 

@@ -36,6 +36,8 @@ from vchan.rpc.bodies import decode_raw, encode_failure, encode_raw
 from vchan.rpc.messages import ID_BYTES, NAME_BYTES_MAX, RAW, Request
 from vchan.session import MESSAGE_BYTES_MAX
 
+_new_tuple = tuple.__new__
+
 RESULT_BYTES_MAX: Final = MESSAGE_BYTES_MAX
 """A result from a guest: what one message of a session can carry."""
 FAILURE_BYTES_MAX: Final = 256 * 1024
@@ -157,19 +159,13 @@ def decode(body: bytes, *, expiration: str | None) -> BrokerRequest:
     if reply_q is not None and not is_utf8(reply_q):
         # It would be published to on the channel that all VMs' replies share.
         raise EnvelopeError("_reply_q has a lone surrogate: no queue is called so")
-    return BrokerRequest(
-        id=identity,
-        method=method,
-        args=args,
-        namespace=name_of(message, "namespace"),
-        version=name_of(message, "version"),
-        context=context,
-        msg_id=msg_id,
-        reply_q=reply_q,
-        monitor_timeout_s=_seconds(message.get("_timeout")),
-        timeout_s=_milliseconds(expiration),
-        is_notification=is_notification,
-    )
+    namespace, version = name_of(message, "namespace"), name_of(message, "version")
+    monitor_timeout_s = _seconds(message.get("_timeout"))
+    timeout_s = _milliseconds(expiration)
+    what = identity, method, args, namespace, version, context
+    how = msg_id, reply_q, monitor_timeout_s, timeout_s, is_notification
+    request: BrokerRequest = _new_tuple(BrokerRequest, what + how)
+    return request
 
 
 def request_body(request: BrokerRequest, context_allow: frozenset[str] = CONTEXT_ALLOW) -> bytes:

@@ -115,7 +115,10 @@ def bounded_json(
 def _decode_json(text: str) -> Any:
     """`json.loads` without what that looks for before, which takes as long again."""
     text = text.strip(_WHITE)
-    value, end = _raw_decode(text)
+    try:
+        value, end = _scan_once(text, 0)
+    except StopIteration as error:
+        raise json.JSONDecodeError("Expecting value", text, error.value) from None
     if end != len(text):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
@@ -139,7 +142,8 @@ def _parse(text: str, what: str, decode: Callable[[str], Any] = _decode_json) ->
     return value
 
 
-_raw_decode: Final = json.JSONDecoder().raw_decode
+_decoder: Final[Any] = json.JSONDecoder()
+_scan_once: Final = _decoder.scan_once
 _WHITE: Final = " \t\n\r"
 _DIGITS: Final = re.compile(rb"[0-9]{10}")
 

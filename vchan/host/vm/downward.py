@@ -82,6 +82,8 @@ from vchan.rpc.messages import (
 )
 from vchan.rpc.outcomes import Ran, ending_of
 
+_new_tuple = tuple.__new__
+
 RETRY_S: Final = 1.0
 """What was handed back to the broker, for nobody can take it now, is consumed again after this."""
 WITHDRAW_S: Final = 0.1
@@ -691,16 +693,13 @@ class Downward:
         self.counters["parked"] += 1
 
     def _make_request(self, origin: BrokerRequest, topic: Topic, flags: int) -> Request:
-        return Request(
-            origin.id,
-            flags | CALL if origin.is_call else flags,
-            milliseconds(origin.timeout_s),
-            milliseconds(origin.monitor_timeout_s),
-            topic.exchange,
-            topic.name,
-            self.vm,
-            request_body(origin, self._passing(topic, origin.context)),
+        times_ms = milliseconds(origin.timeout_s), milliseconds(origin.monitor_timeout_s)
+        flags |= CALL if origin.is_call else 0
+        body = request_body(origin, self._passing(topic, origin.context))
+        request: Request = _new_tuple(
+            Request, (origin.id, flags, *times_ms, topic.exchange, topic.name, self.vm, body)
         )
+        return request
 
     def _passing(self, topic: Topic, context: Mapping[str, Any]) -> frozenset[str]:
         """Keys that may enter with a request for a topic; those of this context that may not are

@@ -52,6 +52,8 @@ from vchan.rpc.messages import NO_AGENT, Request, Topic
 
 LOG = logging.getLogger("vchan.host")
 
+_new_tuple = tuple.__new__
+
 T = TypeVar("T")
 
 BREAKS_MAX: Final = 3
@@ -487,7 +489,9 @@ class HostedVm:
                 now_s=self._loop.time(),
             )
 
-        message = _Message(event.request.id, event.token, event.queue, event.body)
+        message: _Message = _new_tuple(
+            _Message, (event.request.id, event.token, event.queue, event.body)
+        )
         try:
             self._handle(channel, message, deliver, None)
         except LimitExceeded as error:
