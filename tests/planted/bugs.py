@@ -1904,7 +1904,10 @@ BUGS: Final = (
             "item.doubtful or (item.is_repeated and self._history.may_lack_stays)",
             "item.doubtful",
         ),
-        Simulation(5303, seeds=1),
+        Test(
+            "tests/unit/test_vm_upward.py::"
+            "test_a_program_is_told_that_a_host_without_a_broker_may_have_had_the_request"
+        ),
         was_real=True,
     ),
     Bug(

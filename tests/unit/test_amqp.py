@@ -312,7 +312,7 @@ def test_a_fault_of_ours_costs_its_vm_the_channel_and_no_other(
 
 
 def test_a_fault_of_ours_in_what_serves_all_gives_up_the_connection(site: Site) -> None:
-    class Shared(Owner):
+    class Shared:
         def on_method(self, inbound: Inbound) -> None:
             raise KeyError("ours")
 
@@ -345,9 +345,12 @@ def test_what_came_before_the_brokers_close_is_told_while_the_channel_is_there(
 ) -> None:
     """All in one read: else the owner would speak on a channel that is gone."""
 
-    class Acknowledging(Owner):
+    class Acknowledging:
         def on_method(self, inbound: Inbound) -> None:
             inbound.channel.acknowledge(inbound.args[1])
+
+        def on_failure(self, fault: str) -> None:
+            raise RuntimeError(fault)
 
     channel = FakeChannel(site.link, 3, Acknowledging())
     close = frame(1, 0, struct.pack(">HHH", 10, 50, 320) + short(b"bye") + struct.pack(">HH", 0, 0))
@@ -372,9 +375,12 @@ def test_a_text_of_the_brokers_that_was_cut_within_a_character_is_read(
 def test_a_return_brings_back_what_was_sent(site: Site) -> None:
     got: list[Inbound] = []
 
-    class Sink(Owner):
+    class Sink:
         def on_method(self, inbound: Inbound) -> None:
             got.append(inbound)
+
+        def on_failure(self, fault: str) -> None:
+            raise RuntimeError(fault)
 
     FakeChannel(site.link, 3, Sink())
     payload = struct.pack(">HHH", 60, 50, 312) + short(b"NO_ROUTE") + short(b"") + short(b"q")

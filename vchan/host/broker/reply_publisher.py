@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from vchan.host.broker.amqp import AmqpLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms

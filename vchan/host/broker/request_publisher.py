@@ -16,7 +16,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from vchan.host.broker.amqp import AmqpLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
@@ -29,13 +29,13 @@ from vchan.rpc.messages import NAME_BYTES_MAX
 
 LOG = logging.getLogger(__name__)
 
-REQUESTS_MAX: Final = 4096
+REQUESTS_MAX = 4096
 """Requests of all VMs given to be published and not yet confirmed. At it: a request stays with its
 VM, and is published again after a second."""
-REQUESTS_BYTES_MAX: Final = 64 * 1024 * 1024
+REQUESTS_BYTES_MAX = 64 * 1024 * 1024
 """Bodies of requests of all VMs given to be published and not yet confirmed. At it: a request stays
 with its VM, and is published again after a second."""
-VM_REQUESTS_MAX: Final = 256
+VM_REQUESTS_MAX = 256
 """Requests of one VM that wait for the broker: it does not take what is there for all. At it: a
 request stays with its VM, and is published again after a second."""
 VM_REQUESTS_BYTES_MAX = REQUEST_BYTES_MAX

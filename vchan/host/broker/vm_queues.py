@@ -67,7 +67,7 @@ _new_tuple = tuple.__new__
 
 RETRY_MIN_S = 1.0
 """Before a VM's channel that was closed is opened again; doubled up to RETRY_MAX_S."""
-RETRY_MAX_S: Final = 30.0
+RETRY_MAX_S = 30.0
 """A channel that the broker keeps closing costs it little, and is back within half a minute."""
 OWN_PREFETCH: Final = 64
 """Of a VM's own queue: answers that the guest has not settled stay there, and a note behind them
