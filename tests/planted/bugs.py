@@ -1905,8 +1905,8 @@ BUGS: Final = (
             "item.doubtful",
         ),
         Test(
-            "tests/unit/test_vm_upward.py::"
-            "test_a_program_is_told_that_a_host_without_a_broker_may_have_had_the_request"
+            _OUTBOUND_TESTS
+            + "test_a_program_is_told_that_a_host_without_a_broker_may_have_had_the_request"
         ),
         was_real=True,
     ),
