@@ -130,7 +130,7 @@ class _Victim:
         )
         assert all(each.received <= each.total for each in partials)
         assert session._decoder._held <= FRAME_BYTES_MAX
-        cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sender._sent)
+        cost = sum(len(payload) + OVERHEAD_BYTES for *_, payload in session._sender._sent)
         assert session._sender.in_flight == cost <= IN_FLIGHT_BYTES_MAX
         assert session._sender.tail == session._sender.base + len(session._sender._sent)
         assert session._sender.base <= session._sender.cursor <= session._sender.tail

@@ -42,7 +42,7 @@ class Pairs:
     def _check_alone(self, session: Session) -> None:
         """What is counted is what is there."""
         sender, receiver = session._sender, session._receiver
-        in_flight = sum(len(each.payload) + OVERHEAD_BYTES for each in sender._sent)
+        in_flight = sum(len(payload) + OVERHEAD_BYTES for *_, payload in sender._sent)
         queued = sum(
             sum(map(len, outgoing.messages)) - outgoing.offset
             for outgoing in sender._streams.values()
@@ -69,7 +69,7 @@ class Pairs:
             )
             return
         under_way = list(sender._sent)[receiver.next - sender.base :]
-        cost = sum(len(each.payload) + OVERHEAD_BYTES for each in under_way)
+        cost = sum(len(payload) + OVERHEAD_BYTES for *_, payload in under_way)
         if receiver.cost != sender._tx_cost - cost:
             counted = f"{receiver.cost} bytes as received"
             self._fail(receives, f"counts {counted}; {sender._tx_cost - cost} were sent to it")

@@ -65,7 +65,7 @@ def frames(draw: st.DrawFn) -> Frame:
 def seal(frame: Frame, key: Key = KEY) -> bytes:
     if frame.kind <= layout.KIND_REFUSE:
         key = NO_KEY
-    return encode_frame(key, *frame[:7], frame.payload)
+    return encode_frame(key, *frame.fields()[:-1])
 
 
 def ping(seq: int = 0, key: Key = KEY, payload: bytes = b"") -> bytes:

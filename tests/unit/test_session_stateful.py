@@ -425,7 +425,7 @@ class Sessions(RuleBasedStateMachine):
 def check_limits(session: Session) -> None:
     """The limits a session sets itself, and that its sums are right."""
     config = session.config
-    cost = sum(len(segment.payload) + OVERHEAD_BYTES for segment in session._sender._sent)
+    cost = sum(len(payload) + OVERHEAD_BYTES for *_, payload in session._sender._sent)
     assert session._sender.in_flight == cost <= config.in_flight_bytes_max
     assert session._sender.tail - session._sender.base == len(session._sender._sent)
     assert session._sender.base <= session._sender.cursor <= session._sender.tail

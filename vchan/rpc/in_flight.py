@@ -14,7 +14,6 @@ Rules of this file
     responder.take(id) / answer(id, ...) / refuse(id, ...) / give_back(id, ...)
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple
@@ -87,7 +86,7 @@ COMES_AGAIN: Final = frozenset({NO_AGENT, BUSY, RELEASED})
 """A cast that is handed back so has not run, and comes again, at another time or elsewhere."""
 
 
-_new_tuple = tuple.__new__
+_new_tuple: Final = tuple.__new__
 """Makes a NamedTuple in half the time that its own constructor takes."""
 
 
@@ -478,8 +477,9 @@ class Responder:
         self._requests_max = requests_max
         self._records_max = records_max
         self._running: dict[bytes, _Record] = {}
-        self._over: OrderedDict[bytes, _Record] = OrderedDict()
-        self._settled: OrderedDict[bytes, _Record] = OrderedDict()
+        # In the order of their times. (An OrderedDict takes three times as long for each change.)
+        self._over: dict[bytes, _Record] = {}
+        self._settled: dict[bytes, _Record] = {}
         self._deadlines = _Deadlines()
         self._reply_bytes = 0
         self.repeats = 0  # requests that came again and were not delivered again
@@ -712,7 +712,7 @@ class Responder:
             record.at_s = now_s
             self._settled[request_id] = record
             if len(self._settled) > SETTLED_MAX:
-                self._settled.popitem(last=False)
+                del self._settled[next(iter(self._settled))]
 
     def _forget(self, request_id: bytes) -> _Record | None:
         record = self._over.pop(request_id, None)

@@ -96,8 +96,15 @@ NO_DOMAIN: Final = layout.REASON_NO_DOMAIN
 RELEASED: Final = layout.REASON_RELEASED
 
 
-_new_tuple = tuple.__new__
+_new_tuple: Final = tuple.__new__
 """Makes a NamedTuple in half the time that its own constructor takes."""
+_pack_request: Final = _REQUEST.pack
+_unpack_request: Final = _REQUEST.unpack_from
+_pack_reply: Final = _REPLY.pack
+_crc32: Final = crc32
+
+_RequestHead = tuple[int, int, bytes, int, int, int, int, int]
+"""The fields of `layout.REQUEST`."""
 
 
 class Topic(NamedTuple):
@@ -228,7 +235,7 @@ def encode_request(request: Request) -> bytes:
     exchange = request.exchange.encode()
     topic = request.topic.encode()
     server = request.server.encode()
-    head = _REQUEST.pack(
+    head = _pack_request(
         layout.MESSAGE_REQUEST,
         request.flags,
         request.id,
@@ -243,7 +250,7 @@ def encode_request(request: Request) -> bytes:
 
 def encode_reply(request_id: bytes, flags: int, body: bytes) -> bytes:
     """Encode a Reply."""
-    return _REPLY.pack(layout.MESSAGE_REPLY, flags, request_id) + body
+    return _pack_reply(layout.MESSAGE_REPLY, flags, request_id) + body
 
 
 def encode_receipt(request_id: bytes) -> bytes:
@@ -321,7 +328,8 @@ def decode(data: bytes) -> Message | BadMessage | Unknown:
 def _decode_request(data: bytes) -> Request | BadMessage:
     if len(data) < _REQUEST.size:
         return BadMessage("Request: too short")
-    _, flags, request_id, timeout_ms, monitor_ms, a, b, c = _REQUEST.unpack_from(data)
+    head: _RequestHead = _unpack_request(data)
+    _, flags, request_id, timeout_ms, monitor_ms, a, b, c = head
     if flags & RAW and flags & _RAW_FOR_SEVERAL and not flags & CALL:
         return BadMessage("Request: RAW, and neither a call nor a cast to one")
     a += _REQUEST_BYTES
@@ -329,9 +337,10 @@ def _decode_request(data: bytes) -> Request | BadMessage:
     c += b
     if len(data) < c:
         return BadMessage("Request: shorter than its names")
-    exchange, topic, server = data[_REQUEST_BYTES:a], data[a:b], data[b:c]
-    names = (exchange.decode(), topic.decode(), server.decode())
-    return _new_tuple(Request, (request_id, flags, timeout_ms, monitor_ms, *names, data[c:]))
+    exchange = data[_REQUEST_BYTES:a].decode()
+    topic, server = data[a:b].decode(), data[b:c].decode()
+    fields = (request_id, flags, timeout_ms, monitor_ms, exchange, topic, server, data[c:])
+    return _new_tuple(Request, fields)
 
 
 def _decode_ids(data: bytes) -> tuple[bytes, ...] | None:
@@ -385,7 +394,7 @@ def _decode_subscribe(data: bytes) -> Subscribe | BadMessage:
 
 def request_stream(topic: str) -> int:
     """The stream for requests to `topic`: what goes to one target stays in order."""
-    return 1 + crc32(topic.encode()) % (STREAMS - 1)
+    return 1 + _crc32(topic.encode()) % (STREAMS - 1)
 
 
 def reply_stream(request_id: bytes) -> int:

@@ -23,13 +23,13 @@ from vchan.session.contract import (
 from vchan.wire import layout
 from vchan.wire.frames import OVERHEAD_BYTES, Frame
 
-_WHOLE = layout.FLAG_FIRST | layout.FLAG_LAST
+_WHOLE: Final = layout.FLAG_FIRST | layout.FLAG_LAST
 
 PART_BYTES_MIN: Final = 1024
 """A fragment of half the least frame that a peer must take, which is kept as an object of its own:
 that costs 50 bytes besides what is in it. At it: smaller ones are put together."""
 
-_new_tuple = tuple.__new__
+_new_tuple: Final = tuple.__new__
 """Makes a NamedTuple in half the time that its own constructor takes."""
 
 

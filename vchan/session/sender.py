@@ -9,7 +9,7 @@ Rules of this file
 """
 
 from collections import deque
-from typing import Final, NamedTuple
+from typing import Final
 
 from vchan.errors import LimitExceeded
 from vchan.session.contract import CONTROL, STREAMS, Config, Counters
@@ -27,17 +27,9 @@ _LARGE: Final = 2
 _SMALL_RUN: Final = 16
 """So many small frames may overtake a large message before its next fragment goes."""
 
-_new_tuple = tuple.__new__
-"""Makes a NamedTuple in half the time that its own constructor takes."""
-
-
-class Segment(NamedTuple):
-    """A DATA frame's content, which may have to be sent again."""
-
-    flags: int
-    stream: int
-    total: int
-    payload: bytes
+Segment = tuple[int, int, int, bytes]
+"""A DATA frame's flags, stream, total and payload: it may have to be sent again. (A tuple without
+names is made in a tenth of the time.)"""
 
 
 class _Outgoing:
@@ -169,7 +161,7 @@ class Sender:
         cursor = self.cursor
         if cursor < self.tail:
             segment = self._sent[cursor - self.base]
-            if len(segment.payload) + OVERHEAD_BYTES > room:
+            if len(segment[3]) + OVERHEAD_BYTES > room:
                 return None
             self._counters.frames_resent += 1
             self.cursor = cursor + 1
@@ -227,7 +219,7 @@ class Sender:
             flags = self._take_fragment(outgoing, size)
         if messages:
             self._join_ring(stream, outgoing)
-        segment: Segment = _new_tuple(Segment, (flags, stream, len(message), payload))
+        segment = (flags, stream, len(message), payload)
         self._sent.append(segment)
         self._tx_cost += cost
         self.in_flight += cost
@@ -261,7 +253,8 @@ class Sender:
         sent = self._sent
         freed = 0
         while self.base < ack:
-            freed += len(sent.popleft().payload) + OVERHEAD_BYTES
+            *_, payload = sent.popleft()
+            freed += len(payload) + OVERHEAD_BYTES
             self.base += 1
         self.in_flight -= freed
         if self.cursor < self.base:

@@ -62,14 +62,15 @@ _MAGIC: Final = layout.MAGIC
 _LAYOUT: Final = layout.LAYOUT
 _CRC_BYTES: Final = _CRC.size
 _BODY_BYTES: Final = _HEADER.size
-_GREETING_KINDS: Final = frozenset({layout.KIND_HELLO, layout.KIND_WELCOME, layout.KIND_REFUSE})
+_NO_CRC: Final = bytes(_CRC.size)
 
-_pack_header = _HEADER.pack
-_unpack_header = Struct(layout.FRAME_HEADER + layout.CRC.lstrip(">")).unpack_from
-_pack_crc = _CRC.pack
-_unpack_crc = _CRC.unpack_from
-_new_tuple = tuple.__new__
-"""Makes a NamedTuple in half the time that its own constructor takes."""
+# Final, so that compiled code does not look for them by name.
+_pack_header: Final = _HEADER.pack
+_unpack_header: Final = Struct(layout.FRAME_HEADER + layout.CRC.lstrip(">")).unpack_from
+_crc32: Final = crc32
+
+_Header = tuple[bytes, int, int, int, int, int, int, int, int, int, int]
+"""The fields of FRAME_HEADER, and its CRC."""
 
 
 class Key(NamedTuple):
@@ -101,19 +102,58 @@ def session_keys(host_nonce: bytes, guest_nonce: bytes) -> tuple[Key, Key]:
     return Key(words[0], words[1]), Key(words[2], words[3])
 
 
-class Frame(NamedTuple):
-    """One frame, as it came out of the decoder."""
+class Frame:
+    """One frame, as it came out of the decoder. (No NamedTuple: where this is compiled, to make one
+    of those takes five times as long.)
 
-    kind: int
-    flags: int
-    stream: int
-    total: int
-    seq: int
-    ack: int
-    credit: int
-    payload: bytes
-    candidate: bool
-    """True when sealed with the decoder's candidate key."""
+    Attributes:
+        candidate: True when sealed with the decoder's candidate key.
+    """
+
+    __slots__ = (
+        "ack",
+        "candidate",
+        "credit",
+        "flags",
+        "kind",
+        "payload",
+        "seq",
+        "stream",
+        "total",
+    )
+
+    def __init__(
+        self,
+        kind: int,
+        flags: int,
+        stream: int,
+        total: int,
+        seq: int,
+        ack: int,
+        credit: int,
+        payload: bytes,
+        candidate: bool,
+    ) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.stream = stream
+        self.total = total
+        self.seq = seq
+        self.ack = ack
+        self.credit = credit
+        self.payload = payload
+        self.candidate = candidate
+
+    def fields(self) -> tuple[int, int, int, int, int, int, int, bytes, bool]:
+        """All of it, in the order of the arguments."""
+        numbers = (self.kind, self.flags, self.stream, self.total, self.seq, self.ack, self.credit)
+        return (*numbers, self.payload, self.candidate)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frame) and self.fields() == other.fields()
+
+    def __hash__(self) -> int:
+        return hash(self.fields())
 
 
 def encode_frame(
@@ -131,9 +171,18 @@ def encode_frame(
     header = _pack_header(
         _MAGIC, _LAYOUT, kind, flags, stream, len(payload), total, seq, ack, credit
     )
-    header_crc = crc32(header, key[0])
-    payload_crc = 0 if key[2] else crc32(payload, header_crc ^ key[1])
-    return b"".join((header, _pack_crc(header_crc), payload, _pack_crc(payload_crc)))
+    header_crc = _crc32(header, key[0])
+    sealed = _NO_CRC if key[2] else _crc_bytes(_crc32(payload, header_crc ^ key[1]))
+    return b"".join((header, _crc_bytes(header_crc), payload, sealed))
+
+
+def _crc_bytes(crc: int) -> bytes:
+    """As `layout.CRC` has it. (Compiled, a Struct takes three times as long.)"""
+    return crc.to_bytes(_CRC_BYTES, "big")
+
+
+def _is_greeting(kind: int) -> bool:
+    return layout.KIND_HELLO <= kind <= layout.KIND_REFUSE
 
 
 class Decoder:
@@ -209,17 +258,16 @@ class Decoder:
             if end - position < HEADER_BYTES:
                 self._need = HEADER_BYTES
                 break
-            (magic, version, kind, flags, stream, length, total, seq, ack, credit, header_crc) = (
-                _unpack_header(data, position)
-            )
+            fields: _Header = _unpack_header(data, position)
+            magic, version, kind, flags, stream, length, total, seq, ack, credit, crc = fields
             if magic != _MAGIC:
                 position = self._skip(data, position)
                 continue
             header = data[position : position + _BODY_BYTES]
-            key = None if kind in _GREETING_KINDS else self.key
-            is_usual = key is not None and crc32(header, key[0]) == header_crc
+            key = None if _is_greeting(kind) else self.key
+            is_usual = key is not None and _crc32(header, key[0]) == crc
             if not is_usual:
-                key = self._other_key(header, header_crc, kind)
+                key = self._other_key(header, crc, kind)
             if (
                 key is None
                 or version != _LAYOUT
@@ -233,13 +281,16 @@ class Decoder:
                 self._need = stop + _CRC_BYTES - position
                 break
             payload = data[start:stop]
-            if not key[2] and crc32(payload, header_crc ^ key[1]) != _unpack_crc(data, stop)[0]:
+            if not key[2] and data[stop : stop + _CRC_BYTES] != _crc_bytes(
+                _crc32(payload, crc ^ key[1])
+            ):
                 self.bad_payloads += 1
                 position = self._skip(data, position)
                 continue
             is_candidate = not is_usual and key is not NO_KEY
-            fields = (kind, flags, stream, total, seq, ack, credit, payload, is_candidate)
-            frames.append(_new_tuple(Frame, fields))
+            frames.append(
+                Frame(kind, flags, stream, total, seq, ack, credit, payload, is_candidate)
+            )
             position = stop + _CRC_BYTES
             if not is_usual:
                 self.stopped = True
@@ -254,8 +305,8 @@ class Decoder:
     def _other_key(self, header: bytes, crc: int, kind: int) -> Key | None:
         """The key, not the one in force, that a header was sealed with: a greeting's, or the
         candidate."""
-        key = NO_KEY if kind in _GREETING_KINDS else self.candidate
-        return key if key is not None and crc32(header, key[0]) == crc else None
+        key = NO_KEY if _is_greeting(kind) else self.candidate
+        return key if key is not None and _crc32(header, key[0]) == crc else None
 
     def _skip(self, data: bytes, position: int) -> int:
         """The place of the next MAGIC after `position`, or of what may be its beginning."""
