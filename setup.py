@@ -33,6 +33,7 @@ COMPILED = {
         "vchan/streams/messages.py",
         "vchan/wire/frames.py",
         "vchan/wire/layout.py",
+        "vchan/wire/record.py",
     ),
     "vchan.host": (
         "vchan/host/broker/amqp.py",

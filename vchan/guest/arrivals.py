@@ -12,7 +12,7 @@ from vchan.io.steps import Steps, WatchedStream
 from vchan.io.streams import Stream
 from vchan.rpc.in_flight import Send
 from vchan.rpc.messages import is_outcome, is_request, is_subscribe
-from vchan.session import Event, Opened, Received
+from vchan.session import Event, Opened
 from vchan.wire.frames import FLUSH
 
 GREETED: Final = "greeting heard"
@@ -56,13 +56,16 @@ class Arrivals:
                 case Opened():
                     self._steps.begin(OPENED)  # a greeting of ours was answered
                     self._steps.reach(OPENED)
-                case Received(_, message) if is_request(message):
-                    self._steps.reach(REQUEST)
                 case _:
                     pass
             handle(event)
 
         return handle_step
+
+    def host_said(self, message: bytes) -> None:
+        """A message of the host's."""
+        if is_request(message):
+            self._steps.reach(REQUEST)
 
     def to_host(self, send: Send) -> Send:
         """What sends the host messages."""

@@ -287,6 +287,7 @@ class Daemon:
             self._handle if arrivals is None else arrivals.handler(self._handle),
             self._note,
             self._is_full if goes_one_way(options.port) else None,
+            self._receive,
         )
         to_host = self._port.send if arrivals is None else arrivals.to_host(self._port.send)
         self._router = Router(
@@ -339,15 +340,21 @@ class Daemon:
 
     # ---------------------------------------------------------------- the host
 
+    def _receive(self, data: bytes) -> None:
+        """A message of the host's."""
+        if self._arrivals is not None:
+            self._arrivals.host_said(data)
+        if self._host_takes_streams and _is_of_streams(data):
+            self._make_forwards().receive(data)
+            return
+        if self._forwards is not None:
+            self._forwards.give_way()
+        now_s = self.loop.time()
+        self._router.host_receive(data, now_s)
+        self._alarm.set(now_s + TICK_S)
+
     def _handle(self, event: Event) -> None:
         match event:
-            case Received() if self._host_takes_streams and _is_of_streams(event.message):
-                self._make_forwards().receive(event.message)
-            case Received():
-                if self._forwards is not None:
-                    self._forwards.give_way()
-                self._router.host_receive(event.message, self.loop.time())
-                self._set_timer()
             case Opened(peer, resumed):
                 if not resumed:
                     self._end_freeze("the session with the host is over")
@@ -373,6 +380,8 @@ class Daemon:
                 self._end_freeze("the host is silent")
             case Heard():
                 self._log(_INFO, "the host is back")
+            case Received():
+                pass  # see `_receive`
 
     def _make_arrivals(self) -> "Arrivals":
         from vchan.guest.arrivals import Arrivals
@@ -441,10 +450,11 @@ class Daemon:
             self._arrivals.agent_said(data)
         if self._forwards is not None:
             self._forwards.give_way()
-        problem = self._router.agent_receive(key, data, self.loop.time())
+        now_s = self.loop.time()
+        problem = self._router.agent_receive(key, data, now_s)
         if problem:
             self._server.drop(key, problem)
-        self._set_timer()
+        self._alarm.set(now_s + TICK_S)
 
     def peer_closed(self, key: int, *, is_gone: bool) -> None:
         """An agent went away."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from vchan.io.loop import Alarm, Scheduler, Timer
 from vchan.io.streams import Stream, hangup_watch
-from vchan.session import WRITE_FRAMES_MAX, AnySession, Event, State
+from vchan.session import WRITE_FRAMES_MAX, AnySession, Event, Received, State
 from vchan.wire.frames import OVERHEAD_BYTES
 
 TURN_BYTES: Final = 64 * 1024
@@ -53,6 +53,7 @@ class Link:
         stream: Owned by the link from now on.
         on_event: Called with each of the session's events.
         on_down: Called once, when the stream is of no use any more, with the reason.
+        on_message: Called with each message that was Received, in its place; None: `on_event` is.
         silent: Say nothing yet: drop what arrives, write nothing, until `speak`.
         meter: Makes the peer one that is metered. Told how many bytes were handled and how many
             seconds were spent on that; returns for how many seconds not to read more. The other
@@ -68,6 +69,7 @@ class Link:
         on_event: Callable[[Event], object],
         on_down: Callable[[str], object],
         *,
+        on_message: Callable[[bytes], object] | None = None,
         silent: bool = False,
         meter: Callable[[int, float], float] | None = None,
         hold: Callable[[], bool] | None = None,
@@ -79,6 +81,7 @@ class Link:
         says whether it has. For what waits with its owner until it can go out."""
         self._loop = loop
         self._on_event = on_event
+        self._on_message = on_message
         self._on_down = on_down
         self._out = b""  # taken from the session, not yet by the stream
         self._meter = meter
@@ -271,8 +274,12 @@ class Link:
         if self.session.state is State.CLOSED:
             self.bytes_dropped += len(data)
             return
+        on_message = self._on_message
         for event in self.session.receive_data(data, now_s):
-            self._on_event(event)
+            if on_message is not None and isinstance(event, Received):
+                on_message(event.message)
+            else:
+                self._on_event(event)
             if self._is_over():
                 return
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Final, Protocol
 
@@ -10,7 +11,7 @@ from vchan.io.link import Link
 from vchan.io.loop import Loop
 from vchan.io.streams import LOCAL_READ_BYTES, Acceptor, SocketStream, bind_unix
 from vchan.io.unix_socket import UnixSocket
-from vchan.session import Config, Event, Opened, Received, Refused, Role, Session
+from vchan.session import Config, Event, Opened, Refused, Role, Session
 from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_REQUESTS
 
 PEERS_MAX: Final = 128
@@ -104,12 +105,11 @@ class LocalServer:
             SocketStream(connected, self.path, LOCAL_READ_BYTES),
             lambda event: self._handle(key, event, who),
             lambda _: self._forget(key, is_gone=True),
+            on_message=partial(self._peers.peer_message, key),
         )
 
     def _handle(self, key: int, event: Event, who: Credentials) -> None:
         match event:
-            case Received():
-                self._peers.peer_message(key, event.message)
             case Opened(_, resumed):
                 if key in self._opened:
                     if resumed:  # it greeted again because we were slow to answer: no news

@@ -26,7 +26,7 @@ from vchan.rpc.messages import (
     encode,
     id_chunks,
 )
-from vchan.session import CONTROL, Config, Event, Opened, Peer, Received, Refused, Role, Session
+from vchan.session import CONTROL, Config, Event, Opened, Peer, Refused, Role, Session
 from vchan.wire.frames import LOCAL_FRAME_BYTES_MAX, PLAIN_PAYLOADS, RAW_REQUESTS
 
 AGENT_SOCKET: Final = "/run/vchan/agent.sock"
@@ -130,7 +130,14 @@ class Connection:
             if is_first:
                 raise
             return
-        self._link = Link(self.loop, self._session, stream, self._handle, self._lost)
+        self._link = Link(
+            self.loop,
+            self._session,
+            stream,
+            self._handle,
+            self._lost,
+            on_message=self._receive,
+        )
         if self._refill is not None:
             self._link.refill = partial(self._refill, self._session)
 
@@ -242,8 +249,6 @@ class Connection:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Received():
-                self._receive(event.message)
             case Opened(peer, resumed):
                 self._attempts = 0
                 if not resumed:

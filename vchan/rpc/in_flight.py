@@ -54,6 +54,7 @@ from vchan.rpc.messages import (
 )
 from vchan.session import CONTROL
 from vchan.wire.frames import RAW_CASTS
+from vchan.wire.record import Record
 
 Send = Callable[[bytes, int], None]
 """Queues a message on a stream of the session."""
@@ -86,23 +87,33 @@ COMES_AGAIN: Final = frozenset({NO_AGENT, BUSY, RELEASED})
 """A cast that is handed back so has not run, and comes again, at another time or elsewhere."""
 
 
-_new_tuple: Final = tuple.__new__
-"""Makes a NamedTuple in half the time that its own constructor takes."""
-
-
-class Taken(NamedTuple):
+class Taken(Record):
     """The responder has taken responsibility for this cast."""
 
-    id: bytes
+    __slots__ = ("id",)
+    __match_args__: Final = ("id",)
+
+    def __init__(self, id: bytes) -> None:
+        self.id = id
+
+    def fields(self) -> tuple[bytes]:
+        return (self.id,)
 
 
-class Answered(NamedTuple):
+class Answered(Record):
     """A call's answer. `body` is JSON: the result, or if `failed` the failure. The result of a RAW
     call is bytes."""
 
-    id: bytes
-    failed: bool
-    body: bytes
+    __slots__ = ("body", "failed", "id")
+    __match_args__: Final = ("id", "failed", "body")
+
+    def __init__(self, id: bytes, failed: bool, body: bytes) -> None:
+        self.id = id
+        self.failed = failed
+        self.body = body
+
+    def fields(self) -> tuple[bytes, bool, bytes]:
+        return self.id, self.failed, self.body
 
 
 class Heartbeat(NamedTuple):
@@ -353,12 +364,12 @@ class Requester:
                     self._close(request_id)
                     if flags & _FAILURE_OR_RAW != item.result_flags and not flags & FAILURE:
                         flags, body = FAILURE, _WRONG_KIND
-                    return [_new_tuple(Answered, (request_id, flags & FAILURE != 0, body))]
+                    return [Answered(request_id, flags & FAILURE != 0, body)]
             case Receipt(request_id):
                 item = self._open.get(request_id)
                 if item is not None and not item.request.flags & CALL:
                     self._close(request_id)
-                    return [_new_tuple(Taken, (request_id,))]
+                    return [Taken(request_id)]
             case Returned(request_id, reason, text):
                 if self._close(request_id) is not None:
                     return [HandedBack(request_id, reason, text)]
@@ -413,10 +424,17 @@ class Requester:
         return refused.doubted() if was_sent else refused
 
 
-class Deliver(NamedTuple):
+class Deliver(Record):
     """A request that was never seen before. Its time, if any, is in `timeout_ms`, from now."""
 
-    request: Request
+    __slots__ = ("request",)
+    __match_args__: Final = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def fields(self) -> tuple[Request]:
+        return (self.request,)
 
 
 class Cancelled(NamedTuple):
@@ -543,7 +561,7 @@ class Responder:
         if request.timeout_ms:
             self._deadlines.add(now_s + request.timeout_ms / 1000 + self._grace_s, request_id)
         self._running[request_id] = _Record(request.flags, now_s)
-        return [_new_tuple(Deliver, (request,))]
+        return [Deliver(request)]
 
     def _refuse_unheld(self, request: Request, now_s: float) -> None:
         text = f"{self._requests_max} requests are open (REQUESTS_MAX)"
@@ -618,8 +636,7 @@ class Responder:
     def tell(self, outcome: Outcome, now_s: float) -> None:
         """What became of a request where it was passed on to becomes of it here."""
         match outcome:
-            case Answered():
-                request_id, failed, body = outcome
+            case Answered(request_id, failed, body):
                 self.answer(request_id, body, failed=failed, now_s=now_s, or_failure=True)
             case Taken(request_id):
                 self.take(request_id, now_s)

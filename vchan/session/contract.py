@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 from vchan.wire import layout
 from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES, RAW_REQUESTS
+from vchan.wire.record import Record
 
 VERSION: Final = 1
 """The session protocol's newest version this code speaks, and (so far) its oldest."""
@@ -101,11 +102,18 @@ class Opened(NamedTuple):
     resumed: bool
 
 
-class Received(NamedTuple):
+class Received(Record):
     """A whole message, exactly once and in its stream's order."""
 
-    stream: int
-    message: bytes
+    __slots__ = ("message", "stream")
+    __match_args__: Final = ("stream", "message")
+
+    def __init__(self, stream: int, message: bytes) -> None:
+        self.stream = stream
+        self.message = message
+
+    def fields(self) -> tuple[int, bytes]:
+        return self.stream, self.message
 
 
 class Lost(NamedTuple):
