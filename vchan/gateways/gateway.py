@@ -510,7 +510,7 @@ def describe(leased: Leased) -> bytes:
     """A request, as it is given to a program: a JSON object."""
     request = leased.request
     try:
-        asked = decode_invocation(request.body)._asdict()
+        asked = decode_invocation(request.body).as_dict()
     except BadBody as error:
         asked = {"problem": str(error)}
     return encode_json(

@@ -56,6 +56,7 @@ from vchan.rpc.messages import (
     encode,
     is_charge,
     queue_of,
+    target_of,
 )
 from vchan.session import CONTROL
 
@@ -155,7 +156,7 @@ class Router:
             case Request() | Cancel() | Settled():
                 for delivery in self._host.receive(message, now_s):
                     if isinstance(delivery, Deliver):
-                        self._admit(delivery.request, now_s)
+                        self._admit(delivery.request, data, now_s)
                     else:
                         self._cancel(delivery.id)
                 if isinstance(message, Settled):
@@ -175,7 +176,7 @@ class Router:
         self._dispatcher.cancel(request_id)
         self._clear_doubts()
 
-    def _admit(self, request: Request, now_s: float) -> None:
+    def _admit(self, request: Request, encoded: bytes, now_s: float) -> None:
         """It is new to us. Whether it is in doubt is decided here: what comes later says nothing of
         what came before."""
         if not request.flags & _NOT_FRESH:
@@ -188,9 +189,11 @@ class Router:
         if request.topic == OWN_TOPIC:
             self._answer_ourselves(request, now_s)
         else:
-            topic, forever = request.target, not request.timeout_ms
+            topic, forever = target_of(request), not request.timeout_ms
             told = self._tell if request.id in self._doubtful else self._host.tell
-            if not self._dispatcher.offer(request, topic, told, now_s, forever=forever):
+            if not self._dispatcher.offer(
+                request, topic, told, now_s, forever=forever, encoded=encoded
+            ):
                 told(self._dispatcher.unserved(request.id, topic), now_s)
         if self._doubtful:
             self._clear_doubts()

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from vchan.errors import (
     BadBody,
@@ -27,6 +27,7 @@ from vchan.rpc.bodies import (
 )
 from vchan.rpc.in_flight import Cancelled, Deliver, Delivery
 from vchan.rpc.messages import (
+    CALL,
     NOTIFICATION,
     RAW,
     REFUSED,
@@ -34,6 +35,7 @@ from vchan.rpc.messages import (
     TOPICS_MAX,
     Request,
     Topic,
+    target_of,
 )
 
 METHODS_TOLD_MAX: Final = 20
@@ -45,26 +47,28 @@ FAILURES_PERIOD_S: Final = 10.0
 """Long enough that a log with FAILURES_LOGGED_MAX in each can be read as it grows."""
 
 
-class MethodAsked(NamedTuple):
-    """What a request asks for."""
-
-    method: Callable[..., Any]
-    invocation: Invocation
-    is_quick: bool
+MethodAsked = tuple[Callable[..., Any], Invocation, bool]
+"""What a request asks for: the method, how it is called, and whether it is quick."""
 
 
 class WrongKind(BadBody):
     """A method that takes bytes was called with JSON, or the other way round. It has not run."""
 
 
-class Finish(NamedTuple):
-    """What became of a method: the answer to its caller, and what the log is told of it."""
+class Finish:
+    """What became of a method: the answer to its caller, and what the log is told of it.
 
-    failed: bool
-    body: bytes
-    story: str = ""
-    refusal: str = ""
-    """In place of an answer: why it has not run."""
+    Attributes:
+        refusal: In place of an answer: why it has not run.
+    """
+
+    __slots__ = ("body", "failed", "refusal", "story")
+
+    def __init__(self, failed: bool, body: bytes, story: str = "", refusal: str = "") -> None:
+        self.failed = failed
+        self.body = body
+        self.story = story
+        self.refusal = refusal
 
 
 class Failures:
@@ -192,7 +196,7 @@ class Serving:
     def may_begin(self, request: Request) -> bool:
         """Take responsibility for it. False: it was withdrawn, or its time is over."""
         responder = self.connection.responder
-        if request.is_call:
+        if request.flags & CALL:
             return request.id in responder
         if not responder.take(request.id, self._scheduler.time()):
             return False
@@ -219,9 +223,10 @@ class Serving:
         self.end_beat(request.id)
         responder, now_s = self.connection.responder, self._scheduler.time()
         story = ran.story
-        if request.is_call and ran.refusal:
+        is_call = request.flags & CALL != 0
+        if is_call and ran.refusal:
             responder.refuse(request.id, REFUSED, ran.refusal)
-        elif request.is_call:
+        elif is_call:
             try:
                 responder.answer(request.id, ran.body, failed=ran.failed, now_s=now_s)
             except LimitExceeded as error:
@@ -246,9 +251,9 @@ class Serving:
     def _raw_method_for(self, request: Request) -> MethodAsked:
         asked, data = decode_raw(request.body)
         invocation = decode_invocation(asked)
-        meant = self._find(_topic_of(request, invocation), invocation, is_raw=True)
-        method = meant.method
-        return meant._replace(method=lambda **args: method(data, **args))
+        topic = _topic_of(request, invocation)
+        method, _, is_quick = self._find(topic, invocation, is_raw=True)
+        return lambda **args: method(data, **args), invocation, is_quick
 
     def _find(self, topic: Topic, wanted: Invocation, *, is_raw: bool = False) -> MethodAsked:
         for endpoint in self.endpoints.get(topic, ()):
@@ -260,7 +265,7 @@ class Serving:
                     if (wanted.method in endpoint.raw) is not is_raw:
                         use = "JSON: use call, not call_raw" if is_raw else "bytes: use call_raw"
                         raise WrongKind(f"{wanted.method} of topic {topic.name} takes {use}")
-                    return MethodAsked(method, wanted, wanted.method in endpoint.quick)
+                    return method, wanted, wanted.method in endpoint.quick
         namespace = f" in namespace {wanted.namespace}" if wanted.namespace else ""
         version = f", version {wanted.version or '1.0'}"
         known = ", ".join(self._methods(topic)[:METHODS_TOLD_MAX]) or "none"
@@ -278,10 +283,11 @@ class Serving:
 
 def _topic_of(request: Request, invocation: Invocation) -> Topic:
     """What the agent served it as: notifications of a priority are a topic of their own."""
-    priority = f".{invocation.method}"
-    if request.flags & NOTIFICATION and not request.topic.endswith(priority):
-        return Topic(request.exchange, request.topic + priority)
-    return request.target
+    if request.flags & NOTIFICATION:
+        priority = f".{invocation.method}"
+        if not request.topic.endswith(priority):
+            return Topic(request.exchange, request.topic + priority)
+    return target_of(request)
 
 
 def _compatible(offered: str, wanted: str) -> bool:
@@ -305,7 +311,7 @@ def returned(request: Request, result: Any) -> Finish:
         if hasattr(result, "close"):
             result.close()  # or Python warns that nobody awaited it
         raise TypeError("the method returned something to await: serve it with vchan.aio.Agent")
-    if not request.is_call:
+    if not request.flags & CALL:
         return Finish(False, b"")
     if request.flags & RAW:
         if not isinstance(result, bytes | bytearray | memoryview):

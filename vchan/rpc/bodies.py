@@ -19,10 +19,11 @@ import json
 import json.encoder
 from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from vchan.errors import BadBody
 from vchan.wire import layout
+from vchan.wire.record import Record
 
 REDELIVERED_KEY = "vchan_redelivered"
 """In the context of a request that may run for a second time: true."""
@@ -30,22 +31,38 @@ FAILURE_TEXT_MAX = 8192
 """Characters of a failure's message, and of its traceback."""
 
 
-class Invocation(NamedTuple):
+class Invocation(Record):
     """What a request asks for."""
 
-    method: str
-    args: Mapping[str, Any]
-    namespace: str | None
-    version: str | None
-    context: Mapping[str, Any]
+    __slots__ = ("args", "context", "method", "namespace", "version")
+
+    def __init__(
+        self,
+        method: str,
+        args: Mapping[str, Any],
+        namespace: str | None,
+        version: str | None,
+        context: Mapping[str, Any],
+    ) -> None:
+        self.method = method
+        self.args = args
+        self.namespace = namespace
+        self.version = version
+        self.context = context
+
+    def fields(self) -> tuple[object, ...]:
+        return self.method, self.args, self.namespace, self.version, self.context
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in a request's body."""
+        names = ("method", "args", "namespace", "version", "context")
+        return dict(zip(names, self.fields(), strict=True))
 
 
 _RAW_HEAD: Final = Struct(layout.RAW)
 _encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _decoder: Final[Any] = json.JSONDecoder()
 _scan_once: Final = _decoder.scan_once
-_new_tuple: Final = tuple.__new__
-"""Makes a NamedTuple in half the time that its own constructor takes."""
 
 
 def _make_chunks() -> Callable[[Any, int], Iterable[str]]:
@@ -137,8 +154,8 @@ def decode_invocation(body: bytes) -> Invocation:
     args, context = value.get("args") or {}, value.get("context") or {}
     if not isinstance(args, dict) or not isinstance(context, dict):
         raise BadBody('the request\'s "args" and "context" must be objects')
-    fields = (value["method"], args, value.get("namespace"), value.get("version"), context)
-    return _new_tuple(Invocation, fields)
+    namespace, version = value.get("namespace"), value.get("version")
+    return Invocation(value["method"], args, namespace, version, context)
 
 
 def encode_raw(invocation: bytes, data: bytes | bytearray | memoryview) -> bytes:
@@ -167,7 +184,7 @@ def mark_redelivered(body: bytes, *, is_raw: bool = False) -> bytes:
     except BadBody:
         return body
     context = {**asked.context, REDELIVERED_KEY: True}
-    marked = encode_json({**asked._asdict(), "context": context})
+    marked = encode_json({**asked.as_dict(), "context": context})
     return encode_raw(marked, data) if is_raw else marked
 
 

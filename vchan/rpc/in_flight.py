@@ -14,6 +14,7 @@ Rules of this file
     responder.take(id) / answer(id, ...) / refuse(id, ...) / give_back(id, ...)
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple
@@ -157,6 +158,7 @@ class Overdue(NamedTuple):
 Outcome = Taken | Answered | Heartbeat | HandedBack | Overdue
 
 
+_push: Final = heappush  # Final, so that compiled code does not look for it by name
 _FAILURE_OR_RAW: Final = FAILURE | RAW_REPLY
 _WRONG_KIND: Final = encode_failure(
     "BadReply", "the answer is bytes where JSON was asked for, or the other way round"
@@ -197,7 +199,7 @@ class _Deadlines:
     def add(self, at_s: float, request_id: bytes) -> None:
         assert request_id not in self._at_s, "who forgot the id forgot its time as well"
         self._at_s[request_id] = at_s
-        heappush(self._heap, (at_s, request_id))
+        _push(self._heap, (at_s, request_id))
         if len(self._heap) > 2 * len(self._at_s) + 64:
             self._heap = [(at_s, request_id) for request_id, at_s in self._at_s.items()]
             heapify(self._heap)
@@ -302,10 +304,13 @@ class Requester:
         """Whether the peer may have had a request that is open."""
         return self._open[request_id].sent
 
-    def submit(self, request: Request, now_s: float) -> None:
+    def submit(self, request: Request, now_s: float, encoded: bytes | None = None) -> None:
         """Send a request and hold it until it is over.
 
         The id must not be open already. The caller bounds how many it submits.
+
+        Args:
+            encoded: Its bytes, if they are at hand.
 
         Raises:
             LimitExceeded: The peer does not take so large a one. It is not held.
@@ -315,7 +320,7 @@ class Requester:
         deadline_s = now_s + request.timeout_ms / 1000 if request.timeout_ms else None
         item = _Outstanding(request, deadline_s)
         if self.connected and not self._holds:
-            self._transmit(item, request)
+            self._transmit(item, request, encoded)
         self._open[request.id] = item
         if deadline_s is not None and self._is_timed:
             self._deadlines.add(deadline_s + self._grace_s, request.id)
@@ -336,12 +341,12 @@ class Requester:
             self._untaken.append(request.id)
             self._untaken_s = now_s
 
-    def _transmit(self, item: _Outstanding, request: Request) -> None:
+    def _transmit(self, item: _Outstanding, request: Request, encoded: bytes | None = None) -> None:
         if request.flags & RAW:
             no_raw = self._no_raw if request.flags & CALL else self._no_raw_cast
             if no_raw:
                 raise Rejected(no_raw)
-        self._send(encode_request(request), item.stream)
+        self._send(encoded or encode_request(request), item.stream)
         item.sent = True
         item.problem = ""
 
@@ -498,6 +503,8 @@ class Responder:
         # In the order of their times. (An OrderedDict takes three times as long for each change.)
         self._over: dict[bytes, _Record] = {}
         self._settled: dict[bytes, _Record] = {}
+        # The ids of that: a dict looks for its first key past all that were deleted before it.
+        self._settled_ids: deque[bytes] = deque()
         self._deadlines = _Deadlines()
         self._reply_bytes = 0
         self.repeats = 0  # requests that came again and were not delivered again
@@ -728,8 +735,9 @@ class Responder:
         if record is not None:
             record.at_s = now_s
             self._settled[request_id] = record
-            if len(self._settled) > SETTLED_MAX:
-                del self._settled[next(iter(self._settled))]
+            self._settled_ids.append(request_id)
+            if len(self._settled_ids) > SETTLED_MAX:
+                self._settled.pop(self._settled_ids.popleft(), None)
 
     def _forget(self, request_id: bytes) -> _Record | None:
         record = self._over.pop(request_id, None)
@@ -755,14 +763,19 @@ class Responder:
                 cancelled.append(Cancelled(request_id))
             elif (record := self._over.get(request_id)) is not None:
                 self._drop_reply(request_id, record)
-        while self._over:
-            request_id, record = next(iter(self._over.items()))
-            if record.at_s + RETENTION_S > now_s:
-                break
+        for request_id in _past(self._over, RETENTION_S, now_s):
             self._forget(request_id)
-        while self._settled:
-            request_id, record = next(iter(self._settled.items()))
-            if record.at_s + SETTLED_KEEP_S > now_s:
-                break
+        for request_id in _past(self._settled, SETTLED_KEEP_S, now_s):
             del self._settled[request_id]
+            self._settled_ids.popleft()
         return cancelled
+
+
+def _past(kept: dict[bytes, _Record], keep_s: float, now_s: float) -> list[bytes]:
+    """The ids of what has been kept for long enough: they stand first."""
+    past = []
+    for request_id, record in kept.items():
+        if record.at_s + keep_s > now_s:
+            break
+        past.append(request_id)
+    return past

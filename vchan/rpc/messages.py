@@ -138,7 +138,12 @@ class Request(NamedTuple):
     @property
     def target(self) -> Topic:
         """Whom it is for."""
-        return _new_tuple(Topic, (self.exchange, self.topic))
+        return target_of(self)
+
+
+def target_of(request: Request) -> Topic:
+    """`Request.target`, for compiled modules: there a property takes half as long again."""
+    return _new_tuple(Topic, (request.exchange, request.topic))
 
 
 class Receipt(NamedTuple):

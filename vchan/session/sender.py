@@ -253,7 +253,7 @@ class Sender:
         sent = self._sent
         freed = 0
         while self.base < ack:
-            *_, payload = sent.popleft()
+            _, _, _, payload = sent.popleft()
             freed += len(payload) + OVERHEAD_BYTES
             self.base += 1
         self.in_flight -= freed

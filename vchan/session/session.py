@@ -343,6 +343,9 @@ class Session:
             for frame in frames:
                 if frame.candidate and self._handshake.candidate is not None:
                     self._establish(*self._handshake.candidate)
+                if frame.kind == layout.KIND_DATA and self.state is _OPEN:
+                    self._on_data(frame)  # as `_ON_FRAME` says: nearly all are such frames
+                    continue
                 handler = _ON_FRAME.get((self.state, frame.kind))
                 if handler is not None:
                     handler(self, frame)
