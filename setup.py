@@ -42,7 +42,6 @@ COMPILED = {
         "vchan/host/broker/confirms.py",
         "vchan/host/broker/events.py",
         "vchan/host/broker/reply_publisher.py",
-        "vchan/host/broker/request_publisher.py",
         "vchan/host/broker/vm_queues.py",
         "vchan/host/faults.py",
         "vchan/host/oslo_wire/downward_envelope.py",

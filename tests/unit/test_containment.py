@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip ins
 pytest.importorskip("amqp", reason="py-amqp is not installed")
 
 from tests.rig.attributes import attributes
+from tests.rig.stand_in import StandIn
 from vchan.errors import VchanError
 from vchan.host import config
 from vchan.host.broker import events
@@ -797,10 +799,7 @@ VM_ENTRIES: dict[str, Callable[[Broker], None]] = {
 
 @pytest.mark.parametrize("name", VM_ENTRIES)
 def test_a_fault_in_a_vms_broker_channel_is_its_own(
-    broker: tuple[Broker, list[BrokerEvent]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
+    broker: tuple[Broker, list[BrokerEvent]], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     hub, posted = broker
     link = FakeLink()
@@ -810,17 +809,17 @@ def test_a_fault_in_a_vms_broker_channel_is_its_own(
     hub._carry_out()
     if name != "open":
         hub._open_next()
-    inner = vars(VmQueues)[name]
 
-    def broken(this: VmQueues, *args: Any, **kwargs: Any) -> Any:
-        if this.vm == VICTIM:
-            raise Fault
-        return inner(this, *args, **kwargs)
+    def broken(*_: Any, **__: Any) -> Any:
+        raise Fault
 
-    with monkeypatch.context() as patch:
-        patch.setattr(VmQueues, name, broken)
-        VM_ENTRIES[name](hub)
-        hub._carry_out()
+    real = hub._vms[VICTIM]
+    stand_in: Any = StandIn(real, **{name: broken})
+    hub._vms[VICTIM] = real.completions._channel = stand_in
+    hub._opening = {stand_in if vm is real else vm for vm in hub._opening}
+    hub._openings = deque(stand_in if vm is real else vm for vm in hub._openings)
+    VM_ENTRIES[name](hub)
+    hub._carry_out()
     assert [event.vm for event in posted if isinstance(event, events.Failed)] == [VICTIM]
     released = [event.vm for event in posted if isinstance(event, events.Released)]
     assert released.count(VICTIM) == 1

@@ -56,6 +56,7 @@ __all__ = [
     "AmqpLink",
     "Content",
     "Inbound",
+    "Link",
     "Message",
     "Owner",
     "ResourceError",
@@ -219,6 +220,16 @@ class Owner(Protocol):
         Raises:
             Exception: The owner works for all VMs. Then the connection is given up.
         """
+
+
+class Link(Protocol):
+    """A connection, to who has channels on it."""
+
+    def channel(self, owner: Owner) -> AmqpChannel:
+        """See `AmqpLink.channel`."""
+
+    def fail(self, reason: str) -> None:
+        """See `AmqpLink.fail`."""
 
 
 class AmqpLink:

@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.broker.amqp import (
     AmqpChannel,
-    AmqpLink,
     Inbound,
+    Link,
     Message,
     ResourceError,
     spec,
@@ -52,7 +52,10 @@ class BrokerForParked(Protocol):
     """What this file asks of the `Broker` it belongs to."""
 
     loop: Loop
-    link: AmqpLink | None
+
+    @property
+    def link(self) -> Link | None:
+        """While there is a connection."""
 
 
 class Parking(NamedTuple):
