@@ -96,10 +96,16 @@ BROKEN: Final = (
 )
 
 
+def _reason(error: ssl.SSLError) -> str:
+    """OpenSSL's name of it, which not all have, whatever their type says."""
+    reason: Any = error.reason
+    return reason or ""
+
+
 def _is_broken_off(error: BaseException) -> bool:
     """The other end broke off the handshake: it says so in an alert, or, if that could not be read
     any more, by closing."""
-    is_alert = isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
+    is_alert = isinstance(error, ssl.SSLError) and "ALERT" in _reason(error)
     return is_alert or isinstance(error, ssl.SSLEOFError | ConnectionResetError)
 
 
@@ -119,7 +125,7 @@ def explain(error: BaseException, config: BrokerConfig) -> str:
                 f"its certificate is refused: {error.verify_message}; "
                 f"authorities (ssl_ca_file): {authorities}"
             )
-        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+        case ssl.SSLError() if _reason(error) == "WRONG_VERSION_NUMBER":
             said += ": it does not speak TLS on this port, and ssl is on"
         case ssl.SSLError() | ConnectionResetError() if tls and _is_broken_off(error):
             said += ": it may want a certificate that it trusts (ssl_cert_file, ssl_key_file)"
