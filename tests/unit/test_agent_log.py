@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,11 +41,24 @@ class Endpoint:
     def give(self) -> Any:
         return self.result
 
+    def wordless(self) -> None:
+        raise Wordless(object())
+
+    def wordy(self) -> None:
+        raise ValueError("long " * 1_000_000)
+
     def leave(self) -> None:
         sys.exit("leaving")
 
     def interrupt(self) -> None:
         raise KeyboardInterrupt
+
+
+class Wordless(Exception):
+    """Its text is made of what was never set, as often."""
+
+    def __str__(self) -> str:
+        return f"{self.never_set}"  # type: ignore[attr-defined]
 
 
 async def later() -> int:
@@ -88,7 +102,7 @@ def test_what_is_wrong_with_the_request_has_no_traceback(site: Site, running: Ru
     wait(lambda: "dance" in running.log[-1])
     assert running.log[-1] == (
         "a call to topic agent failed: NoSuchMethod: agent has no method dance, version 1.0; "
-        "it has deep, fail, give, interrupt, leave"
+        "it has deep, fail, give, interrupt, leave, wordless, wordy"
     )
 
 
@@ -97,6 +111,27 @@ def test_a_failure_is_bounded(site: Site, running: Running) -> None:
         client.call("agent", "deep", {"depth": 300}, server=VM, timeout_s=WAIT_S)
     assert len(str(raised.value)) <= FAILURE_TEXT_MAX + 100
     assert len(running.log[-1]) <= FAILURE_TEXT_MAX + 100
+
+
+def test_an_exception_that_cannot_say_what_it_is(site: Site, running: Running) -> None:
+    """Its own `__str__` raises: that ended the agent, or its caller heard nothing."""
+    with Client(str(site.host.path)) as client:
+        said = r"Wordless: \(its __str__ raised AttributeError\)"
+        with pytest.raises(RemoteError, match=said):
+            client.call("agent", "wordless", server=VM, timeout_s=WAIT_S)
+        client.cast("agent", "wordless", server=VM, timeout_s=WAIT_S)
+        assert client.call("agent", "give", server=VM, timeout_s=WAIT_S) is None
+    assert "raise Wordless" in running.log[-1]
+
+
+def test_an_exception_that_says_too_much_is_cut(site: Site, running: Running) -> None:
+    """Its caller heard that a message was too large, and not what was raised."""
+    said = "ValueError: long long"
+    with Client(str(site.host.path)) as client, pytest.raises(RemoteError, match=said) as raised:
+        client.call("agent", "wordy", server=VM, timeout_s=WAIT_S)
+    assert len(str(raised.value)) <= FAILURE_TEXT_MAX + 100
+    failure = json.loads(raised.value.failure)
+    assert [len(arg) for arg in failure["args"]] == [FAILURE_TEXT_MAX]
 
 
 def test_a_result_that_json_cannot_say(site: Site, running: Any) -> None:

@@ -481,7 +481,7 @@ class Copying:
                 if reason:
                     self._reason = text or "closed"
                     self._is_refused = reason in (REFUSED, UNREACHABLE, UNSUPPORTED)
-                if reason == UNREACHABLE:
+                if reason == UNREACHABLE and "standard agent" not in self._reason:
                     self._reason += "; does the standard agent run there, with read or write on?"
                 if self._is_ending:
                     self._loop.stop()

@@ -24,6 +24,8 @@ from vchan.rpc.bodies import (
     decode_raw,
     encode_failure,
     encode_json,
+    exception_args,
+    exception_text,
 )
 from vchan.rpc.in_flight import Cancelled, Deliver, Delivery
 from vchan.rpc.messages import (
@@ -320,18 +322,18 @@ def ran_into(request: Request, error: BaseException) -> Finish:
     import traceback  # here: it costs start-up time
 
     kind = type(error)
-    refusal = str(error) if kind is WrongKind else ""
+    said = exception_text(error)
+    refusal = said if kind is WrongKind else ""
     lines = traceback.format_exception(error)
-    try:
-        encode_json(list(error.args))
-        args = list(error.args)
-    except (TypeError, ValueError):
-        args = [str(error)]
     body = encode_failure(
-        kind.__name__, str(error), module=kind.__module__, args=args, traceback=_last_of(lines)
+        kind.__name__,
+        said,
+        module=kind.__module__,
+        args=exception_args(error),
+        traceback=_last_of(lines),
     )
     what = f"a {'call' if request.is_call else 'cast'} to topic {request.topic} failed"
-    text = f"{kind.__name__}: {error}" if isinstance(error, RequestError) else "".join(lines)
+    text = f"{kind.__name__}: {said}" if isinstance(error, RequestError) else "".join(lines)
     return Finish(True, body, f"{what}: {text[-FAILURE_TEXT_MAX:].rstrip()}", refusal)
 
 
