@@ -35,8 +35,8 @@ from vchan.host.broker.config import BrokerConfig, BrokerHost
 from vchan.host.broker.py_amqp import (
     AmqpChannel,
     AMQPError,
-    Connection,
     Message,
+    PyAmqpConnection,
     ResourceError,
     UnexpectedFrame,
     frame_writer,
@@ -54,9 +54,9 @@ __all__ = [
     "BROKEN",
     "AmqpChannel",
     "AmqpLink",
+    "BrokerLink",
     "Content",
     "Inbound",
-    "Link",
     "Message",
     "Owner",
     "ResourceError",
@@ -228,7 +228,7 @@ class Owner(Protocol):
         """
 
 
-class Link(Protocol):
+class BrokerLink(Protocol):
     """A connection, to who has channels on it."""
 
     def channel(self, owner: Owner) -> AmqpChannel:
@@ -268,7 +268,7 @@ class AmqpLink:
         self._closing = False
         self._is_over = False
         self._fault = ""  # of ours, for which the connection must be given up
-        self.amqp: Any = Connection(
+        self.amqp: Any = PyAmqpConnection(
             self._detach,
             host=host.address,
             userid=host.user,

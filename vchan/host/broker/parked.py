@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.broker.amqp import (
     AmqpChannel,
+    BrokerLink,
     Inbound,
-    Link,
     Message,
     ResourceError,
     spec,
@@ -54,7 +54,7 @@ class BrokerForParked(Protocol):
     loop: Loop
 
     @property
-    def link(self) -> Link | None:
+    def link(self) -> BrokerLink | None:
         """While there is a connection."""
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from vchan.host.broker.amqp import Inbound, Link, ResourceError, spec
+from vchan.host.broker.amqp import BrokerLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
 from vchan.io.loop import Loop
 
@@ -30,7 +30,7 @@ class BrokerForReplies(Protocol):
     loop: Loop
 
     @property
-    def link(self) -> Link | None:
+    def link(self) -> BrokerLink | None:
         """While there is a connection."""
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
-from vchan.host.broker.amqp import Inbound, Link, ResourceError, spec
+from vchan.host.broker.amqp import BrokerLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
 from vchan.host.broker.events import BrokerEvent, PublishResult
 from vchan.host.broker.topology import MISSING, NOT_FOUND, Declared, QueueFacts
@@ -69,7 +69,7 @@ class BrokerForRequests(Protocol):
     declared: Declared
 
     @property
-    def link(self) -> Link | None:
+    def link(self) -> BrokerLink | None:
         """While there is a connection."""
 
     def within(self, vm: str, work: Callable[[], T], otherwise: T) -> T:
@@ -184,7 +184,7 @@ class Unheard:
 class Lane:
     """A channel with confirms, lent to one VM's outbox at a time."""
 
-    def __init__(self, requests: Requests, link: Link) -> None:
+    def __init__(self, requests: Requests, link: BrokerLink) -> None:
         self._requests = requests
         self._confirms = Confirms[Outgoing](link.channel(self))
         self._is_closed = False
