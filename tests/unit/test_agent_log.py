@@ -137,14 +137,21 @@ def test_an_exception_that_says_too_much_is_cut(site: Site, running: Running) ->
 def test_a_result_that_json_cannot_say(site: Site, running: Any) -> None:
     running.endpoint.result = {1, 2}
     with Client(str(site.host.path)) as client:
-        with pytest.raises(RemoteError, match=r"TypeError.*set"):
+        said = "TypeError: the method returned what JSON cannot say: .*set"
+        with pytest.raises(RemoteError, match=said):
             client.call("agent", "give", server=VM, timeout_s=WAIT_S)
         assert "TypeError" in running.log[-1]
-        said = len(running.log)
+        loop: list[Any] = []
+        loop.append(loop)
+        running.endpoint.result = loop
+        said = "ValueError: the method returned what JSON cannot say: refers to itself"
+        with pytest.raises(RemoteError, match=said):
+            client.call("agent", "give", server=VM, timeout_s=WAIT_S)
+        lines = len(running.log)
         client.cast("agent", "give", server=VM, timeout_s=WAIT_S)  # nobody wants it
         running.endpoint.result = 1
         assert client.call("agent", "give", server=VM, timeout_s=WAIT_S) == 1
-    assert len(running.log) == said
+    assert len(running.log) == lines
 
 
 def test_a_result_that_is_too_large(site: Site, running: Any) -> None:
@@ -157,7 +164,10 @@ def test_a_result_that_is_too_large(site: Site, running: Any) -> None:
 def test_what_is_to_be_awaited_is_refused(site: Site, running: Any) -> None:
     """A wrapper hides that it is a coroutine. Python warns of one that nobody awaits: an error."""
     running.endpoint.result = later()
-    with Client(str(site.host.path)) as client, pytest.raises(RemoteError, match=r"vchan\.aio"):
+    with (
+        Client(str(site.host.path)) as client,
+        pytest.raises(RemoteError, match=r"await it.*vchan\.aio"),
+    ):
         client.call("agent", "give", server=VM, timeout_s=WAIT_S)
 
 

@@ -306,14 +306,19 @@ def returned(request: Request, result: Any) -> Finish:
     if hasattr(result, "__await__"):
         if hasattr(result, "close"):
             result.close()  # or Python warns that nobody awaited it
-        raise TypeError("the method returned something to await: serve it with vchan.aio.Agent")
+        advice = "await it, in a method that vchan.aio.Agent serves"
+        raise TypeError(f"the method returned something to await: {advice}")
     if not request.is_call:
         return Finish(False, b"")
     if request.flags & RAW:
         if not isinstance(result, bytes | bytearray | memoryview):
             raise TypeError(f"a raw method returned {type(result).__name__}: expected bytes")
         return Finish(False, bytes(result))
-    return Finish(False, encode_json(result))
+    try:
+        return Finish(False, encode_json(result))
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"the method returned what JSON cannot say: {error}") from error
 
 
 def ran_into(request: Request, error: BaseException) -> Finish:
