@@ -44,10 +44,14 @@ from vchan.host.oslo_wire.mail import Arrival, Note, encode_arrival, encode_note
 from vchan.host.oslo_wire.upward_envelope import Form, Publication
 from vchan.host.threads import EXIT_SOFTWARE, run_and_exit, watched_thread
 from vchan.host.vm.channel import Channel
+from vchan.host.vm.consumption import Consumption
 from vchan.host.vm.downward import Downward
+from vchan.host.vm.dropped_casts import DroppedCasts
+from vchan.host.vm.finished_requests import FinishedRequests
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.handover import Handover
 from vchan.host.vm.mailbox import Mailbox
+from vchan.host.vm.open_requests import OpenRequests
 from vchan.host.vm.served_topics import ServedTopics
 from vchan.host.vm.upward import Upward
 from vchan.host.vm.vm import BREAKS_MAX, HostedVm
@@ -318,10 +322,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 SESSIONS_PARTS = (Handshake, Liveness, Receiver, Sender)
-HOT_PARTS = (Channel, Downward, ServedTopics, Upward, Session, *SESSIONS_PARTS, Link)
+HOT_PARTS = (Channel, Downward, Consumption, ServedTopics, Upward, Session, *SESSIONS_PARTS, Link)
+DOWNWARDS_PARTS = (OpenRequests, FinishedRequests, DroppedCasts)
 OTHER_PARTS = (Mailbox, Handover, Steps, SocketStream)
 """That are never compiled."""
-PARTS = (*HOT_PARTS, *OTHER_PARTS)
+PARTS = (*HOT_PARTS, *DOWNWARDS_PARTS, *OTHER_PARTS)
 
 
 def methods() -> list[tuple[type[object], str]]:
@@ -382,7 +387,7 @@ class Planted:
     def _is_victims(self, this: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         self._hosted = self._site.daemon._vms.get(VICTIM, self._hosted)
         part = self._hosted._part
-        if isinstance(this, Downward | Upward | Channel):
+        if isinstance(this, Downward | Consumption | Upward | Channel):
             vm = getattr(this, "vm", getattr(this, "_vm", None))
             made_for = [getattr(each, "uuid", each) for each in (vm, *args[:2])]
             return VICTIM in made_for if vm is None else bool(vm == VICTIM)
@@ -392,6 +397,10 @@ class Planted:
         self._channel = channel or self._channel
         if isinstance(this, OTHER_PARTS):
             return any(this is each for each in other_parts(self._channel))
+        if isinstance(this, DOWNWARDS_PARTS):
+            downward = getattr(self._channel, "downward", None)
+            parts = attributes(downward).values() if downward is not None else ()
+            return any(this is each for each in parts)
         if isinstance(this, ServedTopics):
             gate = args[0] if args and isinstance(args[0], VmGate) else None
             served = getattr(getattr(channel, "downward", None), "_served", None)
