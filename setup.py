@@ -55,6 +55,7 @@ COMPILED = {
         "vchan/host/vm/dropped_casts.py",
         "vchan/host/vm/finished_requests.py",
         "vchan/host/vm/gate.py",
+        "vchan/host/vm/mail_turns.py",
         "vchan/host/vm/open_requests.py",
         "vchan/host/vm/served_topics.py",
         "vchan/host/vm/throttle.py",

@@ -1615,8 +1615,8 @@ BUGS: Final = (
     Bug(
         "a message of a VM's own queue breaks us for ever",
         Patch(
-            _CHANNELS,
-            "self._handle_mail(self, token, body, partial(upward.work, now_s))",
+            "vchan/host/vm/mail_turns.py",
+            "self._handle(token, body, partial(upward.work, now_s))",
             "upward.work(now_s)",
         ),
         Test(_CONTAINMENT_TESTS + "test_so_is_one_of_the_vms_own_queue"),

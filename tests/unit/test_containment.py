@@ -50,6 +50,8 @@ from vchan.host.vm.dropped_casts import DroppedCasts
 from vchan.host.vm.finished_requests import FinishedRequests
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.handover import Handover
+from vchan.host.vm.log_lines import LogLines
+from vchan.host.vm.mail_turns import MailTurns
 from vchan.host.vm.mailbox import Mailbox
 from vchan.host.vm.open_requests import OpenRequests
 from vchan.host.vm.served_topics import ServedTopics
@@ -323,10 +325,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 SESSIONS_PARTS = (Handshake, Liveness, Receiver, Sender)
 HOT_PARTS = (Channel, Downward, Consumption, ServedTopics, Upward, Session, *SESSIONS_PARTS, Link)
-DOWNWARDS_PARTS = (OpenRequests, FinishedRequests, DroppedCasts)
+INNER_PARTS = (OpenRequests, FinishedRequests, DroppedCasts, MailTurns, LogLines)
 OTHER_PARTS = (Mailbox, Handover, Steps, SocketStream)
 """That are never compiled."""
-PARTS = (*HOT_PARTS, *DOWNWARDS_PARTS, *OTHER_PARTS)
+PARTS = (*HOT_PARTS, *INNER_PARTS, *OTHER_PARTS)
 
 
 def methods() -> list[tuple[type[object], str]]:
@@ -348,6 +350,14 @@ def other_parts(channel: Channel | None) -> list[object]:
     upward = channel.downward.upward
     own = [channel.arrival, channel.departure, channel._stream]
     return [*own, upward.mailbox, upward._history]
+
+
+def inner_parts(channel: Channel | None) -> list[object]:
+    """What a channel, and its requests, are made of."""
+    if channel is None:
+        return []
+    own: list[object] = [*attributes(channel).values(), *attributes(channel.downward).values()]
+    return [*own, getattr(channel._tell, "__self__", None)]
 
 
 class Planted:
@@ -397,10 +407,8 @@ class Planted:
         self._channel = channel or self._channel
         if isinstance(this, OTHER_PARTS):
             return any(this is each for each in other_parts(self._channel))
-        if isinstance(this, DOWNWARDS_PARTS):
-            downward = getattr(self._channel, "downward", None)
-            parts = attributes(downward).values() if downward is not None else ()
-            return any(this is each for each in parts)
+        if isinstance(this, INNER_PARTS):
+            return any(this is each for each in inner_parts(self._channel))
         if isinstance(this, ServedTopics):
             gate = args[0] if args and isinstance(args[0], VmGate) else None
             served = getattr(getattr(channel, "downward", None), "_served", None)

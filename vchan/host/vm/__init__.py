@@ -11,6 +11,8 @@ served_topics      which topics the guest's agents serve, and may; how often the
 consumption        which of them the broker is asked to consume, and when all is handed back
 upward             requests out of the guest: judged, published, tried again, answered
 mailbox            what came in the VM's own queue, read in slices
+mail_turns         when it is read, as the VM's share of the daemon's time allows
+log_lines          what one VM's channel may have logged
 handover           what earlier hosts of the VM have published
 gate               what the VM may do
 streams            byte streams of programs on this host into the guest

@@ -18,11 +18,13 @@ from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.clock import GuestClock
 from vchan.host.vm.downward import MUTE, BrokerPort, Downward
 from vchan.host.vm.gate import Gate
+from vchan.host.vm.log_lines import LogLines
+from vchan.host.vm.mail_turns import MailTurns
 from vchan.host.vm.reports import Reports
 from vchan.host.vm.streams import VmStreams
 from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import Offer
-from vchan.io.link import TURN_S, Link
+from vchan.io.link import Link
 from vchan.io.loop import Alarm, Scheduler, Timer
 from vchan.io.steps import Steps
 from vchan.io.streams import Stream, connect_unix
@@ -69,9 +71,6 @@ daemon is silent too, so it is done ever more rarely."""
 SILENCE_S: Final = 4.0
 """A guest that was asked and says nothing for so long is reconnected to. A round trip takes under a
 millisecond; a guest that is starved of CPU for so long loses nothing by it."""
-LOG_LINES: Final = 20
-LOG_PERIOD_S: Final = 10.0
-"""What one VM may have logged, with no word of it lost while it behaves."""
 RECEPTION_S: Final = 0.05
 """How often it is looked whether a mute guest has received everything."""
 NOBODY_ANSWERS: Final = "nobody answers: is vchan-guest installed and running in the VM?"
@@ -178,10 +177,9 @@ class Channel:
         self.vm = domain.uuid
         self.name = domain.known.name
         self._domain = domain
-        self._handle_mail = handle_mail
         self._loop = loop
-        self._log_line = home.log
         named = f"{self.name} ({self.vm})"
+        self._tell = LogLines(named, home.log, loop.time).tell
         self.arrival = Steps(loop, "arrival", ANSWERED, lambda line: home.debug(f"{named}: {line}"))
         self.departure = Steps(
             loop, "departure", RELEASED, lambda line: home.debug(f"{named}: {line}")
@@ -217,6 +215,10 @@ class Channel:
             self._tell,
             reports,
         )
+        self._handle_mail = partial(handle_mail, self)
+        self._mail_turns = MailTurns(
+            loop, self.throttle, self.downward.upward, self._handle_mail, self.set_timer
+        )
         self._clock = GuestClock(self._submit, self._tell) if home.sets_time else None
         self._gate = gate
         self._told_topics: tuple[Topic, ...] = ()  # that are served on our side
@@ -225,18 +227,13 @@ class Channel:
         self._attempts = 0
         self._cures = 0
         self._cure_not_before_s = 0.0
-        self._told = ""
         self._trouble = ""  # why there is no link, or no session on it
-        self._log_left = LOG_LINES
-        self._log_period_s = 0.0  # when the next one begins
         self._reconnect_timer: Timer | None = None
         self._absent_timer: Timer | None = None
         self._alarm = Alarm(loop, self._timed_out)
         self._timer_planned = False
         self._is_over = False
-        self._mail_timer: Timer | None = None
         self._stream_timer: Timer | None = None  # until when byte streams wait
-        self._mail_planned = False
         self._spoke_s: float | None = None
         self._heard_at_s: float | None = None
         self._is_silent = False  # it was asked, and has not answered
@@ -312,8 +309,8 @@ class Channel:
     def _cancel_timers(self) -> None:
         self._is_over = True
         self._alarm.cancel()
-        timers = (self._reconnect_timer, self._absent_timer, self._mail_timer, self._stream_timer)
-        for timer in timers:
+        self._mail_turns.cancel()
+        for timer in (self._reconnect_timer, self._absent_timer, self._stream_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -555,40 +552,13 @@ class Channel:
     # ---------------------------------------------------------------- the VM's own queue
 
     def mail(self, token: Hashable, body: bytes) -> None:
-        """A message came in it: an answer to the guest, or a note. It is read as the VM's share of
-        the daemon's time allows, whoever wrote it: the guest asked for it."""
+        """A message came in it: an answer to the guest, or a note. It is read in turns."""
 
         def take() -> None:
             self.downward.mail(token, body, self._loop.time())
 
-        self._handle_mail(self, token, body, take)
-        if not self._mail_planned:
-            self._serve_mail()
-        self.set_timer()
-
-    def _serve_mail(self) -> None:
-        """One turn: some messages, or a slice of a large one."""
-        self._mail_planned = False
-        self._mail_timer = None
-        upward = self.downward.upward
-        spent, now_s = self._loop.spent, self._loop.time()
-        began_s, began_bytes = spent(), upward.mailbox.worked
-        took_s = 0.0
-        problem: str | None = ""
-        while upward.mailbox and took_s < TURN_S and problem is not None:
-            token, body = upward.mailbox.first
-            problem = self._handle_mail(self, token, body, partial(upward.work, now_s))
-            took_s = spent() - began_s
-        wait_s = self.throttle.answered(upward.mailbox.worked - began_bytes, took_s, now_s)
-        if upward.mailbox or wait_s > 0:
-            self._mail_planned = True
-            if wait_s > 0:
-                self._mail_timer = self._loop.call_later(wait_s, self._serve_mail_in_time)
-            else:
-                self._loop.call_soon(self._serve_mail_in_time)
-
-    def _serve_mail_in_time(self) -> None:
-        self._serve_mail()
+        self._handle_mail(token, body, take)
+        self._mail_turns.begin()
         self.set_timer()
 
     # ---------------------------------------------------------------- limits
@@ -697,22 +667,6 @@ class Channel:
             self.downward.received_all(now_s)
         self.downward.handle_timeout(now_s)
         self.set_timer()
-
-    def _tell(self, text: str) -> None:
-        """Log a line; not the same twice, and not more than LOG_LINES a LOG_PERIOD_S: a guest may
-        repeat a fault at will, and vary it."""
-        if text == self._told:
-            return
-        self._told = text
-        now_s = self._loop.time()
-        if now_s >= self._log_period_s:
-            if self._log_left < 0:
-                self._log_line(f"{self.name} ({self.vm}): {-self._log_left} lines left out")
-            self._log_period_s = now_s + LOG_PERIOD_S
-            self._log_left = LOG_LINES
-        self._log_left -= 1
-        if self._log_left >= 0:
-            self._log_line(f"{self.name} ({self.vm}): {text}")
 
     @property
     def state(self) -> str:
