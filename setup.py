@@ -57,6 +57,7 @@ COMPILED = {
         "vchan/host/vm/gate.py",
         "vchan/host/vm/mail_turns.py",
         "vchan/host/vm/open_requests.py",
+        "vchan/host/vm/presence.py",
         "vchan/host/vm/served_topics.py",
         "vchan/host/vm/throttle.py",
         "vchan/host/vm/upward.py",

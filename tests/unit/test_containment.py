@@ -54,6 +54,7 @@ from vchan.host.vm.log_lines import LogLines
 from vchan.host.vm.mail_turns import MailTurns
 from vchan.host.vm.mailbox import Mailbox
 from vchan.host.vm.open_requests import OpenRequests
+from vchan.host.vm.presence import Presence
 from vchan.host.vm.served_topics import ServedTopics
 from vchan.host.vm.upward import Upward
 from vchan.host.vm.vm import BREAKS_MAX, HostedVm
@@ -283,7 +284,7 @@ class Site:
         vm._enter(lambda channel: channel._note_violation("made up", self.loop.time()), None)
         vm._enter(lambda channel: channel._timed_out(), None)
         vm._enter(lambda channel: channel.downward.handle_timeout(self.loop.time() + 100.0), None)
-        vm._enter(lambda channel: channel._absent(), None)
+        vm._enter(lambda channel: channel._presence._is_absent(), None)
         daemon._apply_policy(vm, vm.facts)
         daemon._on_broker(events.Released(name, "made up"))
         self.see(name, DomainState.PAUSED)
@@ -325,7 +326,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 SESSIONS_PARTS = (Handshake, Liveness, Receiver, Sender)
 HOT_PARTS = (Channel, Downward, Consumption, ServedTopics, Upward, Session, *SESSIONS_PARTS, Link)
-INNER_PARTS = (OpenRequests, FinishedRequests, DroppedCasts, MailTurns, LogLines)
+INNER_PARTS = (OpenRequests, FinishedRequests, DroppedCasts, MailTurns, Presence, LogLines)
 OTHER_PARTS = (Mailbox, Handover, Steps, SocketStream)
 """That are never compiled."""
 PARTS = (*HOT_PARTS, *INNER_PARTS, *OTHER_PARTS)

@@ -12,6 +12,7 @@ consumption        which of them the broker is asked to consume, and when all is
 upward             requests out of the guest: judged, published, tried again, answered
 mailbox            what came in the VM's own queue, read in slices
 mail_turns         when it is read, as the VM's share of the daemon's time allows
+presence           whether the guest is heard, silent, or away
 log_lines          what one VM's channel may have logged
 handover           what earlier hosts of the VM have published
 gate               what the VM may do

@@ -20,6 +20,7 @@ from vchan.host.vm.downward import MUTE, BrokerPort, Downward
 from vchan.host.vm.gate import Gate
 from vchan.host.vm.log_lines import LogLines
 from vchan.host.vm.mail_turns import MailTurns
+from vchan.host.vm.presence import ABSENT_S, Presence
 from vchan.host.vm.reports import Reports
 from vchan.host.vm.streams import VmStreams
 from vchan.host.vm.throttle import Throttle
@@ -75,8 +76,6 @@ RECEPTION_S: Final = 0.05
 """How often it is looked whether a mute guest has received everything."""
 NOBODY_ANSWERS: Final = "nobody answers: is vchan-guest installed and running in the VM?"
 """Of a channel that is connected: or the VM is still booting, or QEMU lets another program in."""
-ABSENT_S: Final = 60.0
-"""A guest that has been away so long leaves its requests to the broker."""
 
 TOLD: Final = "told to speak"
 GREETED: Final = "greeting said"
@@ -229,22 +228,17 @@ class Channel:
         self._cure_not_before_s = 0.0
         self._trouble = ""  # why there is no link, or no session on it
         self._reconnect_timer: Timer | None = None
-        self._absent_timer: Timer | None = None
         self._alarm = Alarm(loop, self._timed_out)
         self._timer_planned = False
         self._is_over = False
         self._stream_timer: Timer | None = None  # until when byte streams wait
-        self._spoke_s: float | None = None
-        self._heard_at_s: float | None = None
-        self._is_silent = False  # it was asked, and has not answered
+        self._presence = Presence(loop, self._absent)
         self.counters = {
             "reconnects": 0,
             "cures": 0,
             "frames_in_doubt": 0,  # sent, and not acknowledged when the session ended
             "requests_in_doubt": 0,  # handed to the guest, and not over then
         }
-        self.first_answer_s: float | None = None
-        """From Speak to the first message of the guest's: how long a migration was felt."""
 
     # ---------------------------------------------------------------- what domains.py decides
 
@@ -260,9 +254,9 @@ class Channel:
         if self._session.peer is not None:  # it was spoken with before
             self.downward.opened(resumed=True, now_s=self._loop.time())
             self.set_timer()
-        self._spoke_s = self._loop.time()
+        self._presence.spoken_to()
         if self._session.state is not State.OPEN:  # after `hush` it may be, and nothing would tell
-            self._plan_absence()
+            self._presence.miss()
         if self._link is not None:
             self._link.speak()
             self.arrival.reach(GREETED)
@@ -309,8 +303,9 @@ class Channel:
     def _cancel_timers(self) -> None:
         self._is_over = True
         self._alarm.cancel()
+        self._presence.cancel()
         self._mail_turns.cancel()
-        for timer in (self._reconnect_timer, self._absent_timer, self._stream_timer):
+        for timer in (self._reconnect_timer, self._stream_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -433,8 +428,7 @@ class Channel:
             case Received(_, message) if self._is_of_streams(message):
                 self._on_stream_message(message, now_s)
             case Received(_, message):
-                if self._spoke_s is not None:
-                    self.first_answer_s, self._spoke_s = now_s - self._spoke_s, None
+                self._presence.answered(now_s)
                 self.downward.receive(message, now_s)
                 self.set_timer()
                 if self.arrival.is_under_way:
@@ -442,14 +436,12 @@ class Channel:
             case Opened(peer, resumed):
                 self._opened(peer, resumed, now_s)
             case Silent(for_s):
-                self._is_silent = True
                 self.downward.upward.silent()
-                self._plan_absence()
+                self._presence.silent()
                 self._cure(for_s)
             case Heard():
-                self._is_silent = False
                 self._cures = 0
-                self._cancel_absence()
+                self._presence.heard()
                 if self._domain.phase is Phase.SERVING:  # else `speak` tells, if it stays
                     self.downward.opened(resumed=True, now_s=now_s)
                 self.set_timer()
@@ -464,11 +456,9 @@ class Channel:
 
     def _opened(self, peer: Peer, resumed: bool, now_s: float) -> None:
         self.arrival.reach(OPENED)
-        self._is_silent = False
-        self._heard_at_s = now_s
+        self._presence.opened(now_s)
         self._attempts = self._cures = 0
         self._trouble = ""
-        self._cancel_absence()
         before = f", last with {peer.attached}" if peer.attached else ""
         kind = "session resumed" if resumed else "new session"
         self._tell(f"{kind} with guest {peer.name!r}{before}")
@@ -535,17 +525,7 @@ class Channel:
             self._told_topics = topics
             self._send(encode(Subscribe(topics)), CONTROL)
 
-    def _plan_absence(self) -> None:
-        if self._absent_timer is None:
-            self._absent_timer = self._loop.call_later(ABSENT_S, self._absent)
-
-    def _cancel_absence(self) -> None:
-        if self._absent_timer is not None:
-            self._absent_timer.cancel()
-            self._absent_timer = None
-
     def _absent(self) -> None:
-        self._absent_timer = None
         self._tell(f"away for {ABSENT_S:.0f} s: the broker, if there is one, keeps its requests")
         self.downward.suspend(self._loop.time())
 
@@ -566,8 +546,7 @@ class Channel:
     def _meter(self, size: int, took_s: float) -> float:
         """So much was handled of the guest's: how many seconds not to read more."""
         now_s = self._loop.time()
-        if self._heard_at_s is not None:
-            self._heard_at_s = now_s
+        self._presence.read(now_s)
         before, after = self._metered, self._count()
         self._metered = after
         for _ in range(after.bad_messages - before.bad_messages):
@@ -681,15 +660,16 @@ class Channel:
             return str(self._session.state.value)
         if self._domain.is_paused:
             return "paused"
-        if self._session.state is State.OPEN and not self._is_silent:
+        if self._session.state is State.OPEN and not self._presence.is_silent:
             return "ready"
-        return "waiting" if self._heard_at_s is None else "silent"
+        return "waiting" if self._presence.heard_at_s is None else "silent"
 
     @property
     def heard_s(self) -> float | None:
         """How many seconds ago the guest's daemon was heard; None: not since the VM came here. One
         that has nothing to say is asked every five seconds."""
-        return None if self._heard_at_s is None else self._loop.time() - self._heard_at_s
+        at_s = self._presence.heard_at_s
+        return None if at_s is None else self._loop.time() - at_s
 
     def own_totals(self) -> dict[str, int]:
         """Every counter of this channel, in one table, but for its throttle's: that outlives it."""
@@ -717,7 +697,7 @@ class Channel:
             "path": self._domain.path or "",
             "unacknowledged_frames": self._session.unacknowledged,
             "backlog_bytes": self._session.backlog_bytes,
-            "first_answer_s": self.first_answer_s,
+            "first_answer_s": self._presence.first_answer_s,
             "channel": {**self.counters, **self.throttle.counters},
             "limits": asdict(self.throttle.limits),
             "session": self._session.counters.as_dict(),
