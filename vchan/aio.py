@@ -46,6 +46,7 @@ from vchan.programs.requests import (
     result_of,
 )
 from vchan.programs.serving import Serving, ran_into, returned
+from vchan.programs.working import end_child
 from vchan.rpc.arguments import check_callable, check_count, check_product, quick, raw
 from vchan.rpc.in_flight import Heartbeat, Outcome
 from vchan.rpc.messages import CALL, FANOUT, NOTIFICATION, RAW, Request, milliseconds
@@ -519,6 +520,7 @@ class Agent(_Caller):
             task.cancel()
 
     async def _run_method(self, request: Request) -> None:
+        pid = os.getpid()
         try:
             method, invocation, _ = self._serving.method_for(request)
             _context.set(invocation.context)
@@ -533,4 +535,7 @@ class Agent(_Caller):
             ran = ran_into(request, error)
         except Exception as error:  # noqa: BLE001 - relayed to the caller
             ran = ran_into(request, error)
+        finally:
+            if os.getpid() != pid:
+                end_child(request)
         self._serving.finish(request, ran)

@@ -92,6 +92,9 @@ class _Pending:
         return self.outcome
 
 
+_FORKED: Final = "it was made before this process was forked: make another"
+
+
 class _Pendings:
     """The threads that wait for what a loop's thread hears. What a thread has given up before it
     was begun is never begun; whoever waits when the loop ends is told so.
@@ -131,7 +134,7 @@ class _Pendings:
         if self._over:
             raise LinkDown(self._path, self._over)
         if self._pid != os.getpid():  # no thread is here, and the descriptors are that process's
-            raise LinkDown(self._path, "it was made before this process was forked: make another")
+            raise LinkDown(self._path, _FORKED)
 
     def _begin(self, pending: _Pending, connection: Connection, request: Request) -> None:
         with self._lock:
@@ -485,6 +488,7 @@ class Agent(_Caller):
         self._connection = self._serving.connection
         self._pendings = _Pendings(loop, path)
         self._thread = 0  # who runs the loop
+        self._pid = os.getpid()
 
     def serve(
         self,
@@ -526,7 +530,7 @@ class Agent(_Caller):
         if self._thread:
             problem = "this agent has run already, or runs: make another"
             raise LinkDown(self._connection.path, problem)
-        self._thread = threading.get_ident()
+        self._thread, self._pid = threading.get_ident(), os.getpid()
         try:
             self._serving.connect()
             self.loop.run()
@@ -563,6 +567,8 @@ class Agent(_Caller):
                 if self._thread:
                     raise
                 raise LinkDown(error.path, "the agent is not running") from error
+        if self._pid != os.getpid():  # a method has forked: the connection is that process's
+            raise LinkDown(self._connection.path, _FORKED)
         pending = _Pending()
         pending.submit(self._connection, request)
         self._connection.uncork()

@@ -69,7 +69,13 @@ from vchan.errors import (
     NoSuchDomain,
 )
 from vchan.io.loop import Loop
-from vchan.rpc.bodies import Invocation, decode_failure, decode_invocation, encode_failure
+from vchan.rpc.bodies import (
+    Invocation,
+    decode_failure,
+    decode_invocation,
+    encode_failure,
+    exception_text,
+)
 from vchan.rpc.in_flight import (
     Answered,
     Cancelled,
@@ -918,4 +924,5 @@ def _failure_body(exc_info: Any) -> bytes:
 
 def _plain_failure(error: BaseException, lines: list[str]) -> bytes:
     kind = type(error)
-    return encode_failure(kind.__name__, str(error), module=kind.__module__, traceback=lines)
+    said = exception_text(error)
+    return encode_failure(kind.__name__, said, module=kind.__module__, traceback=lines)

@@ -49,7 +49,13 @@ from vchan.rpc.arguments import (
     public_methods,
     raw_methods,
 )
-from vchan.rpc.bodies import decode_invocation, decode_raw, encode_failure, encode_json
+from vchan.rpc.bodies import (
+    decode_invocation,
+    decode_raw,
+    encode_failure,
+    encode_json,
+    exception_text,
+)
 from vchan.rpc.in_flight import Deliver, Heartbeat, Outcome, Requester, Responder
 from vchan.rpc.messages import (
     DEFAULT_EXCHANGE,
@@ -785,4 +791,4 @@ def _run(
         return False, encode_json(method(**args))
     except Exception as error:  # noqa: BLE001 - relayed to the agent
         kind = type(error)
-        return True, encode_failure(kind.__name__, str(error), module=kind.__module__)
+        return True, encode_failure(kind.__name__, exception_text(error), module=kind.__module__)

@@ -385,7 +385,7 @@ def held(channel: Channel) -> dict[str, int]:
         "mail": upward.mailbox.bytes,
         "in flight": session._sender.in_flight,
         "output": len(link._out) if link is not None else 0,
-        "entries": len(downward._entries),
+        "entries": len(downward._open),
         "topics": downward._served.seen + len(downward._served.asked),
         "requests": len(upward._items),
         "request bytes": upward._bytes,

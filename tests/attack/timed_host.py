@@ -30,6 +30,7 @@ from typing import Any
 import tests.rig.undriven_host  # noqa: F401  # makes libvirt's test driver fit
 from vchan.host.daemon import main as run
 from vchan.host.vm.channel import Channel
+from vchan.host.vm.mail_turns import MailTurns
 from vchan.io.link import Link
 from vchan.io.loop import Loop
 
@@ -93,8 +94,8 @@ def main() -> None:
     """The command."""
     for name in ("_readable", "_take_turn", "_timed_out", "_writable", "uncork"):
         _time_turns(Link, name, lambda link: link.stream.path)
-    for name in ("_timed_out", "_serve_mail_in_time"):
-        _time_turns(Channel, name, lambda channel: channel._domain.path)
+    _time_turns(Channel, "_timed_out", lambda channel: channel._domain.path)
+    _time_turns(MailTurns, "_take_turn_in_time", lambda turns: turns._handle.args[0]._domain.path)
     make = Loop.__init__
 
     def make_watched(loop: Loop) -> None:

@@ -204,13 +204,20 @@ class _World:
         """Every table is within its limit."""
         downward, upward = self.downward, self.downward.upward
         assert downward._served.seen <= TOPICS_SEEN_MAX
-        assert downward._local_open <= LOCAL_REQUESTS_MAX
-        assert downward._local_open == sum(
-            each.local is not None for each in downward._entries.values()
-        )
+        still_open = downward._open
+        assert still_open.local <= LOCAL_REQUESTS_MAX
+        assert still_open.local == sum(each.local is not None for each in still_open.by_id.values())
         assert upward.open_requests <= 8
         assert 0 <= upward.summary()["calls"] <= 4
-        for owner in (downward, upward, downward._requester, upward._responder):
+        for owner in (
+            downward,
+            still_open,
+            downward._finished,
+            downward._consumption,
+            upward,
+            downward._requester,
+            upward._responder,
+        ):
             for name, table in attributes(owner).items():
                 assert not isinstance(table, Sized) or len(table) <= TABLE_MAX, name
 

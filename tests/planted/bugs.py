@@ -55,6 +55,9 @@ _EXCHANGE: Final = "vchan/rpc/in_flight.py"
 _ROUTER: Final = "vchan/guest/router.py"
 _DISPATCHER: Final = "vchan/rpc/dispatcher.py"
 _DOWNWARD: Final = "vchan/host/vm/downward.py"
+_CONSUMPTION: Final = "vchan/host/vm/consumption.py"
+_OPEN_REQUESTS: Final = "vchan/host/vm/open_requests.py"
+_FINISHED: Final = "vchan/host/vm/finished_requests.py"
 _DOWNWARD_TESTS: Final = "tests/unit/test_vm_downward.py::"
 _CHANNELS: Final = "vchan/host/vm/channel.py"
 _DOMAINS: Final = "vchan/host/hypervisor/domains.py"
@@ -111,8 +114,8 @@ BUGS: Final = (
     Bug(
         "what names no server is left in the topic's own queue",
         Patch(
-            _DOWNWARD,
-            "        return frozenset(filter(self._gate.owns, self.topics))\n",
+            _CONSUMPTION,
+            "        return frozenset(filter(self._gate.owns, self._served.allowed))\n",
             "        return frozenset()\n",
         ),
         Simulation(1, seeds=1),
@@ -697,7 +700,9 @@ BUGS: Final = (
     Bug(
         "what the broker drops after a return is not noticed",
         Patch(
-            _DOWNWARD, "                self._awaited.add(request_id)\n", "                pass\n"
+            _OPEN_REQUESTS,
+            "                self.awaited.add(request_id)\n",
+            "                pass\n",
         ),
         Test(_DROPPED_TESTS + "test_what_does_not_come_again_before_what_is_new_was_dropped"),
     ),
@@ -1158,7 +1163,7 @@ BUGS: Final = (
         "deliveries of a released channel are taken",
         Patch(
             _DOWNWARD,
-            "        if self._handing_back or topic not in self._consumed:\n",
+            "        if not self._consumption.takes(topic):\n",
             "        if False:\n",
         ),
         Test(
@@ -1170,10 +1175,10 @@ BUGS: Final = (
     Bug(
         "a VM that has left is consumed for",
         Patch(
-            _DOWNWARD,
-            "            self._broker.release(self.vm, for_good=for_good)\n"
-            "            self._drop_tokens()\n",
-            "            self._drop_tokens()\n",
+            _CONSUMPTION,
+            "            self._broker.release(self._vm, for_good=for_good)\n"
+            "            self._let_go()\n",
+            "            self._let_go()\n",
         ),
         Simulation(0),
     ),
@@ -1610,8 +1615,8 @@ BUGS: Final = (
     Bug(
         "a message of a VM's own queue breaks us for ever",
         Patch(
-            _CHANNELS,
-            "self._handle_mail(self, token, body, partial(upward.work, now_s))",
+            "vchan/host/vm/mail_turns.py",
+            "self._handle(token, body, partial(upward.work, now_s))",
             "upward.work(now_s)",
         ),
         Test(_CONTAINMENT_TESTS + "test_so_is_one_of_the_vms_own_queue"),
@@ -1756,7 +1761,7 @@ BUGS: Final = (
     Bug(
         "a second copy is given to a later run of the guest",
         Patch(
-            _DOWNWARD,
+            _FINISHED,
             "        return request_id in self._answers or not known\n",
             "        return request_id in self._answers\n",
         ),
@@ -1877,7 +1882,7 @@ BUGS: Final = (
     ),
     Bug(
         "what is still being completed cannot come again behind what is given meanwhile",
-        Patch(_DOWNWARD, "self._left_over = set(self._completing)", "self._left_over = set()"),
+        Patch(_FINISHED, "self._left_over = set(self._completing)", "self._left_over = set()"),
         Test(
             _DOWNWARD_TESTS
             + "test_while_what_an_earlier_run_had_may_come_again_nothing_says_that_it_has_come"
@@ -2009,9 +2014,9 @@ BUGS: Final = (
     Bug(
         "a topic that a reload gives to a VM is not consumed as its own",
         Patch(
-            _DOWNWARD,
-            "is_known = (self.topics, self._topics_owned()) == (self._consumed, self._owned)",
-            "is_known = self.topics == self._consumed",
+            _CONSUMPTION,
+            "is_known = (topics, owned) == (self._consumed, self._owned)",
+            "is_known = topics == self._consumed",
         ),
         Test(_DOWNWARD_TESTS + "test_a_topic_that_a_reload_gives_to_the_vm"),
     ),

@@ -206,6 +206,12 @@ def test_odd_mail(host: Host, rabbit: RabbitServer, vm: str) -> None:
     assert not host.events.has(Disconnected)
 
 
+def compressed(body: bytes) -> Any:
+    """A message that says so: what expands such bodies is never compiled, and can be made to
+    fail."""
+    return amqp.Message(body, application_headers={"compression": "application/x-gzip"})
+
+
 def test_a_message_that_breaks_us_is_parked(
     host: Host, rabbit: RabbitServer, topic: Topic, vm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,9 +224,9 @@ def test_a_message_that_breaks_us_is_parked(
         def broken(*_: object, **__: object) -> None:
             raise RecursionError("ours")
 
-        monkeypatch.setattr(vm_queues, "decode", broken)
+        monkeypatch.setattr(vm_queues, "expand", broken)
         for _ in range(2):
-            channel.basic_publish(amqp.Message(body), routing_key=queue)
+            channel.basic_publish(compressed(body), routing_key=queue)
             assert host.events.take(Parked) == Parked(vm, queue, "")
         wait_for_queue(rabbit, queue, ready=0, unacknowledged=0)
         wait_for_queue(rabbit, PARKED, ready=2, unacknowledged=0)
@@ -243,10 +249,10 @@ def test_a_message_that_cannot_be_parked_is_dropped_and_that_is_said(
     def broken(*_: object, **__: object) -> None:
         raise RecursionError("ours")
 
-    monkeypatch.setattr(vm_queues, "decode", broken)
+    monkeypatch.setattr(vm_queues, "expand", broken)
     monkeypatch.setattr(broker_parked, "_ARGUMENTS", {"x-max-length": "not a number"})
     with raw_channel(rabbit) as channel:
-        channel.basic_publish(amqp.Message(request_body()), routing_key=queue)
+        channel.basic_publish(compressed(request_body()), routing_key=queue)
     parked = host.events.take(Parked)
     assert "PRECONDITION_FAILED" in parked.problem
     wait_for_queue(rabbit, queue, ready=0, unacknowledged=0)

@@ -341,12 +341,13 @@ class Bounds:
 
     def _check_relay(self, channel: Any) -> None:
         downward = channel.downward
-        self._at_most("downward entries", len(downward._entries), self._entries_max)
+        self._at_most("downward entries", len(downward._open), self._entries_max)
         self._at_most("downward requester", len(downward._requester), self._entries_max)
         heap = len(downward._requester._deadlines._heap)
         self._at_most("downward deadlines", heap, 2 * self._entries_max + 64)
         # What is acknowledged stays until a lot of it is proved.
-        self._at_most("downward answers", len(downward._answers), self._entries_max + LOT_MAX)
+        answers = len(downward._finished._answers)
+        self._at_most("downward answers", answers, self._entries_max + LOT_MAX)
         self._check_session(channel._session)
 
     def _check_deadlines(self, requester: Any, now_s: float) -> None:

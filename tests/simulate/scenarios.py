@@ -334,8 +334,8 @@ def given_back_again_and_again_with_nonsense_between(run: Run) -> None:
         for host in run.hosts:
             if host.daemon is not None:
                 for channel in host.daemon.channels.values():  # as another change of topics would
-                    channel.downward._release()
-                    channel.downward._consume_in_time(host.daemon.process.loop.time())
+                    channel.downward._consumption.release()
+                    channel.downward._consumption.update(host.daemon.process.loop.time())
                     channel.set_timer()
     world.run(world.now_s + 2.0)
 

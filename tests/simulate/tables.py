@@ -58,16 +58,16 @@ class Tables:
 
     def check_downward(self, downward: Downward) -> None:
         """What Downward holds of the broker and of programs on the host."""
-        entries, answers = downward._entries, downward._answers
+        entries, answers = downward._open.by_id, downward._finished._answers
         held = sum(e.bytes for e in entries.values()) + sum(a.size for a in answers.values())
-        self._same(downward.vm, "bytes open", downward._bytes, held)
+        self._same(downward.vm, "bytes open", downward._open.bytes + downward._finished.bytes, held)
         local = sum(entry.local is not None for entry in entries.values())
-        self._same(downward.vm, "local requests", downward._local_open, local)
+        self._same(downward.vm, "local requests", downward._open.local, local)
         asked = downward._requester._open.keys()
         self._same(downward.vm, "requests that nobody waits for", asked - entries.keys(), set())
         self._same(downward.vm, "entries that wait for nothing", entries.keys() - asked, set())
         self._same(downward.vm, "open though completed", entries.keys() & answers.keys(), set())
-        if downward._handing_back:
+        if downward._consumption.is_handing_back:
             tokens = sum(len(entry.tokens) for entry in entries.values())
             self._same(downward.vm, "tokens while handing back", tokens, 0)
         self.check_requester(downward.vm, downward._requester)
@@ -151,11 +151,12 @@ class Tables:
 
     def check_downward_is_empty(self, downward: Downward) -> None:
         """Nothing is open, so nothing is held."""
-        held = (len(downward._entries), downward._bytes, len(downward._answers))
-        self._same(f"{downward.vm} at rest", "held", held, (0, 0, 0))
+        still_open, over = downward._open, downward._finished
+        held = (len(still_open), still_open.bytes, over.bytes, len(over._answers))
+        self._same(f"{downward.vm} at rest", "held", held, (0, 0, 0, 0))
         host_upward = downward.upward
-        held = (host_upward._bytes, host_upward._calls, len(host_upward._sending))
-        self._same(f"{downward.vm} host upward at rest", "held", held, (0, 0, 0))
+        its = (host_upward._bytes, host_upward._calls, len(host_upward._sending))
+        self._same(f"{downward.vm} host upward at rest", "held", its, (0, 0, 0))
 
     def check_router_is_empty(self, router: Router) -> None:
         """Likewise."""

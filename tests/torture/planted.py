@@ -73,8 +73,8 @@ BUGS: Final = (
         "acknowledged before it is receipted",
         Patch(
             "vchan/host/vm/downward.py",
-            "        entry.tokens = (token,)\n        self._add(origin.id, entry)\n",
-            "        entry.tokens = (token,)\n        self._add(origin.id, entry)\n"
+            "        entry.tokens = (token,)\n        self._open.add(origin.id, entry)\n",
+            "        entry.tokens = (token,)\n        self._open.add(origin.id, entry)\n"
             "        if not origin.is_call:\n"
             "            self._broker.ack(token)\n            entry.tokens = ()\n",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,11 +41,24 @@ class Endpoint:
     def give(self) -> Any:
         return self.result
 
+    def wordless(self) -> None:
+        raise Wordless(object())
+
+    def wordy(self) -> None:
+        raise ValueError("long " * 1_000_000)
+
     def leave(self) -> None:
         sys.exit("leaving")
 
     def interrupt(self) -> None:
         raise KeyboardInterrupt
+
+
+class Wordless(Exception):
+    """Its text is made of what was never set, as often."""
+
+    def __str__(self) -> str:
+        return f"{self.never_set}"  # type: ignore[attr-defined]
 
 
 async def later() -> int:
@@ -88,7 +102,7 @@ def test_what_is_wrong_with_the_request_has_no_traceback(site: Site, running: Ru
     wait(lambda: "dance" in running.log[-1])
     assert running.log[-1] == (
         "a call to topic agent failed: NoSuchMethod: agent has no method dance, version 1.0; "
-        "it has deep, fail, give, interrupt, leave"
+        "it has deep, fail, give, interrupt, leave, wordless, wordy"
     )
 
 
@@ -99,17 +113,45 @@ def test_a_failure_is_bounded(site: Site, running: Running) -> None:
     assert len(running.log[-1]) <= FAILURE_TEXT_MAX + 100
 
 
+def test_an_exception_that_cannot_say_what_it_is(site: Site, running: Running) -> None:
+    """Its own `__str__` raises: that ended the agent, or its caller heard nothing."""
+    with Client(str(site.host.path)) as client:
+        said = r"Wordless: \(its __str__ raised AttributeError\)"
+        with pytest.raises(RemoteError, match=said):
+            client.call("agent", "wordless", server=VM, timeout_s=WAIT_S)
+        client.cast("agent", "wordless", server=VM, timeout_s=WAIT_S)
+        assert client.call("agent", "give", server=VM, timeout_s=WAIT_S) is None
+    assert "raise Wordless" in running.log[-1]
+
+
+def test_an_exception_that_says_too_much_is_cut(site: Site, running: Running) -> None:
+    """Its caller heard that a message was too large, and not what was raised."""
+    said = "ValueError: long long"
+    with Client(str(site.host.path)) as client, pytest.raises(RemoteError, match=said) as raised:
+        client.call("agent", "wordy", server=VM, timeout_s=WAIT_S)
+    assert len(str(raised.value)) <= FAILURE_TEXT_MAX + 100
+    failure = json.loads(raised.value.failure)
+    assert [len(arg) for arg in failure["args"]] == [FAILURE_TEXT_MAX]
+
+
 def test_a_result_that_json_cannot_say(site: Site, running: Any) -> None:
     running.endpoint.result = {1, 2}
     with Client(str(site.host.path)) as client:
-        with pytest.raises(RemoteError, match=r"TypeError.*set"):
+        said = "TypeError: the method returned what JSON cannot say: .*set"
+        with pytest.raises(RemoteError, match=said):
             client.call("agent", "give", server=VM, timeout_s=WAIT_S)
         assert "TypeError" in running.log[-1]
-        said = len(running.log)
+        loop: list[Any] = []
+        loop.append(loop)
+        running.endpoint.result = loop
+        said = "ValueError: the method returned what JSON cannot say: refers to itself"
+        with pytest.raises(RemoteError, match=said):
+            client.call("agent", "give", server=VM, timeout_s=WAIT_S)
+        lines = len(running.log)
         client.cast("agent", "give", server=VM, timeout_s=WAIT_S)  # nobody wants it
         running.endpoint.result = 1
         assert client.call("agent", "give", server=VM, timeout_s=WAIT_S) == 1
-    assert len(running.log) == said
+    assert len(running.log) == lines
 
 
 def test_a_result_that_is_too_large(site: Site, running: Any) -> None:
@@ -122,7 +164,10 @@ def test_a_result_that_is_too_large(site: Site, running: Any) -> None:
 def test_what_is_to_be_awaited_is_refused(site: Site, running: Any) -> None:
     """A wrapper hides that it is a coroutine. Python warns of one that nobody awaits: an error."""
     running.endpoint.result = later()
-    with Client(str(site.host.path)) as client, pytest.raises(RemoteError, match=r"vchan\.aio"):
+    with (
+        Client(str(site.host.path)) as client,
+        pytest.raises(RemoteError, match=r"await it.*vchan\.aio"),
+    ):
         client.call("agent", "give", server=VM, timeout_s=WAIT_S)
 
 

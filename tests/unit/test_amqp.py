@@ -157,6 +157,10 @@ def content(channel: int, body: bytes, properties: bytes = b"\0\0") -> bytes:
     return frame(2, channel, header) + (frame(3, channel, body) if body else b"")
 
 
+COMPRESSED = struct.pack(">HI", 0x2000, 20) + b"\x0bcompression" + b"S\0\0\0\3bz2"
+"""Properties."""
+
+
 @pytest.fixture
 def site() -> Any:
     site = Site()
@@ -283,8 +287,8 @@ def test_a_message_that_breaks_our_own_code_is_put_aside(
         raise KeyError("ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(vm_queues, "decode", broken)
-        site.feed(deliver(1, f"agent.{ODD}"), content(1, BODY))
+        patch.setattr(vm_queues, "expand", broken)
+        site.feed(deliver(1, f"agent.{ODD}"), content(1, BODY, COMPRESSED))
     (parking,) = site.hub.parked
     assert (parking.vm, parking.queue, parking.body) == (ODD, f"agent.{ODD}", BODY)
     assert "KeyError" in parking.reason
@@ -298,12 +302,13 @@ def test_a_message_that_breaks_our_own_code_is_put_aside(
 def test_a_fault_of_ours_costs_its_vm_the_channel_and_no_other(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(_: VmQueues, inbound: Inbound) -> None:
+    def broken(*_: object) -> None:
         raise AssertionError("ours")
 
+    cancelled = struct.pack(">HH", 60, 30) + short(b"agent") + b"\0"
     with monkeypatch.context() as patch:
-        patch.setattr(VmQueues, "on_method", broken)
-        site.feed(deliver(1, f"agent.{ODD}"), content(1, BODY))
+        patch.setattr(site.hub, "opened", broken)
+        site.feed(frame(1, 1, cancelled))
     assert f"{ODD}: unexpected, at what the broker said" in caplog.text
     assert "AssertionError: 'ours'" in caplog.text
     ((vm, fault),) = site.hub.failed

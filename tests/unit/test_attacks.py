@@ -36,8 +36,9 @@ from vchan.host.policy import audit_record
 from vchan.host.policy.guest_context import HOST_KEY, INSTANCE_KEY, PROJECT_KEY
 from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm import downward
-from vchan.host.vm.channel import LOG_LINES, LOG_PERIOD_S
-from vchan.host.vm.downward import LOCAL_REQUESTS_MAX, SUBSCRIBE_S
+from vchan.host.vm.consumption import SUBSCRIBE_S
+from vchan.host.vm.downward import LOCAL_REQUESTS_MAX
+from vchan.host.vm.log_lines import LOG_LINES, LOG_PERIOD_S
 from vchan.host.vm.served_topics import TOPICS_SEEN_MAX
 from vchan.host.vm.streams import Program
 from vchan.host.vm.throttle import BURST_S

@@ -15,7 +15,8 @@ from vchan.host.hypervisor.domains import Connect, Domain, Hush, Speak
 from vchan.host.oslo_wire.upward_envelope import Publication
 from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.channel import Channel, Home
-from vchan.host.vm.downward import SUBSCRIBE_S, BrokerPort
+from vchan.host.vm.consumption import SUBSCRIBE_S
+from vchan.host.vm.downward import BrokerPort
 from vchan.host.vm.throttle import Throttle
 from vchan.io.link import Link
 from vchan.io.loop import Loop

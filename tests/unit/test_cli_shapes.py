@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -427,7 +428,8 @@ def test_values_of_every_form(host: LocalHost, run: Run, tmp_path: Path) -> None
         ("a=@/nonexistent", "file '/nonexistent': No such file or directory"),
         ("a:=@/etc", "file '/etc': Is a directory"),
         ("a=@/dev/zero", "is larger than a request may be"),
-        ("a=@", "file '': "),
+        ("a=@", "after @ there is no file; the text itself, if it begins with @: "),
+        ("a:=@/dev/null", "argument 'a:=@/dev/null': the file is no JSON: "),
         ("a=@/bin/true", "is not UTF-8"),
         (":=1", "expected KEY=VALUE, KEY:=JSON"),
         ("a", "expected KEY=VALUE, KEY:=JSON"),
@@ -498,6 +500,19 @@ def test_advice_fits_the_state(run: Run, path: Path) -> None:
     if os.geteuid() != 0:
         path.chmod(0)
         assert "may not open it" in run("list")[2]
+
+
+def test_a_daemon_that_stands_still_has_advice_too(run: Run, path: Path) -> None:
+    """Its socket takes connections for a while, and then no more."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        for words in (("list",), ("call", "vm", "a", "b"), ("doctor",)):
+            said = "".join(run("--timeout", "0.2", *words)[1:])
+            assert "does not answer" in said and "systemctl status vchan-host" in said
+        server.listen(0)
+        told = f"vchan: {path}: other clients are waiting for it already"
+        assert run("list")[2] == f"{told}; systemctl status vchan-host\n"
 
 
 def test_output_that_cannot_be_written_is_told(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -12,7 +11,8 @@ import pytest
 from tests.rig.gates import OpenGate, offer_nothing
 from tests.rig.mail import take_mail
 from vchan.host.broker import completions
-from vchan.host.broker.amqp import Inbound, spec
+from vchan.host.broker.amqp import Content, Inbound, spec
+from vchan.host.broker.amqp_content import Properties
 from vchan.host.broker.broker import Broker
 from vchan.host.broker.completions import LOT_MAX, REPLY_KEPT_S, RETRY_S, SETTLE_S
 from vchan.host.broker.config import BrokerConfig, BrokerHost
@@ -210,9 +210,8 @@ class Site:
     def deliver(self, body: bytes = b"", queue: str = QUEUE) -> Token | None:
         """A message for the VM; its token, if it was posted."""
         self.vm.tag += 1
-        properties = SimpleNamespace(problem="", headers={}, expiration=None, delivery_count=0)
         body = body or oslo({"method": "m", "args": {}, "_unique_id": f"{self.vm.tag:032x}"})
-        content = SimpleNamespace(properties=properties, body=body, size=len(body))
+        content = Content(Properties(), body, len(body))
         self.vm.say(spec.Basic.Deliver, queue, self.vm.tag, False, "nova", "", content=content)
         tokens = [event.token for event in self.posted if isinstance(event, Delivered | Mail)]
         return tokens[-1] if tokens and tokens[-1].tag == self.vm.tag else None
@@ -231,8 +230,8 @@ class Site:
     def confirm(self, *, ok: bool = True, gone: bool = False) -> None:
         """All that was published."""
         if gone:
-            properties = SimpleNamespace(message_id=str(self.replies.published))
-            content = SimpleNamespace(properties=properties)
+            properties = Properties(message_id=str(self.replies.published))
+            content = Content(properties, b"", 0)
             self.replies.say(spec.Basic.Return, 312, "", "", "", content=content)
         method = spec.Basic.Ack if ok else spec.Basic.Nack
         self.replies.say(method, self.replies.published, True)

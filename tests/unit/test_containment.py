@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip ins
 pytest.importorskip("amqp", reason="py-amqp is not installed")
 
 from tests.rig.attributes import attributes
+from tests.rig.stand_in import StandIn
 from vchan.errors import VchanError
 from vchan.host import config
 from vchan.host.broker import events
@@ -44,10 +46,17 @@ from vchan.host.oslo_wire.mail import Arrival, Note, encode_arrival, encode_note
 from vchan.host.oslo_wire.upward_envelope import Form, Publication
 from vchan.host.threads import EXIT_SOFTWARE, run_and_exit, watched_thread
 from vchan.host.vm.channel import Channel
+from vchan.host.vm.consumption import Consumption
 from vchan.host.vm.downward import Downward
+from vchan.host.vm.dropped_casts import DroppedCasts
+from vchan.host.vm.finished_requests import FinishedRequests
 from vchan.host.vm.gate import VmGate
 from vchan.host.vm.handover import Handover
+from vchan.host.vm.log_lines import LogLines
+from vchan.host.vm.mail_turns import MailTurns
 from vchan.host.vm.mailbox import Mailbox
+from vchan.host.vm.open_requests import OpenRequests
+from vchan.host.vm.presence import Presence
 from vchan.host.vm.served_topics import ServedTopics
 from vchan.host.vm.upward import Upward
 from vchan.host.vm.vm import BREAKS_MAX, HostedVm
@@ -277,7 +286,7 @@ class Site:
         vm._enter(lambda channel: channel._note_violation("made up", self.loop.time()), None)
         vm._enter(lambda channel: channel._timed_out(), None)
         vm._enter(lambda channel: channel.downward.handle_timeout(self.loop.time() + 100.0), None)
-        vm._enter(lambda channel: channel._absent(), None)
+        vm._enter(lambda channel: channel._presence._is_absent(), None)
         daemon._apply_policy(vm, vm.facts)
         daemon._on_broker(events.Released(name, "made up"))
         self.see(name, DomainState.PAUSED)
@@ -318,10 +327,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 SESSIONS_PARTS = (Handshake, Liveness, Receiver, Sender)
-HOT_PARTS = (Channel, Downward, ServedTopics, Upward, Session, *SESSIONS_PARTS, Link)
+HOT_PARTS = (Channel, Downward, Consumption, ServedTopics, Upward, Session, *SESSIONS_PARTS, Link)
+INNER_PARTS = (OpenRequests, FinishedRequests, DroppedCasts, MailTurns, Presence, LogLines)
 OTHER_PARTS = (Mailbox, Handover, Steps, SocketStream)
 """That are never compiled."""
-PARTS = (*HOT_PARTS, *OTHER_PARTS)
+PARTS = (*HOT_PARTS, *INNER_PARTS, *OTHER_PARTS)
 
 
 def methods() -> list[tuple[type[object], str]]:
@@ -343,6 +353,14 @@ def other_parts(channel: Channel | None) -> list[object]:
     upward = channel.downward.upward
     own = [channel.arrival, channel.departure, channel._stream]
     return [*own, upward.mailbox, upward._history]
+
+
+def inner_parts(channel: Channel | None) -> list[object]:
+    """What a channel, and its requests, are made of."""
+    if channel is None:
+        return []
+    own: list[object] = [*attributes(channel).values(), *attributes(channel.downward).values()]
+    return [*own, getattr(channel._tell, "__self__", None)]
 
 
 class Planted:
@@ -382,7 +400,7 @@ class Planted:
     def _is_victims(self, this: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         self._hosted = self._site.daemon._vms.get(VICTIM, self._hosted)
         part = self._hosted._part
-        if isinstance(this, Downward | Upward | Channel):
+        if isinstance(this, Downward | Consumption | Upward | Channel):
             vm = getattr(this, "vm", getattr(this, "_vm", None))
             made_for = [getattr(each, "uuid", each) for each in (vm, *args[:2])]
             return VICTIM in made_for if vm is None else bool(vm == VICTIM)
@@ -392,6 +410,8 @@ class Planted:
         self._channel = channel or self._channel
         if isinstance(this, OTHER_PARTS):
             return any(this is each for each in other_parts(self._channel))
+        if isinstance(this, INNER_PARTS):
+            return any(this is each for each in inner_parts(self._channel))
         if isinstance(this, ServedTopics):
             gate = args[0] if args and isinstance(args[0], VmGate) else None
             served = getattr(getattr(channel, "downward", None), "_served", None)
@@ -797,10 +817,7 @@ VM_ENTRIES: dict[str, Callable[[Broker], None]] = {
 
 @pytest.mark.parametrize("name", VM_ENTRIES)
 def test_a_fault_in_a_vms_broker_channel_is_its_own(
-    broker: tuple[Broker, list[BrokerEvent]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
+    broker: tuple[Broker, list[BrokerEvent]], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     hub, posted = broker
     link = FakeLink()
@@ -810,17 +827,17 @@ def test_a_fault_in_a_vms_broker_channel_is_its_own(
     hub._carry_out()
     if name != "open":
         hub._open_next()
-    inner = vars(VmQueues)[name]
 
-    def broken(this: VmQueues, *args: Any, **kwargs: Any) -> Any:
-        if this.vm == VICTIM:
-            raise Fault
-        return inner(this, *args, **kwargs)
+    def broken(*_: Any, **__: Any) -> Any:
+        raise Fault
 
-    with monkeypatch.context() as patch:
-        patch.setattr(VmQueues, name, broken)
-        VM_ENTRIES[name](hub)
-        hub._carry_out()
+    real = hub._vms[VICTIM]
+    stand_in: Any = StandIn(real, **{name: broken})
+    hub._vms[VICTIM] = real.completions._channel = stand_in
+    hub._opening = {stand_in if vm is real else vm for vm in hub._opening}
+    hub._openings = deque(stand_in if vm is real else vm for vm in hub._openings)
+    VM_ENTRIES[name](hub)
+    hub._carry_out()
     assert [event.vm for event in posted if isinstance(event, events.Failed)] == [VICTIM]
     released = [event.vm for event in posted if isinstance(event, events.Released)]
     assert released.count(VICTIM) == 1

@@ -738,6 +738,22 @@ def nothing_but(target: Path) -> None:
     assert set(inside) <= {"x"} and not inside.get("x"), inside
 
 
+def test_who_is_ended_here_heeds_no_more_of_what_has_come() -> None:
+    ours, theirs = socket.socketpair()
+    pipe = CopyPipe(theirs)
+    ours.sendall(3 * encode_copy(DirectoryEnd()))
+    assert pipe.read() == DirectoryEnd()
+    pipe.end()
+    pipe.end()
+    with pytest.raises(CopyBroken, match="ended here"):
+        pipe.read()
+    with pytest.raises(CopyBroken, match="ended here"):
+        pipe.write(b"x")
+    pipe.close()
+    pipe.end()
+    ours.close()
+
+
 def test_a_directory_instead_of_a_file(target: Path) -> None:
     with liar(target, takes_directories=False) as run:
         assert isinstance(run(ROOT, file(b".bashrc"), DATA, sha256(b"evil")), CopyFault)

@@ -234,6 +234,17 @@ def test_its_end_ends_every_copy(site: Site) -> None:
     assert part.stat().st_size == 600_000 and not (site.directory / "in" / "f").exists()
 
 
+def test_its_end_waits_until_small_parts_are_gone(site: Site) -> None:
+    client = site.client()
+    assert client.ask(site.directory / "in", name="f") == CopyReady()
+    client.pipe.write(encode_copy(FileEntry(0, FACTS, LARGE, b"")))
+    client.pipe.write(encode_copy(FileData(b"x" * 60_000)))
+    part = site.directory / "in" / ".f.vchan-part"
+    wait(part.exists)
+    site.service.close()
+    assert not part.exists() and not site.service._open
+
+
 def test_threads_do_not_outlive_their_connections(site: Site) -> None:
     before = threading.active_count()
     for _ in range(20):

@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("oslo_config", reason='oslo.config is not installed: pip install "vchan[host]"')
 pytest.importorskip("amqp", reason="py-amqp is not installed")
 
+from tests.rig import wait_until
 from tests.rig.copying import Copying
 from tests.rig.forwarding import ROOT, WAIT_S
 from tests.unit.test_copies import fill, tree
@@ -178,6 +179,56 @@ def test_a_guests_agent_that_dies_ends_the_copy_and_it_can_be_gone_on_with(fresh
     assert (fresh.guest_files / "f").read_bytes() == content
 
 
+def fill_small(directory: Path) -> None:
+    """Many files: whoever is ended is in the midst of one."""
+    directory.mkdir()
+    for number in range(3000):
+        (directory / f"{number}").write_bytes(b"x" * 100)
+
+
+def wait_some(directory: Path) -> None:
+    """Until files are there, and more are to come."""
+    wait_until(
+        lambda: directory.is_dir() and len(list(directory.iterdir())) > 10,
+        timeout_s=WAIT_S,
+        interval_s=0.01,
+        failure=lambda: f"nothing comes to {directory}",
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_is_interrupted_keeps_no_part_that_is_small(
+    world: Copying, how: signal.Signals
+) -> None:
+    fill_small(world.guest_files / "t")
+    target = world.here / "t"
+    with world.begin_cp("-r", world.inside("t"), str(target)) as command:
+        wait_some(target)
+        command.process.send_signal(how)
+        status, said = command.end()
+    expected = EXIT_INTERRUPTED if how == signal.SIGINT else EXIT_FAILED
+    assert (status, said) == (expected, "")
+    come = [each.name for each in target.iterdir()]
+    assert len(come) < 3000, "it was interrupted"
+    assert [name for name in come if not name.isdigit()] == []
+
+
+def test_an_agent_that_is_stopped_in_the_midst_ends_well(fresh: Copying) -> None:
+    fill_small(fresh.here / "t")
+    target = fresh.guest_files / "t"
+    with fresh.begin_cp("-r", str(fresh.here / "t"), fresh.inside("t")) as command:
+        wait_some(target)
+        assert fresh.agent.process is not None
+        fresh.agent.process.terminate()
+        assert fresh.agent.process.wait(WAIT_S) == 0, fresh.agent.log.read_text()
+        come = [each.name for each in target.iterdir()]
+        status, said = command.end()
+    assert status == EXIT_FAILED and "--resume" in said
+    assert "Traceback" not in fresh.agent.log.read_text()
+    assert len(come) < 3000, "it was stopped in the midst"
+    assert [name for name in come if not name.isdigit()] == []
+
+
 def test_a_daemon_that_does_not_come_back(fresh: Copying) -> None:
     fill(fresh.here / "f", 8 * LARGE)
     with fresh.begin_cp("--look", "0.5", str(fresh.here / "f"), fresh.inside("f")) as command:
@@ -237,7 +288,7 @@ def test_a_guest_without_the_service() -> None:
     ):
         status, said = world.cp(world.inside("f"), str(world.here))
     assert status == EXIT_FAILED
-    assert "does the standard agent run there" in said and "--resume" not in said
+    assert said.count("the standard agent") == 1 and "--resume" not in said
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -268,6 +319,14 @@ def test_directories_and_what_is_missing(world: Copying) -> None:
         status, said = world.cp(*words)
         assert status == EXIT_FAILED and "No such file or directory" in said
     assert not (world.here / "new").exists() and not (world.guest_files / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [("vm:/", "has no name of its own: name what is in it"), ("vm:/a/..", "'..' is no name")],
+)
+def test_a_source_without_a_name_is_said_to_be_it(world: Copying, source: str, text: str) -> None:
+    assert world.cp("-r", source, str(world.here)) == (EXIT_FAILED, f"vchan: {source}: {text}\n")
 
 
 def test_what_is_left_out_is_said_and_the_rest_comes(world: Copying) -> None:

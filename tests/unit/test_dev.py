@@ -139,9 +139,9 @@ def started(directory: Path) -> Iterator[Callable[..., Dev]]:
 
 
 def vchan(place: Path, *words: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "vchan.cli", "dev", words[0], "--dir", str(place)]
+    command = [sys.executable, "-m", "vchan.cli", "--timeout", str(WAIT_S), "dev", words[0]]
     done = subprocess.run(
-        [*command, "--timeout", str(WAIT_S), *words[1:]],
+        [*command, "--dir", str(place), *words[1:]],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -192,6 +192,11 @@ def test_an_agent_that_cannot_start_starts_when_it_is_mended(started: Callable[.
     running.wait_said("agent | ended, ")
     time.sleep(2.5)  # it is not started time and again meanwhile
     assert running.said.count("agent | started") == 1
+    status, said = vchan(running.place, "call", "--timeout", "0.3", "echo", "x=2")
+    assert (status, said) == (
+        cli.EXIT_FAILED,
+        "vchan: the agent has served no topic for 0.3 s; the terminal of vchan dev run says why\n",
+    )
     running.agent.write_text(AGENT)
     assert vchan(running.place, "call", "echo", "x=2") == (0, "2\n")
     status, said = vchan(running.place, "call", "leave")

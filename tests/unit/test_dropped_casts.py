@@ -9,7 +9,7 @@ import pytest
 from tests.unit.test_vm_downward import TOO_LARGE, A, B, Rig, call, cast, identity
 from vchan.errors import LimitExceeded
 from vchan.host.oslo_wire.downward_envelope import decode
-from vchan.host.vm.downward import RETURNS_WARN, TOLD_CHARS_MAX
+from vchan.host.vm.dropped_casts import RETURNS_WARN, TOLD_CHARS_MAX
 from vchan.host.vm.served_topics import EXCHANGES_SEEN_MAX
 from vchan.rpc.in_flight import COMES_AGAIN
 from vchan.rpc.messages import (
@@ -32,7 +32,7 @@ def told() -> list[str]:
 @pytest.fixture
 def rig(told: list[str]) -> Rig:
     rig = Rig()
-    rig.downward._tell = told.append
+    rig.downward._dropped._tell = told.append
     rig.serve(A, B)
     return rig
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,12 @@ def test_another():
 """
 
 
+def heed() -> None:
+    """Whoever runs the tests may have been started by nohup."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def running(*words: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
@@ -72,11 +79,15 @@ def running(*words: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed,
     )
+    alarm = threading.Timer(2 * WAIT_S, process.kill)  # or who reads what it says would wait
+    alarm.start()
     with process:
         try:
             yield process
         finally:
+            alarm.cancel()
             process.kill()
 
 

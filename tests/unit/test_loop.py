@@ -275,6 +275,19 @@ def test_a_late_call_does_not_write_into_a_reused_descriptor() -> None:
             end.close()
 
 
+def test_a_closed_loop_watches_nothing() -> None:
+    """Who is closed after it stops to watch, and fails at nothing."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        loop = Loop()
+        loop.add_reader(ours.fileno(), lambda: None)
+        loop.add_writer(ours.fileno(), lambda: None)
+        loop.close()
+        loop.remove_reader(ours.fileno())
+        loop.remove_writer(ours.fileno())
+        assert not loop._watches
+
+
 def test_calls_from_threads_race_with_close() -> None:
     """However the two meet: nothing is written after the close, and nobody fails."""
     for _ in range(50):

@@ -943,3 +943,22 @@ def test_only_what_the_guest_has_is_imported() -> None:
     others = {line.split()[1].partition(".")[0] for line in lines} - set(known)
     assert others <= set(sys.stdlib_module_names)
     assert Path(oslo_driver.__file__).name == "oslo_driver.py"
+
+
+def test_an_exception_that_cannot_say_what_it_is() -> None:
+    class Wordless(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    from vchan.oslo_driver import _failure_body
+
+    def fail() -> None:
+        raise Wordless
+
+    try:
+        fail()
+    except Wordless:
+        failure = json.loads(_failure_body(sys.exc_info()))
+    assert failure["class"] == "Wordless"
+    assert failure["message"] == "(its __str__ raised ValueError)"
+    assert any("raise Wordless" in line for line in failure["tb"])

@@ -130,6 +130,21 @@ def test_what_is_no_option(run: Run, script: str) -> None:
     assert done.stderr.startswith("usage: scripts/")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").iterdir()), ids=lambda path: path.name)
+def test_every_script_says_what_it_does(path: Path, tmp_path: Path) -> None:
+    """Wherever it is run, and before there is a virtual environment."""
+    done = subprocess.run(
+        [f"./{path.name}", "--help"],
+        cwd=path.parent,
+        env=os.environ | {"VCHAN_VENV": str(tmp_path), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"scripts/{path.name}" in done.stdout
+
+
 # --- scripts/test
 
 

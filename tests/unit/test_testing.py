@@ -286,3 +286,18 @@ def test_no_socket_and_no_thread_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     with FakeGuest() as guest:
         served(guest)
         assert guest.call("agent", "echo", {"x": 1}) == 1
+
+
+def test_a_service_s_exception_that_cannot_say_what_it_is(guest: FakeGuest) -> None:
+    class Wordless(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    class Service:
+        def fail(self) -> None:
+            raise Wordless
+
+    guest.control("service", Service())
+    agent = guest.agent()
+    with pytest.raises(RemoteError, match=r"Wordless: \(its __str__ raised ValueError\)"):
+        agent.call("service", "fail")

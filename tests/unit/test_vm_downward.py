@@ -15,15 +15,9 @@ from vchan.host.oslo_wire.downward_envelope import BrokerRequest, ReplyPublicati
 from vchan.host.oslo_wire.upward_envelope import Publication
 from vchan.host.policy.rules import Ask, Kind
 from vchan.host.policy.vm_limits import Limits
-from vchan.host.vm.downward import (
-    FINISHED_MAX,
-    LOCAL_REQUESTS_MAX,
-    OPEN_BYTES_MAX,
-    RETRY_S,
-    SUBSCRIBE_S,
-    WITHDRAW_S,
-    Downward,
-)
+from vchan.host.vm.consumption import RETRY_S, SUBSCRIBE_S, WITHDRAW_S
+from vchan.host.vm.downward import LOCAL_REQUESTS_MAX, OPEN_BYTES_MAX, Downward
+from vchan.host.vm.finished_requests import FINISHED_MAX
 from vchan.host.vm.served_topics import TOPICS_JUDGED_PER_S, TOPICS_SEEN_MAX
 from vchan.host.vm.upward import ANSWERS_BYTES_MAX
 from vchan.rpc.in_flight import Answered, HandedBack, Heartbeat, Outcome, Overdue, Taken

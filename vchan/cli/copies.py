@@ -27,6 +27,7 @@ from vchan.cli.failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from vchan.cli.output import printable, say, show_status, stderr_columns
 from vchan.cli.progress import CopyProgress
 from vchan.cli.way import ENDING_SIGNALS, Carried, add_sockets, find
+from vchan.copies.pipe import END_S as WORKER_END_S
 from vchan.copies.pipe import CopyBroken, CopyPipe
 from vchan.copies.trees import (
     Everything,
@@ -227,10 +228,19 @@ class _CopyWorker:
         self._tell = tell
         self._report = report
         self._over = over
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin; the thread ends with the process."""
-        threading.Thread(target=self._run, name="copy", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="copy", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """End it, if it has not ended, and wait until its file is let go: what is not worth
+        keeping is gone then."""
+        self._pipe.end()
+        if self._thread is not None:
+            self._thread.join(WORKER_END_S)
 
     def _run(self) -> None:
         problem: VchanError | None = None
@@ -290,8 +300,7 @@ class _CopyWorker:
             os.close(fd)
 
     def _get(self, source: InVm, target: str, *, is_into: bool) -> None:
-        name = _last(source.path)
-        place = _place(target, name, is_into=is_into)
+        place = _place(target, source, is_into=is_into)
         try:
             self._ask(CopyRequest(False, VERSION, self._settings.flags, b"", source.path), source)
             TreeReceiver(
@@ -308,19 +317,22 @@ class _CopyWorker:
             os.close(place.directory)
 
 
-def _place(target: str, name: bytes, *, is_into: bool) -> TreePlace:
-    """Where on this host something of this name is to appear: in the directory that the target is,
-    or as the target.
+def _place(target: str, source: InVm, *, is_into: bool) -> TreePlace:
+    """Where on this host the source is to appear: in the directory that the target is, or as the
+    target.
 
     Raises:
         Rejected: It cannot.
     """
     real = os.path.realpath(os.fsencode(target))
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    with _explained(target):
-        if is_into or Path(os.fsdecode(real)).is_dir():
+    if is_into or Path(os.fsdecode(real)).is_dir():
+        name = _last(source.path)
+        with _explained(str(source)):
             _require_name(name)
+        with _explained(target):
             return TreePlace(os.open(real, flags), name, below(os.fsencode(target), name))
+    with _explained(target):
         parent, last = os.path.split(real)
         _require_name(last)
         return TreePlace(os.open(parent, flags), last, os.fsencode(target))
@@ -462,7 +474,10 @@ class Copying:
 
     def run(self) -> None:
         """Until all is copied, or there is a signal, or no way to the VM any more."""
-        self._carried.run(ENDING_SIGNALS, self._on_signal)
+        try:
+            self._carried.run(ENDING_SIGNALS, self._on_signal)
+        finally:
+            self._worker.end()
 
     def _attached(self) -> None:
         if not self._has_begun:
@@ -481,7 +496,7 @@ class Copying:
                 if reason:
                     self._reason = text or "closed"
                     self._is_refused = reason in (REFUSED, UNREACHABLE, UNSUPPORTED)
-                if reason == UNREACHABLE:
+                if reason == UNREACHABLE and "standard agent" not in self._reason:
                     self._reason += "; does the standard agent run there, with read or write on?"
                 if self._is_ending:
                     self._loop.stop()

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from vchan.cli.failures import EXIT_OK
+from vchan.cli.failures import EXIT_OK, NoDev
 from vchan.cli.host import Host
 from vchan.cli.output import flush, text_line
 from vchan.cli.requests import show_result
 from vchan.cli.values import parse_values
 from vchan.client import Client
-from vchan.errors import ConfigError, LinkDown
+from vchan.errors import ConfigError, NoSuchAgent
 from vchan.rpc.messages import GUEST_TOPIC
 
 TOPIC_LOOK_S: Final = 0.1
@@ -123,9 +123,7 @@ def _ask(options: argparse.Namespace) -> int:
     arguments = parse_values(options.args)
     socket = f"{options.dir or dev.default_directory()}/host.sock"
     if not Path(socket).exists():
-        where = f" --dir {options.dir}" if options.dir else ""
-        hint = f"start one in another terminal: vchan dev run{where} AGENT"
-        raise LinkDown(socket, f"no vchan dev runs there; {hint}")
+        raise NoDev(socket, f" --dir {options.dir}" if options.dir else "")
     with Client(socket) as client:
         host = Host(client, socket, options.timeout)
         topic = options.topic or _topic_of(host, dev.NAME, options.timeout)
@@ -149,7 +147,9 @@ def _topic_of(host: Host, vm: str, timeout_s: float) -> str:
         names = [name for name in names if name != GUEST_TOPIC.name]
         if len(names) == 1:
             return str(names[0])
-        if names or time.monotonic() >= until_s:
-            known = ", ".join(names) or f"none, for {timeout_s:g} s"
-            raise ConfigError("--topic", f"which one? The agent serves {known}")
+        if names:
+            raise ConfigError("--topic", f"which one? The agent serves {', '.join(names)}")
+        if time.monotonic() >= until_s:
+            where = "the terminal of vchan dev run says why"
+            raise NoSuchAgent(f"the agent has served no topic for {timeout_s:g} s; {where}")
         time.sleep(TOPIC_LOOK_S)

@@ -12,9 +12,11 @@ from vchan.errors import (
     CallTimeout,
     ConfigError,
     LimitExceeded,
+    LinkDown,
     LinkError,
     NotAPort,
     PortAbsent,
+    PortBusy,
     PortDenied,
     RemoteError,
     VchanError,
@@ -43,6 +45,18 @@ exit status: {EXIT_OK} done; {EXIT_FAILED} refused, not delivered, or the method
 doctor: {EXIT_FAILED} if there is a problem; policy check: {EXIT_FAILED} if the request is denied
 exec, shell: the program's own; 128 and the signal that ended it; {EXIT_OURS} if there was none
 """
+
+
+class NoDev(LinkDown):
+    """No `vchan dev run` is there.
+
+    Args:
+        where: The options that name another place than the usual one.
+    """
+
+    def __init__(self, path: str, where: str) -> None:
+        super().__init__(path, "no vchan dev runs there")
+        self.where = where
 
 
 def status_of(error: VchanError) -> int:
@@ -78,6 +92,10 @@ def advice_of(error: VchanError) -> str:
             return _who_may(path)
         case NotAPort():
             return "see --socket, and option socket in vchan.conf"
+        case NoDev(where=where):
+            return f"start one in another terminal: vchan dev run{where} AGENT"
+        case PortBusy() | LinkDown():
+            return "systemctl status vchan-host"
         case CallTimeout():
             return "the method may have run; --timeout waits longer"
         case _:

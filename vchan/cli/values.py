@@ -36,7 +36,7 @@ def parse_values(words: list[str]) -> dict[str, Any]:
         if is_file:
             text = _content(word, text[1:])
         if is_json:
-            values[key] = _json(word, text)
+            values[key] = _json(word, text, is_file=is_file)
         else:
             values[key] = text if is_file else _guessed(text)
     return values
@@ -74,22 +74,25 @@ def _strict(text: str) -> Any:
     return value
 
 
-def _json(word: str, text: str) -> Any:
+def _json(word: str, text: str, *, is_file: bool) -> Any:
     try:
         return _strict(text)
     except (ValueError, RecursionError) as error:
-        shown = word.partition("=")[0] + "="
         why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        problem = (
-            f"what stands after := is no JSON: {why}; a text needs quotes, or = in place of :="
-        )
-        raise ConfigError(f"argument {shown}", problem) from None
+        if is_file:
+            where, what, text_is = f"argument {word!r}", "the file", "a file of text: KEY=@FILE"
+        else:
+            where, what = f"argument {word.partition('=')[0]}=", "what stands after :="
+            text_is = "a text needs quotes, or = in place of :="
+        raise ConfigError(where, f"{what} is no JSON: {why}; {text_is}") from None
 
 
 def _content(word: str, name: str) -> str:
     """A file's text. No more is read than a request may hold."""
     where = f"argument {word!r}"
     meant = "the text itself, if it begins with @: KEY:='\"@...\"'"
+    if not name:
+        raise ConfigError(where, f"after @ there is no file; {meant}")
     try:
         with Path(name).open("rb") as file:
             content = file.read(MESSAGE_BYTES_MAX + 1)

@@ -1,4 +1,4 @@
-"""A socket with the messages of a copy on it. Used by one thread, which waits.
+"""A socket with the messages of a copy on it. Used by one thread, which waits; another may end it.
 
 Who sends a tree hears what is said to it whenever it writes: so the two never wait for each other
 to read.
@@ -16,6 +16,8 @@ from typing import Final
 from vchan.errors import VchanError
 from vchan.services.copies import CopyMessage, CopyReader
 
+END_S: Final = 2.0
+"""For a copy that is ended here to let go of its file. At it: a part stays, however small."""
 READ_BYTES: Final = 64 * 1024
 """One read: no more messages wait to be heeded than fit in it."""
 
@@ -40,6 +42,7 @@ class CopyPipe:
         self._socket = connected
         self._reader = CopyReader()
         self._waiting: deque[CopyMessage] = deque()  # of one read, not yet taken
+        self._is_ended = False
         self.moved_s = time.monotonic()
         """When bytes went either way, the last time."""
         self._poll = select.poll()
@@ -50,12 +53,14 @@ class CopyPipe:
 
         Raises:
             EOFError: The other end is done, between two messages.
-            CopyBroken: It is gone in the midst of one.
+            CopyBroken: It is gone in the midst of one; or `end` was called.
             CopyFault: What came is no message.
         """
+        self._require_not_ended()
         while not self._waiting:
             while (data := self._received()) is None:
                 self._poll.poll()
+            self._require_not_ended()
             if not data and self._reader.has_rest:
                 raise CopyBroken("the other end is gone")
             if not data:
@@ -81,10 +86,11 @@ class CopyPipe:
             heed: Told what comes meanwhile; None: nothing is read.
 
         Raises:
-            CopyBroken: The other end is gone.
+            CopyBroken: The other end is gone; or `end` was called.
         """
         left = memoryview(data)
         while True:
+            self._require_not_ended()
             if heed is not None:
                 self._heed_all(heed)
             left = left[self._sent(left) :]
@@ -111,6 +117,19 @@ class CopyPipe:
             raise CopyBroken(error.strerror or str(error)) from error
         self.moved_s = time.monotonic()
         return sent
+
+    def _require_not_ended(self) -> None:
+        if self._is_ended:
+            raise CopyBroken("it was ended here")
+
+    def end(self) -> None:
+        """Have the thread that uses it hear `CopyBroken` at once, also if more has come already.
+        From any thread; harmless twice, and after `close`."""
+        self._is_ended = True
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
 
     def close(self) -> None:
         """Close it; harmless twice."""

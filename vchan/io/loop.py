@@ -344,6 +344,7 @@ class Loop:
     def close(self) -> None:
         """Free the loop's own descriptors. It must not be running. Harmless twice."""
         self._stopping = True
+        self._watches.clear()  # what is closed after it stops to watch, which is harmless then
         self._epoll.close()
         with self._wake_lock:
             if self._wake_write >= 0:

@@ -43,9 +43,7 @@ def invocation_body(
     if version is not None:
         check_version(version)
     check_mapping("context", context)
-    return encode_invocation(
-        method, args or {}, namespace=namespace, version=version, context=context
-    )
+    return _encoded(method, args or {}, namespace=namespace, version=version, context=context)
 
 
 def raw_body(invocation: bytes, data: bytes | bytearray | memoryview) -> bytes:
@@ -73,7 +71,15 @@ def notification_body(
         "payload": payload,
         "metadata": new_metadata(),
     }
-    return encode_invocation(priority, args, context=context)
+    return _encoded(priority, args, context=context)
+
+
+def _encoded(method: str, args: Mapping[str, Any], **others: Any) -> bytes:
+    try:
+        return encode_invocation(method, args, **others)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{method}: JSON cannot say what it is sent: {error}") from error
 
 
 def make_request(

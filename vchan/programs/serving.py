@@ -24,6 +24,8 @@ from vchan.rpc.bodies import (
     decode_raw,
     encode_failure,
     encode_json,
+    exception_args,
+    exception_text,
 )
 from vchan.rpc.in_flight import Cancelled, Deliver, Delivery
 from vchan.rpc.messages import (
@@ -310,14 +312,19 @@ def returned(request: Request, result: Any) -> Finish:
     if hasattr(result, "__await__"):
         if hasattr(result, "close"):
             result.close()  # or Python warns that nobody awaited it
-        raise TypeError("the method returned something to await: serve it with vchan.aio.Agent")
+        advice = "await it, in a method that vchan.aio.Agent serves"
+        raise TypeError(f"the method returned something to await: {advice}")
     if not request.flags & CALL:
         return Finish(False, b"")
     if request.flags & RAW:
         if not isinstance(result, bytes | bytearray | memoryview):
             raise TypeError(f"a raw method returned {type(result).__name__}: expected bytes")
         return Finish(False, bytes(result))
-    return Finish(False, encode_json(result))
+    try:
+        return Finish(False, encode_json(result))
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"the method returned what JSON cannot say: {error}") from error
 
 
 def ran_into(request: Request, error: BaseException) -> Finish:
@@ -326,18 +333,18 @@ def ran_into(request: Request, error: BaseException) -> Finish:
     import traceback  # here: it costs start-up time
 
     kind = type(error)
-    refusal = str(error) if kind is WrongKind else ""
+    said = exception_text(error)
+    refusal = said if kind is WrongKind else ""
     lines = traceback.format_exception(error)
-    try:
-        encode_json(list(error.args))
-        args = list(error.args)
-    except (TypeError, ValueError):
-        args = [str(error)]
     body = encode_failure(
-        kind.__name__, str(error), module=kind.__module__, args=args, traceback=_last_of(lines)
+        kind.__name__,
+        said,
+        module=kind.__module__,
+        args=exception_args(error),
+        traceback=_last_of(lines),
     )
     what = f"a {'call' if request.is_call else 'cast'} to topic {request.topic} failed"
-    text = f"{kind.__name__}: {error}" if isinstance(error, RequestError) else "".join(lines)
+    text = f"{kind.__name__}: {said}" if isinstance(error, RequestError) else "".join(lines)
     return Finish(True, body, f"{what}: {text[-FAILURE_TEXT_MAX:].rstrip()}", refusal)
 
 

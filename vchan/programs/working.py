@@ -1,8 +1,10 @@
 """What is served runs: on the loop's own thread, one method at a time, or in a pool's threads."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from vchan.io.loop import Callback, Scheduler
 from vchan.io.streams import Stream
@@ -12,6 +14,35 @@ from vchan.rpc.messages import Request
 WORK_S: Final = 0.002
 """An agent's methods run in a row for so long, if none takes longer. At it: what has arrived
 meanwhile, a withdrawal perhaps, is taken before the next begins."""
+
+
+def end_child(request: Request) -> NoReturn:
+    """The method has forked, and this is its child, which has come back from it. It must not go on
+    here: it would read its parent's connection, run what its parent runs, and answer, too. Nor may
+    it unwind: what is closed on the way takes it from its parent's poll."""
+    error = sys.exc_info()[1]
+    status = 1
+    if not isinstance(error, SystemExit):
+        advice = "a child must end itself, by os._exit() or sys.exit()"
+        story = f"a method of topic {request.topic} has forked, and its child came back: {advice}"
+        _to_stderr(f"vchan agent: {story}")
+    elif error.code is None or isinstance(error.code, int):
+        status = (error.code or 0) & 0xFF
+    else:
+        _to_stderr(str(error.code))  # as Python does
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # closed, or nobody reads it
+    os._exit(status)
+
+
+def _to_stderr(text: str) -> None:
+    try:
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass  # closed, or nobody reads it
 
 
 class Worker:
@@ -96,6 +127,7 @@ class Worker:
 
     def _run_method(self, request: Request) -> Finish:
         """What a method raises is the caller's to see, whatever it is."""
+        pid = os.getpid()
         try:
             method, invocation, is_quick = self.serving.method_for(request)
             if self._holds and not is_quick:
@@ -104,6 +136,9 @@ class Worker:
             return returned(request, method(**invocation.args))
         except Exception as error:  # noqa: BLE001 - relayed to the caller
             return ran_into(request, error)
+        finally:
+            if os.getpid() != pid:
+                end_child(request)
 
     def _release(self) -> None:
         """Have what is held written."""

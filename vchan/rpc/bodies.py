@@ -29,6 +29,9 @@ REDELIVERED_KEY = "vchan_redelivered"
 """In the context of a request that may run for a second time: true."""
 FAILURE_TEXT_MAX = 8192
 """Characters of a failure's message, and of its traceback."""
+FAILURE_ARGS_BYTES_MAX = 32 * 1024
+"""An exception's arguments, as JSON: with text and traceback less than a host passes on. At it:
+the text stands in their place."""
 
 
 class Invocation(Record):
@@ -186,6 +189,25 @@ def mark_redelivered(body: bytes, *, is_raw: bool = False) -> bytes:
     context = {**asked.context, REDELIVERED_KEY: True}
     marked = encode_json({**asked.as_dict(), "context": context})
     return encode_raw(marked, data) if is_raw else marked
+
+
+def exception_text(error: BaseException) -> str:
+    """What an exception says; if its own `__str__` fails, that."""
+    try:
+        return str(error)
+    except Exception as failed:  # noqa: BLE001 - somebody else's code
+        return f"(its __str__ raised {type(failed).__name__})"
+
+
+def exception_args(error: BaseException) -> list[Any]:
+    """An exception's arguments, if a failure can hold them; otherwise its text."""
+    try:
+        args = list(error.args)
+        if len(encode_json(args)) <= FAILURE_ARGS_BYTES_MAX:
+            return args
+    except Exception:  # noqa: BLE001 - they may be anything
+        pass
+    return [exception_text(error)[:FAILURE_TEXT_MAX]]
 
 
 def encode_failure(

@@ -17,7 +17,7 @@ from typing import Final
 
 from vchan.agents.standard.files import open_directory
 from vchan.agents.standard.permissions import FilePermissions, Rules, matches, path_problem
-from vchan.copies.pipe import CopyBroken, CopyPipe
+from vchan.copies.pipe import END_S, CopyBroken, CopyPipe
 from vchan.copies.trees import (
     TreePlace,
     TreeReceiver,
@@ -60,11 +60,8 @@ class _Connection:
         self.thread = threading.Thread(target=run, args=(self,), name="copy", daemon=True)
 
     def end(self) -> None:
-        """Have its thread end soon: what is whole is there, a part stays."""
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended
+        """Have its thread end soon: what is whole is there, a part stays if it is worth it."""
+        self.pipe.end()
 
 
 class CopyService:
@@ -122,10 +119,15 @@ class CopyService:
                 each.thread.join(TAKE_OVER_S)
 
     def close(self) -> None:
-        """End all of them: what is whole is there, parts stay."""
+        """End all of them, and wait until they have: what is whole is there, parts stay if they are
+        worth it. At the latest after END_S."""
+        until_s = time.monotonic() + END_S
         with self._lock:
-            for connection in self._open:
-                connection.end()
+            ending = list(self._open)
+        for connection in ending:
+            connection.end()
+        for connection in ending:
+            connection.thread.join(max(0.0, until_s - time.monotonic()))
 
     def _run(self, connection: _Connection) -> None:
         try:

@@ -35,8 +35,8 @@ from vchan.host.broker.config import BrokerConfig, BrokerHost
 from vchan.host.broker.py_amqp import (
     AmqpChannel,
     AMQPError,
-    Connection,
     Message,
+    PyAmqpConnection,
     ResourceError,
     UnexpectedFrame,
     frame_writer,
@@ -54,6 +54,7 @@ __all__ = [
     "BROKEN",
     "AmqpChannel",
     "AmqpLink",
+    "BrokerLink",
     "Content",
     "Inbound",
     "Message",
@@ -95,10 +96,16 @@ BROKEN: Final = (
 )
 
 
+def _reason(error: ssl.SSLError) -> str:
+    """OpenSSL's name of it, which not all have, whatever their type says."""
+    reason: Any = error.reason
+    return reason or ""
+
+
 def _is_broken_off(error: BaseException) -> bool:
     """The other end broke off the handshake: it says so in an alert, or, if that could not be read
     any more, by closing."""
-    is_alert = isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
+    is_alert = isinstance(error, ssl.SSLError) and "ALERT" in _reason(error)
     return is_alert or isinstance(error, ssl.SSLEOFError | ConnectionResetError)
 
 
@@ -118,7 +125,7 @@ def explain(error: BaseException, config: BrokerConfig) -> str:
                 f"its certificate is refused: {error.verify_message}; "
                 f"authorities (ssl_ca_file): {authorities}"
             )
-        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+        case ssl.SSLError() if _reason(error) == "WRONG_VERSION_NUMBER":
             said += ": it does not speak TLS on this port, and ssl is on"
         case ssl.SSLError() | ConnectionResetError() if tls and _is_broken_off(error):
             said += ": it may want a certificate that it trusts (ssl_cert_file, ssl_key_file)"
@@ -221,6 +228,16 @@ class Owner(Protocol):
         """
 
 
+class BrokerLink(Protocol):
+    """A connection, to who has channels on it."""
+
+    def channel(self, owner: Owner) -> AmqpChannel:
+        """See `AmqpLink.channel`."""
+
+    def fail(self, reason: str) -> None:
+        """See `AmqpLink.fail`."""
+
+
 class AmqpLink:
     """One connection: py-amqp's, with the socket's reading and writing done by our loop.
 
@@ -251,7 +268,7 @@ class AmqpLink:
         self._closing = False
         self._is_over = False
         self._fault = ""  # of ours, for which the connection must be given up
-        self.amqp: Any = Connection(
+        self.amqp: Any = PyAmqpConnection(
             self._detach,
             host=host.address,
             userid=host.user,

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from vchan.host.broker.amqp import (
     AmqpChannel,
-    AmqpLink,
+    BrokerLink,
     Inbound,
     Message,
     ResourceError,
@@ -52,7 +52,10 @@ class BrokerForParked(Protocol):
     """What this file asks of the `Broker` it belongs to."""
 
     loop: Loop
-    link: AmqpLink | None
+
+    @property
+    def link(self) -> BrokerLink | None:
+        """While there is a connection."""
 
 
 class Parking(NamedTuple):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AMQPError",
     "AmqpChannel",
-    "Connection",
     "Message",
+    "PyAmqpConnection",
     "ResourceError",
     "UnexpectedFrame",
     "frame_writer",
@@ -74,7 +74,7 @@ class AmqpChannel(amqp.Channel):  # type: ignore[misc]  # amqp publishes no type
         self.collect()
 
 
-class Connection(amqp.Connection):  # type: ignore[misc]  # amqp publishes no types
+class PyAmqpConnection(amqp.Connection):  # type: ignore[misc]  # amqp publishes no types
     """py-amqp's connection, which tells before it closes its socket."""
 
     def __init__(self, on_collect: Callable[[], None], **options: Any) -> None:

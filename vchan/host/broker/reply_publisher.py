@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from vchan.host.broker.amqp import AmqpLink, Inbound, ResourceError, spec
+from vchan.host.broker.amqp import BrokerLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
 from vchan.io.loop import Loop
 
@@ -28,7 +28,10 @@ class BrokerForReplies(Protocol):
     """What replies ask of the `Broker` they belong to."""
 
     loop: Loop
-    link: AmqpLink | None
+
+    @property
+    def link(self) -> BrokerLink | None:
+        """While there is a connection."""
 
 
 class _Reply(NamedTuple):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
-from vchan.host.broker.amqp import AmqpLink, Inbound, ResourceError, spec
+from vchan.host.broker.amqp import BrokerLink, Inbound, ResourceError, spec
 from vchan.host.broker.confirms import Confirms
 from vchan.host.broker.events import BrokerEvent, PublishResult
 from vchan.host.broker.topology import MISSING, NOT_FOUND, Declared, QueueFacts
@@ -65,9 +65,12 @@ class BrokerForRequests(Protocol):
     """What requests ask of the `Broker` they belong to."""
 
     loop: Loop
-    link: AmqpLink | None
     post: Callable[[BrokerEvent], None]
     declared: Declared
+
+    @property
+    def link(self) -> BrokerLink | None:
+        """While there is a connection."""
 
     def within(self, vm: str, work: Callable[[], T], otherwise: T) -> T:
         """Do something for one VM alone."""
@@ -181,7 +184,7 @@ class Unheard:
 class Lane:
     """A channel with confirms, lent to one VM's outbox at a time."""
 
-    def __init__(self, requests: Requests, link: AmqpLink) -> None:
+    def __init__(self, requests: Requests, link: BrokerLink) -> None:
         self._requests = requests
         self._confirms = Confirms[Outgoing](link.channel(self))
         self._is_closed = False

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from vchan.host.broker.amqp import AmqpChannel, AmqpLink, Inbound, ResourceError, spec
+from vchan.host.broker.amqp import AmqpChannel, BrokerLink, Inbound, ResourceError, spec
 from vchan.host.broker.config import BrokerConfig
 from vchan.io.loop import Loop
 
@@ -41,7 +41,10 @@ class BrokerForTopology(Protocol):
 
     config: BrokerConfig
     loop: Loop
-    link: AmqpLink | None
+
+    @property
+    def link(self) -> BrokerLink | None:
+        """While there is a connection."""
 
     def within(self, vm: str, work: Callable[[], T], otherwise: T) -> T:
         """Do something for one VM alone."""
@@ -142,7 +145,7 @@ class Declared:
         self.otherwise.clear()
         self.refused.clear()
 
-    def watch(self, link: AmqpLink, now_s: float) -> None:
+    def watch(self, link: BrokerLink, now_s: float) -> None:
         """Give up a connection that does not even say no."""
         things: list[_Thing] = [*self._exchanges.values(), *self._queues.values()]
         if any(thing.is_late(now_s) for thing in things):

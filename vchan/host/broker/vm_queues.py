@@ -27,7 +27,7 @@ from vchan.host.broker import completions
 from vchan.host.broker.amqp import (
     BODY_BYTES_MAX,
     AmqpChannel,
-    AmqpLink,
+    BrokerLink,
     Content,
     Inbound,
     ResourceError,
@@ -91,8 +91,11 @@ class BrokerForQueues(completions.BrokerThread, Protocol):
 
     config: BrokerConfig
     loop: Loop
-    link: AmqpLink | None
     declared: Declared
+
+    @property
+    def link(self) -> BrokerLink | None:
+        """While there is a connection."""
 
     def park(self, parking: Parking) -> None:
         """Put a message aside that breaks this daemon."""
@@ -373,7 +376,7 @@ class VmQueues:
 
     # ---------------------------------------------------------------- opening
 
-    def open(self, link: AmqpLink) -> bool:
+    def open(self, link: BrokerLink) -> bool:
         """Its turn has come. False: it is no longer wanted, or there is no channel left."""
         if self._phase is not _Phase.WAITING:
             return False
@@ -521,7 +524,7 @@ class VmQueues:
             self._broker.post(Consuming(self.vm, self._asked))
             self._refuse("")
 
-    def watch(self, link: AmqpLink, now_s: float) -> None:
+    def watch(self, link: BrokerLink, now_s: float) -> None:
         """Give up a channel that gets no answer; and a connection, if it cannot even be closed."""
         since_s = self._waiting_since_s
         if since_s is None or now_s - since_s < ANSWER_TIMEOUT_S:

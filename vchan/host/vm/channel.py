@@ -18,11 +18,14 @@ from vchan.host.policy.vm_limits import Limits
 from vchan.host.vm.clock import GuestClock
 from vchan.host.vm.downward import MUTE, BrokerPort, Downward
 from vchan.host.vm.gate import Gate
+from vchan.host.vm.log_lines import LogLines
+from vchan.host.vm.mail_turns import MailTurns
+from vchan.host.vm.presence import ABSENT_S, Presence
 from vchan.host.vm.reports import Reports
 from vchan.host.vm.streams import VmStreams
 from vchan.host.vm.throttle import Throttle
 from vchan.host.vm.upward import Offer
-from vchan.io.link import TURN_S, Link
+from vchan.io.link import Link
 from vchan.io.loop import Alarm, Scheduler, Timer
 from vchan.io.steps import Steps
 from vchan.io.streams import Stream, connect_unix
@@ -69,15 +72,10 @@ daemon is silent too, so it is done ever more rarely."""
 SILENCE_S: Final = 4.0
 """A guest that was asked and says nothing for so long is reconnected to. A round trip takes under a
 millisecond; a guest that is starved of CPU for so long loses nothing by it."""
-LOG_LINES: Final = 20
-LOG_PERIOD_S: Final = 10.0
-"""What one VM may have logged, with no word of it lost while it behaves."""
 RECEPTION_S: Final = 0.05
 """How often it is looked whether a mute guest has received everything."""
 NOBODY_ANSWERS: Final = "nobody answers: is vchan-guest installed and running in the VM?"
 """Of a channel that is connected: or the VM is still booting, or QEMU lets another program in."""
-ABSENT_S: Final = 60.0
-"""A guest that has been away so long leaves its requests to the broker."""
 
 TOLD: Final = "told to speak"
 GREETED: Final = "greeting said"
@@ -178,10 +176,9 @@ class Channel:
         self.vm = domain.uuid
         self.name = domain.known.name
         self._domain = domain
-        self._handle_mail = handle_mail
         self._loop = loop
-        self._log_line = home.log
         named = f"{self.name} ({self.vm})"
+        self._tell = LogLines(named, home.log, loop.time).tell
         self.arrival = Steps(loop, "arrival", ANSWERED, lambda line: home.debug(f"{named}: {line}"))
         self.departure = Steps(
             loop, "departure", RELEASED, lambda line: home.debug(f"{named}: {line}")
@@ -217,6 +214,10 @@ class Channel:
             self._tell,
             reports,
         )
+        self._handle_mail = partial(handle_mail, self)
+        self._mail_turns = MailTurns(
+            loop, self.throttle, self.downward.upward, self._handle_mail, self.set_timer
+        )
         self._clock = GuestClock(self._submit, self._tell) if home.sets_time else None
         self._gate = gate
         self._told_topics: tuple[Topic, ...] = ()  # that are served on our side
@@ -225,29 +226,19 @@ class Channel:
         self._attempts = 0
         self._cures = 0
         self._cure_not_before_s = 0.0
-        self._told = ""
         self._trouble = ""  # why there is no link, or no session on it
-        self._log_left = LOG_LINES
-        self._log_period_s = 0.0  # when the next one begins
         self._reconnect_timer: Timer | None = None
-        self._absent_timer: Timer | None = None
         self._alarm = Alarm(loop, self._timed_out)
         self._timer_planned = False
         self._is_over = False
-        self._mail_timer: Timer | None = None
         self._stream_timer: Timer | None = None  # until when byte streams wait
-        self._mail_planned = False
-        self._spoke_s: float | None = None
-        self._heard_at_s: float | None = None
-        self._is_silent = False  # it was asked, and has not answered
+        self._presence = Presence(loop, self._absent)
         self.counters = {
             "reconnects": 0,
             "cures": 0,
             "frames_in_doubt": 0,  # sent, and not acknowledged when the session ended
             "requests_in_doubt": 0,  # handed to the guest, and not over then
         }
-        self.first_answer_s: float | None = None
-        """From Speak to the first message of the guest's: how long a migration was felt."""
 
     # ---------------------------------------------------------------- what domains.py decides
 
@@ -263,9 +254,9 @@ class Channel:
         if self._session.peer is not None:  # it was spoken with before
             self.downward.opened(resumed=True, now_s=self._loop.time())
             self.set_timer()
-        self._spoke_s = self._loop.time()
+        self._presence.spoken_to()
         if self._session.state is not State.OPEN:  # after `hush` it may be, and nothing would tell
-            self._plan_absence()
+            self._presence.miss()
         if self._link is not None:
             self._link.speak()
             self.arrival.reach(GREETED)
@@ -312,8 +303,9 @@ class Channel:
     def _cancel_timers(self) -> None:
         self._is_over = True
         self._alarm.cancel()
-        timers = (self._reconnect_timer, self._absent_timer, self._mail_timer, self._stream_timer)
-        for timer in timers:
+        self._presence.cancel()
+        self._mail_turns.cancel()
+        for timer in (self._reconnect_timer, self._stream_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -436,8 +428,7 @@ class Channel:
             case Received(_, message) if self._is_of_streams(message):
                 self._on_stream_message(message, now_s)
             case Received(_, message):
-                if self._spoke_s is not None:
-                    self.first_answer_s, self._spoke_s = now_s - self._spoke_s, None
+                self._presence.answered(now_s)
                 self.downward.receive(message, now_s)
                 self.set_timer()
                 if self.arrival.is_under_way:
@@ -445,14 +436,12 @@ class Channel:
             case Opened(peer, resumed):
                 self._opened(peer, resumed, now_s)
             case Silent(for_s):
-                self._is_silent = True
                 self.downward.upward.silent()
-                self._plan_absence()
+                self._presence.silent()
                 self._cure(for_s)
             case Heard():
-                self._is_silent = False
                 self._cures = 0
-                self._cancel_absence()
+                self._presence.heard()
                 if self._domain.phase is Phase.SERVING:  # else `speak` tells, if it stays
                     self.downward.opened(resumed=True, now_s=now_s)
                 self.set_timer()
@@ -467,11 +456,9 @@ class Channel:
 
     def _opened(self, peer: Peer, resumed: bool, now_s: float) -> None:
         self.arrival.reach(OPENED)
-        self._is_silent = False
-        self._heard_at_s = now_s
+        self._presence.opened(now_s)
         self._attempts = self._cures = 0
         self._trouble = ""
-        self._cancel_absence()
         before = f", last with {peer.attached}" if peer.attached else ""
         kind = "session resumed" if resumed else "new session"
         self._tell(f"{kind} with guest {peer.name!r}{before}")
@@ -538,57 +525,20 @@ class Channel:
             self._told_topics = topics
             self._send(encode(Subscribe(topics)), CONTROL)
 
-    def _plan_absence(self) -> None:
-        if self._absent_timer is None:
-            self._absent_timer = self._loop.call_later(ABSENT_S, self._absent)
-
-    def _cancel_absence(self) -> None:
-        if self._absent_timer is not None:
-            self._absent_timer.cancel()
-            self._absent_timer = None
-
     def _absent(self) -> None:
-        self._absent_timer = None
         self._tell(f"away for {ABSENT_S:.0f} s: the broker, if there is one, keeps its requests")
         self.downward.suspend(self._loop.time())
 
     # ---------------------------------------------------------------- the VM's own queue
 
     def mail(self, token: Hashable, body: bytes) -> None:
-        """A message came in it: an answer to the guest, or a note. It is read as the VM's share of
-        the daemon's time allows, whoever wrote it: the guest asked for it."""
+        """A message came in it: an answer to the guest, or a note. It is read in turns."""
 
         def take() -> None:
             self.downward.mail(token, body, self._loop.time())
 
-        self._handle_mail(self, token, body, take)
-        if not self._mail_planned:
-            self._serve_mail()
-        self.set_timer()
-
-    def _serve_mail(self) -> None:
-        """One turn: some messages, or a slice of a large one."""
-        self._mail_planned = False
-        self._mail_timer = None
-        upward = self.downward.upward
-        spent, now_s = self._loop.spent, self._loop.time()
-        began_s, began_bytes = spent(), upward.mailbox.worked
-        took_s = 0.0
-        problem: str | None = ""
-        while upward.mailbox and took_s < TURN_S and problem is not None:
-            token, body = upward.mailbox.first
-            problem = self._handle_mail(self, token, body, partial(upward.work, now_s))
-            took_s = spent() - began_s
-        wait_s = self.throttle.answered(upward.mailbox.worked - began_bytes, took_s, now_s)
-        if upward.mailbox or wait_s > 0:
-            self._mail_planned = True
-            if wait_s > 0:
-                self._mail_timer = self._loop.call_later(wait_s, self._serve_mail_in_time)
-            else:
-                self._loop.call_soon(self._serve_mail_in_time)
-
-    def _serve_mail_in_time(self) -> None:
-        self._serve_mail()
+        self._handle_mail(token, body, take)
+        self._mail_turns.begin()
         self.set_timer()
 
     # ---------------------------------------------------------------- limits
@@ -596,8 +546,7 @@ class Channel:
     def _meter(self, size: int, took_s: float) -> float:
         """So much was handled of the guest's: how many seconds not to read more."""
         now_s = self._loop.time()
-        if self._heard_at_s is not None:
-            self._heard_at_s = now_s
+        self._presence.read(now_s)
         before, after = self._metered, self._count()
         self._metered = after
         for _ in range(after.bad_messages - before.bad_messages):
@@ -698,22 +647,6 @@ class Channel:
         self.downward.handle_timeout(now_s)
         self.set_timer()
 
-    def _tell(self, text: str) -> None:
-        """Log a line; not the same twice, and not more than LOG_LINES a LOG_PERIOD_S: a guest may
-        repeat a fault at will, and vary it."""
-        if text == self._told:
-            return
-        self._told = text
-        now_s = self._loop.time()
-        if now_s >= self._log_period_s:
-            if self._log_left < 0:
-                self._log_line(f"{self.name} ({self.vm}): {-self._log_left} lines left out")
-            self._log_period_s = now_s + LOG_PERIOD_S
-            self._log_left = LOG_LINES
-        self._log_left -= 1
-        if self._log_left >= 0:
-            self._log_line(f"{self.name} ({self.vm}): {text}")
-
     @property
     def state(self) -> str:
         """One word for `vchan list`."""
@@ -727,15 +660,16 @@ class Channel:
             return str(self._session.state.value)
         if self._domain.is_paused:
             return "paused"
-        if self._session.state is State.OPEN and not self._is_silent:
+        if self._session.state is State.OPEN and not self._presence.is_silent:
             return "ready"
-        return "waiting" if self._heard_at_s is None else "silent"
+        return "waiting" if self._presence.heard_at_s is None else "silent"
 
     @property
     def heard_s(self) -> float | None:
         """How many seconds ago the guest's daemon was heard; None: not since the VM came here. One
         that has nothing to say is asked every five seconds."""
-        return None if self._heard_at_s is None else self._loop.time() - self._heard_at_s
+        at_s = self._presence.heard_at_s
+        return None if at_s is None else self._loop.time() - at_s
 
     def own_totals(self) -> dict[str, int]:
         """Every counter of this channel, in one table, but for its throttle's: that outlives it."""
@@ -763,7 +697,7 @@ class Channel:
             "path": self._domain.path or "",
             "unacknowledged_frames": self._session.unacknowledged,
             "backlog_bytes": self._session.backlog_bytes,
-            "first_answer_s": self.first_answer_s,
+            "first_answer_s": self._presence.first_answer_s,
             "channel": {**self.counters, **self.throttle.counters},
             "limits": asdict(self.throttle.limits),
             "session": self._session.counters.as_dict(),

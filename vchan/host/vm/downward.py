@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from vchan.errors import LimitExceeded, Rejected
 from vchan.host.oslo_wire.downward_envelope import (
@@ -35,7 +35,11 @@ from vchan.host.oslo_wire.downward_envelope import (
     request_body,
 )
 from vchan.host.policy.rules import INTO
+from vchan.host.vm.consumption import Consumption, ConsumptionBrokerPort
+from vchan.host.vm.dropped_casts import RETURNS_WARN, DroppedCasts
+from vchan.host.vm.finished_requests import FinishedRequests
 from vchan.host.vm.gate import Gate
+from vchan.host.vm.open_requests import OpenRequest, OpenRequests
 from vchan.host.vm.reports import Reports
 from vchan.host.vm.served_topics import ServedTopics
 from vchan.host.vm.upward import Offer, Upward, UpwardBrokerPort
@@ -55,7 +59,6 @@ from vchan.rpc.in_flight import (
     earliest,
 )
 from vchan.rpc.messages import (
-    AGENT_GONE,
     CALL,
     EXPIRED,
     FANOUT,
@@ -64,7 +67,6 @@ from vchan.rpc.messages import (
     LOCAL,
     OUT_OF_TURN,
     REDELIVERED,
-    REFUSED,
     RELEASED,
     Cancel,
     Receipt,
@@ -84,29 +86,12 @@ from vchan.rpc.outcomes import Ran, ending_of
 
 _new_tuple = tuple.__new__
 
-RETRY_S: Final = 1.0
-"""What was handed back to the broker, for nobody can take it now, is consumed again after this."""
-WITHDRAW_S: Final = 0.1
-"""What a guest serves no longer is consumed for so long still, for it returns what it had of that:
-to stop consuming is to have all of it handed out again. At it: the topic is no longer consumed."""
-FINISHED_MAX: Final = 256
-"""Ids of requests that are over, of one VM: a caller that lost its connection before the broker
-confirmed publishes the same request again, within seconds. At it: the oldest is forgotten."""
 LOCAL_REQUESTS_MAX: Final = 256
 """Requests of local programs open at a time, for one VM. At it: Returned: BUSY."""
 OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bodies of a VM's requests that are not over, and of its answers that are not published: a guest
 need not read. At it: the broker keeps its messages (`held_up`), programs of this host are
 refused."""
-SUBSCRIBE_S: Final = 1.0
-"""A VM's consumers change this often at most: each change is work for the broker. At it: the next
-change waits."""
-RETURNS_WARN: Final = 10
-"""A quorum queue has taken a message back so often: half of what RabbitMQ 4 drops it at, where
-neither the queue nor a policy has a delivery limit of its own."""
-
-TOLD_CHARS_MAX: Final = 400
-"""Of a line for the log: a guest's words are in it."""
 GUEST_TAKES_NO_RAW: Final = (
     "this VM's vchan-guest takes no raw bodies: upgrade it, or call with JSON"
 )
@@ -114,23 +99,9 @@ DENIED_REPLY: Final = "the host's policy does not let this VM answer"
 MUTE: Final = "this VM is not listened to"
 """Callers are told why, too. A guest is not: a host's policy is not its business."""
 
-_DROPPED: Final = {
-    EXPIRED: "casts_expired",
-    REFUSED: "casts_refused",
-    AGENT_GONE: "casts_agent_gone",
-}
-"""Counters of casts that ended without an agent having taken them, by what the guest said."""
 
-
-class BrokerPort(UpwardBrokerPort, Protocol):
+class BrokerPort(ConsumptionBrokerPort, UpwardBrokerPort, Protocol):
     """What a VM asks of the broker. Every method returns at once and raises nothing."""
-
-    def consume(self, vm: str, topics: frozenset[Topic], owned: frozenset[Topic]) -> None:
-        """From now on consume these topics for the VM; `owned` are its alone."""
-
-    def release(self, vm: str, *, for_good: bool = False) -> None:
-        """Stop consuming and hand everything unacknowledged back, in order. For good: what is being
-        completed is given up, too."""
 
     def complete(
         self,
@@ -143,46 +114,6 @@ class BrokerPort(UpwardBrokerPort, Protocol):
 
     def publish_heartbeat(self, reply_q: str, body: bytes) -> None:
         """Tell a caller that its call is under way, if that can be done now."""
-
-
-class _Entry:
-    """A request that is not over."""
-
-    __slots__ = ("beat_s", "bytes", "fanout", "guest", "local", "origin", "tokens", "topic")
-
-    def __init__(
-        self,
-        topic: Topic,
-        origin: BrokerRequest | None,
-        local: Callable[[Outcome], None] | None,
-        size: int,
-    ) -> None:
-        self.topic = topic
-        self.bytes = size
-        self.origin = origin
-        self.local = local
-        self.guest = b""  # the run of the guest's daemon that said what came of it
-        self.tokens: tuple[Hashable, ...] = ()
-        self.fanout = False
-        self.beat_s = float("-inf")  # when the next heartbeat may be published
-
-    @property
-    def is_call(self) -> bool:
-        """A service waits for its reply."""
-        return self.origin is not None and self.origin.is_call
-
-
-class _Answer(NamedTuple):
-    """A call that is being completed.
-
-    Attributes:
-        size: Of its reply.
-        guest: The run of the guest's daemon that said what came of it.
-    """
-
-    size: int
-    guest: bytes
-    has_not_run: bool
 
 
 class Downward:
@@ -217,7 +148,6 @@ class Downward:
     ) -> None:
         self.vm = vm
         self._unread = unread
-        self._tell = tell
         self._broker = broker
         self._gate = gate
         self._context_allow = context_allow
@@ -225,27 +155,12 @@ class Downward:
         self.upward = Upward(vm, send, broker, gate, offer, host, unread, reports)
         self._requester = Requester(send, marks_turns=True)
         self._guest = b""  # the run of its daemon that we talk to
-        self._finished: dict[bytes, bytes] = {}  # as which run said; the oldest first
-        self._entries: dict[bytes, _Entry] = {}
-        self._answers: dict[bytes, _Answer] = {}  # with the broker's thread, which completes them
-        self._completing: set[bytes] = set()  # likewise, casts among them
-        self._left_over: set[bytes] = set()  # of these, what an earlier run of its daemon had
-        self._awaited: set[bytes] = set()  # given back to the broker, to be handed out again
-        self._bytes = 0  # of all entries and answers
-        self._is_full = False  # the broker keeps what there is, until half of it is over
-        self._local_open = 0
+        self._open = OpenRequests()
+        self._finished = FinishedRequests()
         self._served = ServedTopics(gate, self._count_over_limit)
         self._unheard = b""  # what a mute guest named last, for when it may be heard
-        self._consumed: frozenset[Topic] = frozenset()  # what the broker was last told
-        self._owned: frozenset[Topic] = frozenset()  # likewise
-        self._confirmed: frozenset[Topic] = frozenset()  # what the broker says it has queues for
-        self._consume_not_before_s = 0.0
-        self._suspended = False
-        self._is_new = True  # nothing was asked of the broker yet
+        self._consumption = Consumption(vm, broker, gate, self._served, self._let_go)
         self._mute = False
-        self._handing_back = False  # released, and the broker has not said so yet
-        self._consume_at_s: float | None = None
-        self._look_at_s: float | None = None  # whether there is room again
         self.unknown_kind = 0  # of the last message whose kind was not known
         self.counters = {
             "requests": 0,
@@ -272,11 +187,12 @@ class Downward:
             "many_returns": 0,  # RETURNS_WARN
             "context_keys_removed": 0,
         }
+        self._dropped = DroppedCasts(self.counters, tell)
 
     @property
     def open_requests(self) -> int:
         """Requests that are not over."""
-        return len(self._entries)
+        return len(self._open)
 
     # ---------------------------------------------------------------- the guest
 
@@ -296,9 +212,7 @@ class Downward:
         """Of `topics`, those whose requests the broker keeps, or has no queue for: the next change
         is not due, the broker has not confirmed the last one, or cannot say the name; the guest is
         away, or has more than it takes."""
-        if self._broker is None:
-            return frozenset()
-        return self.topics - (self._consumed & self._confirmed)
+        return self._consumption.lacking
 
     def opened(
         self,
@@ -316,14 +230,13 @@ class Downward:
             guest: Names the run of the guest's daemon, unless `resumed`.
             takes_raw: See `Peer.takes_raw`.
         """
-        self._begin()
-        was_suspended, self._suspended = self._suspended, False
+        was_suspended = self._consumption.opened()
         self.upward.opened(resumed=resumed, now_s=now_s, before=before)
         self._mute = self._gate.is_mute
         if not resumed:
             is_known, self._guest = bool(guest) and guest == self._guest, guest
             if not is_known:
-                self._left_over = set(self._completing)
+                self._finished.guest_restarted()
             self._unheard = b""
             self._served.begin()
             self._requester.opened(
@@ -332,7 +245,7 @@ class Downward:
         else:
             self._requester.resume(now_s)
             if was_suspended:
-                self._consume_in_time(now_s)
+                self._consumption.update(now_s)
         if self._mute:
             self._subscribe(sorted(self._gate.given_topics), now_s)
 
@@ -382,9 +295,9 @@ class Downward:
                     self._note_outcome(outcome, now_s)
             case Subscribe(topics):
                 if self._served.name(topics, now_s):
-                    self._on_judged(now_s)
+                    self._consumption.judged(now_s)
                 elif self._served.judge_at_s is None:
-                    self._consume_in_time(now_s)
+                    self._consumption.update(now_s)
             case Request() | Cancel() | Settled():
                 self.upward.receive(message, now_s)
             case Unknown(kind):
@@ -401,48 +314,13 @@ class Downward:
 
     def _subscribe(self, topics: Sequence[Topic], now_s: float) -> None:
         self._served.ask(topics)
-        self._on_judged(now_s)
-
-    def _on_judged(self, now_s: float) -> None:
-        if self._consumed - self.topics:
-            self._consume_not_before_s = max(self._consume_not_before_s, now_s + WITHDRAW_S)
-        self._begin()
-        self._consume_in_time(now_s)
-
-    def _begin(self) -> None:
-        """What was released before, for this VM, may still be on its way to us. That is found out
-        before anything is consumed: later it would close the channel that the VM's answers come
-        on."""
-        if self._is_new:
-            self._is_new = False
-            self._release()
+        self._consumption.judged(now_s)
 
     def _count_over_limit(self, topics: int) -> None:
         self.counters["topics_over_limit"] += topics
 
-    def _consume_in_time(self, now_s: float) -> None:
-        """Consume the topics served now, or as soon as the consumers may change again."""
-        self._consume_at_s = None
-        is_known = (self.topics, self._topics_owned()) == (self._consumed, self._owned)
-        if self._suspended or self._is_full or is_known:
-            return
-        if now_s >= self._consume_not_before_s:
-            self._consume(now_s)
-        else:
-            self._consume_at_s = self._consume_not_before_s
-
-    def _consume(self, now_s: float) -> None:
-        if self._broker is not None:
-            self._consume_not_before_s = now_s + SUBSCRIBE_S
-            self._consumed, self._owned = self.topics, self._topics_owned()
-            self._broker.consume(self.vm, self._consumed, self._owned)
-
-    def _topics_owned(self) -> frozenset[Topic]:
-        """Of its topics, those that are no other VM's."""
-        return frozenset(filter(self._gate.owns, self.topics))
-
     def _note_outcome(self, outcome: Outcome, now_s: float) -> None:
-        entry = self._entries[outcome.id]
+        entry = self._open.by_id[outcome.id]
         entry.guest = self._guest
         if entry.local is not None:
             self._finish_local(outcome, entry)
@@ -466,19 +344,10 @@ class Downward:
             case Overdue(request_id):
                 self.counters["expired"] += 1
                 if not entry.is_call:
-                    self._count_dropped(request_id, entry, "casts_expired", "its time is over")
+                    self._dropped.count(request_id, entry, "casts_expired", "its time is over")
                 self._finish(request_id)
 
-    def _count_dropped(self, request_id: bytes, entry: _Entry, counter: str, why: str) -> None:
-        """A cast ends without an agent having taken it: never without a word."""
-        assert entry.origin is not None
-        self.counters[counter] += 1
-        what = "fanout" if entry.fanout else "cast"
-        target = f"{entry.topic.exchange}/{entry.topic.name}"
-        text = f"dropped {what} {request_id.hex()} of {entry.origin.method!r} to {target}: {why}"
-        self._tell(text[:TOLD_CHARS_MAX])
-
-    def _finish_local(self, outcome: Outcome, entry: _Entry) -> None:
+    def _finish_local(self, outcome: Outcome, entry: OpenRequest) -> None:
         assert entry.local is not None
         if not isinstance(outcome, Heartbeat):
             self._drop(outcome.id)
@@ -486,13 +355,11 @@ class Downward:
         entry.local(outcome)
 
     def _handed_back(
-        self, request_id: bytes, entry: _Entry, reason: int, text: str, now_s: float
+        self, request_id: bytes, entry: OpenRequest, reason: int, text: str, now_s: float
     ) -> None:
         is_call = entry.is_call
         if not is_call and reason not in COMES_AGAIN:
-            counter = _DROPPED.get(reason, "casts_refused")
-            why = f"{counter.removeprefix('casts_').replace('_', ' ')}: {text}"
-            self._count_dropped(request_id, entry, counter, why)
+            self._dropped.count_returned(request_id, entry, reason, text)
         if reason == EXPIRED:
             self._finish(request_id)
         elif is_call:
@@ -503,11 +370,13 @@ class Downward:
             else:
                 self._reply(request_id, entry, True, encode_failure(kind, text))
         elif reason in COMES_AGAIN:
-            self._hand_to_broker(request_id, now_s)
+            # A cast that nobody can take now.
+            self._drop(request_id)
+            self._consumption.hand_back(now_s)
         else:
             self._finish(request_id)
 
-    def _refuse(self, request_id: bytes, entry: _Entry, kind: str, text: str) -> None:
+    def _refuse(self, request_id: bytes, entry: OpenRequest, kind: str, text: str) -> None:
         """Tell its caller that it has not run, as soon as it cannot run any more."""
         if entry.tokens:
             self._reply(request_id, entry, True, encode_failure(kind, text), has_not_run=True)
@@ -515,7 +384,7 @@ class Downward:
             self._drop(request_id)  # handed back meanwhile: it comes again, and is decided anew
 
     def _refuse_unsent(
-        self, request_id: bytes, entry: _Entry, kind: str, text: str, redelivered: bool
+        self, request_id: bytes, entry: OpenRequest, kind: str, text: str, redelivered: bool
     ) -> None:
         """As `_refuse`, of what cannot be given to the guest; unless it was, before."""
         if redelivered:
@@ -524,42 +393,24 @@ class Downward:
         else:
             self._refuse(request_id, entry, kind, text)
 
-    def _hand_to_broker(self, request_id: bytes, now_s: float) -> None:
-        """A cast nobody can take now. Closing the channel keeps it in its place in the queue."""
-        self._drop(request_id)
-        if self._consumed:
-            self._release()
-            self._consume_at_s = now_s + RETRY_S
-
-    def _add(self, request_id: bytes, entry: _Entry) -> None:
-        self._entries[request_id] = entry
-        self._bytes += entry.bytes
-
-    def _drop(self, request_id: bytes) -> _Entry:
-        entry = self._entries.pop(request_id)
-        assert not (entry.tokens and self._handing_back), "tokens of a channel that is gone"
-        self._awaited.discard(request_id)
-        self._bytes -= entry.bytes
-        if entry.local is not None:
-            self._local_open -= 1
-        assert self._bytes >= 0 and (self._entries or self._answers or not self._bytes)
-        assert self._entries or not self._local_open
+    def _drop(self, request_id: bytes) -> OpenRequest:
+        entry = self._open.drop(request_id)
+        is_void = self._consumption.is_handing_back
+        assert not (entry.tokens and is_void), "tokens of a channel that is gone"
         self._look_for_room()
         return entry
 
     @property
     def _held_bytes(self) -> int:
-        return max(self._bytes, self._unread())
+        return max(self._open.bytes + self._finished.bytes, self._unread())
 
     def _has_room(self, size: int) -> bool:
         held = self._held_bytes
         return not held or held + size <= OPEN_BYTES_MAX
 
     def _look_for_room(self) -> None:
-        if self._is_full and self._held_bytes <= OPEN_BYTES_MAX // 2:
-            self._is_full = False
-            self._look_at_s = None
-            self._consume_at_s = self._consume_not_before_s
+        if self._consumption.is_held_up and self._held_bytes <= OPEN_BYTES_MAX // 2:
+            self._consumption.go_on()
 
     # ---------------------------------------------------------------- the broker
 
@@ -584,52 +435,44 @@ class Downward:
                 call) or dropped (a cast) and acknowledged.
         """
         assert self._broker is not None
-        if self._handing_back or topic not in self._consumed:
+        if not self._consumption.takes(topic):
             return  # of a channel that is gone: taken now, it would overtake what comes before it
         if returns >= RETURNS_WARN:
-            self._warn_of_returns(origin, returns)
+            self._dropped.warn_of_returns(origin, returns)
         if self._is_copy(token, origin.id):
             self.counters["redelivered"] += 1
             return
-        if self._awaited and not redelivered:
-            self._look_for_dropped(topic, fanout=fanout)
+        if self._open.awaited and not redelivered:
+            not_again = self._open.come_no_more(topic, fanout=fanout)
+            self._dropped.count_of_broker(topic, not_again)
         flags = (FANOUT if fanout else 0) | (REDELIVERED if redelivered else 0)
-        if self._left_over and not redelivered:  # that may come behind this, at another host
-            flags |= OUT_OF_TURN
+        if not redelivered and self._finished.are_left_over:
+            flags |= OUT_OF_TURN  # what is left over may come behind this, at another host
         request = self._make_request(origin, topic, flags)
         if not self._has_room(len(request.body)):
-            self._hold_up(now_s)
+            self.counters["held_up"] += 1  # it keeps its place in the queue
+            self._consumption.hold_up(now_s)
             return
         self.counters["requests"] += 1
-        entry = _Entry(topic, origin, None, len(request.body))
+        entry = OpenRequest(topic, origin, None, len(request.body))
         entry.fanout = fanout
         entry.tokens = (token,)
-        self._add(origin.id, entry)
+        self._open.add(origin.id, entry)
         self._pass_on(request, entry, now_s)
 
     def _is_copy(self, token: Hashable, request_id: bytes) -> bool:
         """Of a request that is not over, or is being completed, or was over for an earlier run of
         the guest's daemon. Then it ends with that."""
         assert self._broker is not None
-        entry = self._entries.get(request_id)
-        if entry is not None:
-            entry.tokens += (token,)
-            self._awaited.discard(request_id)
-        elif self._is_over(request_id):
-            self._left_over.add(request_id)
-            self._broker.complete(self.vm, request_id, (token,))
-        else:
+        if self._open.add_copy(request_id, token):
+            return True
+        if not self._finished.is_over(request_id, self._guest):
             return False
+        self._finished.begin_copy(request_id)
+        self._broker.complete(self.vm, request_id, (token,))
         return True
 
-    def _hold_up(self, now_s: float) -> None:
-        """Leave the broker what it has, in its place in the queue, until there is room."""
-        self.counters["held_up"] += 1
-        self._is_full = True
-        self._look_at_s = now_s + RETRY_S
-        self._release()
-
-    def _pass_on(self, request: Request, entry: _Entry, now_s: float) -> None:
+    def _pass_on(self, request: Request, entry: OpenRequest, now_s: float) -> None:
         """Send it to the guest, or refuse it. Raises as `delivered`."""
         request_id, was_sent = request.id, request.flags & REDELIVERED != 0
         if self._mute and request.is_call:
@@ -643,44 +486,14 @@ class Downward:
             if request.is_call:
                 self._refuse_unsent(request_id, entry, "LimitExceeded", str(error), was_sent)
             else:
-                self._count_dropped(request_id, entry, "casts_too_large", str(error))
+                self._dropped.count(request_id, entry, "casts_too_large", str(error))
                 self._finish(request_id)
             raise
-
-    def _is_over(self, request_id: bytes) -> bool:
-        """Its reply is being completed; or an earlier run of the guest's daemon had it, which this
-        one does not know of."""
-        known = self._finished.get(request_id, self._guest) == self._guest
-        return request_id in self._answers or not known
-
-    def _warn_of_returns(self, origin: BrokerRequest, returns: int) -> None:
-        self.counters["many_returns"] += 1
-        self._tell(
-            f"message {origin.id.hex()} has gone back to its queue {returns} times: RabbitMQ 4 "
-            "drops it at the 21st, if neither the queue nor a policy has a delivery limit"
-        )
-
-    def _look_for_dropped(self, topic: Topic, *, fanout: bool) -> None:
-        """A queue hands out what came back to it before what is new. What should have come again by
-        now, and cannot have expired, the broker has dropped. The guest has its copy, or nobody."""
-        for request_id in list(self._awaited):
-            entry = self._entries[request_id]
-            if entry.fanout == fanout and entry.topic.name == topic.name:
-                self._awaited.discard(request_id)
-                assert entry.origin is not None
-                if entry.origin.timeout_s is None:
-                    self.counters["dropped_by_broker"] += 1
-                    what = f"{entry.origin.method!r} to {topic.exchange}/{topic.name}"
-                    self._tell(
-                        f"the broker dropped message {request_id.hex()} of {what}, which it had "
-                        "taken back: see delivery limits and dead letters; it is lost if the VM "
-                        "goes before an agent has it"
-                    )
 
     def abandon(self, request_id: bytes, token: Hashable) -> None:
         """A message that breaks us was put aside: whatever is left of it goes."""
         self.upward.mailbox.drop(token)
-        if request_id in self._entries:
+        if request_id in self._open.by_id:
             self._requester.forget(request_id)
             self._drop(request_id)
 
@@ -714,7 +527,7 @@ class Downward:
     def _reply(
         self,
         request_id: bytes,
-        entry: _Entry,
+        entry: OpenRequest,
         failed: bool,
         body: bytes,
         *,
@@ -728,13 +541,11 @@ class Downward:
             data = encode_reply(origin.msg_id, failure_json=body, may_raise=gate.may_raise)
         else:
             data = encode_reply(origin.msg_id, result_json=body, values_max=gate.limits.json_values)
-        self._answers[request_id] = _Answer(len(data), entry.guest, has_not_run)
-        self._completing.add(request_id)
-        self._bytes += len(data)
+        self._finished.begin_answer(request_id, len(data), entry.guest, has_not_run)
         reply = ReplyPublication(origin.reply_q, data, has_not_run)
         self._broker.complete(self.vm, request_id, self._drop(request_id).tokens, reply)
 
-    def _publish_heartbeat(self, entry: _Entry, now_s: float) -> None:
+    def _publish_heartbeat(self, entry: OpenRequest, now_s: float) -> None:
         origin = entry.origin
         assert origin is not None and origin.msg_id is not None
         if origin.monitor_timeout_s is None:
@@ -750,16 +561,10 @@ class Downward:
         """It is over, without a reply."""
         assert self._broker is not None
         entry = self._drop(request_id)
-        self._remember(request_id, entry.guest)
+        self._finished.remember(request_id, entry.guest)
         if entry.tokens:
-            self._completing.add(request_id)
+            self._finished.begin(request_id)
             self._broker.complete(self.vm, request_id, entry.tokens)
-
-    def _remember(self, request_id: bytes, guest: bytes) -> None:
-        finished = self._finished
-        finished[request_id] = guest
-        if len(finished) > FINISHED_MAX:
-            del finished[next(iter(finished))]
 
     def completed(self, ids: Sequence[bytes], *, proven: bool) -> None:
         """The broker's thread has done what it could for these.
@@ -767,15 +572,7 @@ class Downward:
         Args:
             proven: It has proved that it has forgotten them.
         """
-        for request_id in ids:
-            answer = self._answers.pop(request_id, None)
-            if answer is not None:
-                self._bytes -= answer.size
-                if proven or not answer.has_not_run:  # else it comes again, and is decided anew
-                    self._remember(request_id, answer.guest)
-        assert self._bytes >= 0 and (self._entries or self._answers or not self._bytes)
-        self._completing.difference_update(ids)
-        self._left_over.difference_update(ids)
+        self._finished.completed(ids, proven=proven)
         self._look_for_room()
         if proven:
             self._requester.settle(ids)
@@ -797,34 +594,21 @@ class Downward:
         """The broker keeps the VM's answers until the guest has read what is here. That closes the
         channel; topics are consumed on a new one."""
         if self._broker is not None and self.upward.leave_answers(now_s):
-            was_consuming = bool(self._consumed)
-            self._release()
-            if was_consuming and self._consume_at_s is None:
-                self._consume_at_s = now_s + RETRY_S
+            self._consumption.reopen(now_s)
 
     def consuming(self, topics: frozenset[Topic]) -> None:
         """The broker has queues for these, and hands out what is in them."""
-        self._confirmed = topics
+        self._consumption.confirmed(topics)
 
     def released(self) -> None:
         """The VM's channel is gone, and all its tokens: what was not over comes again."""
-        self._handing_back = False
-        self._confirmed = frozenset()
-        self._drop_tokens()
+        self._consumption.released()
+        self._open.forget_tokens()
 
-    def _release(self, *, for_good: bool = False) -> None:
-        if self._broker is not None:
-            self._handing_back = True
-            self._consumed = self._confirmed = self._owned = frozenset()
-            self._broker.release(self.vm, for_good=for_good)
-            self._drop_tokens()
-            self.upward.relisten()
-
-    def _drop_tokens(self) -> None:
-        for request_id, entry in self._entries.items():
-            if entry.tokens:
-                self._awaited.add(request_id)
-            entry.tokens = ()
+    def _let_go(self) -> None:
+        """We have closed the channel ourselves."""
+        self._open.forget_tokens()
+        self.upward.relisten()
 
     # ---------------------------------------------------------------- local programs
 
@@ -842,10 +626,10 @@ class Downward:
         """
         if self._mute and request.is_call:
             raise Rejected(f"{MUTE}: {self._gate.why_no_reply(request.target)}")
-        if self._local_open >= LOCAL_REQUESTS_MAX:
+        if self._open.local >= LOCAL_REQUESTS_MAX:
             limit = LOCAL_REQUESTS_MAX
             raise LimitExceeded("open local requests", limit + 1, limit, "LOCAL_REQUESTS_MAX")
-        entry = self._entries.get(request.id)
+        entry = self._open.by_id.get(request.id)
         if entry is not None:
             if entry.local is None:
                 raise Rejected("a request with this id came from the broker: ids are random")
@@ -860,8 +644,7 @@ class Downward:
         if not self._has_room(size):
             total = self._held_bytes + size
             raise LimitExceeded("bytes of open requests", total, OPEN_BYTES_MAX, "OPEN_BYTES_MAX")
-        self._add(request.id, _Entry(request.target, None, answer, size))
-        self._local_open += 1
+        self._open.add(request.id, OpenRequest(request.target, None, answer, size))
         try:
             self._requester.submit(request, now_s)
         except (LimitExceeded, Rejected):
@@ -871,7 +654,7 @@ class Downward:
 
     def cancel_local(self, request_id: bytes) -> None:
         """The program no longer waits."""
-        entry = self._entries.get(request_id)
+        entry = self._open.by_id.get(request_id)
         if entry is not None and entry.local is not None:
             self._drop(request_id)
             self._requester.cancel(request_id)
@@ -881,12 +664,12 @@ class Downward:
     @property
     def waits_for_reception(self) -> bool:
         """Whether `received_all` would be news: a mute VM has been sent something."""
-        return self._mute and bool(self._entries)
+        return self._mute and bool(self._open.by_id)
 
     def received_all(self, now_s: float) -> None:
         """The guest has acknowledged every frame: that is all a mute VM says of its casts."""
         if self._mute:
-            for request_id in list(self._entries):
+            for request_id in list(self._open.by_id):
                 if self._requester.has_sent(request_id):
                     self._requester.forget(request_id)
                     self._note_outcome(Taken(request_id), now_s)
@@ -898,29 +681,19 @@ class Downward:
 
         What the guest still says of it counts; the copies that the broker hands out are harmless.
         """
-        if self._suspended or self._broker is None:
+        if self._consumption.is_suspended or self._broker is None:
             return
-        self._suspended = True
-        self._consume_at_s = None
         self.upward.suspend(now_s)
-        self._release()
+        self._consumption.suspend()
 
     def release(self, reason: str, now_s: float) -> None:
         """The VM is no longer here: everything that is not over goes back where it came from."""
         self.upward.suspend(now_s)
         self.upward.release()
-        self._release(for_good=True)
-        self._consume_at_s = None
+        self._consumption.end()
         self._served.clear()
-        entries, self._entries = self._entries, {}
-        self._answers.clear()
-        self._completing.clear()
-        self._left_over.clear()
-        self._awaited.clear()
-        self._local_open = self._bytes = 0
-        self._is_full = False
-        self._look_at_s = None
-        for request_id, entry in entries.items():
+        self._finished.clear()
+        for request_id, entry in self._open.clear().items():
             self._requester.forget(request_id)
             if entry.local is not None:
                 entry.local(HandedBack(request_id, RELEASED, reason))
@@ -930,8 +703,8 @@ class Downward:
     def next_timeout(self) -> float | None:
         """When to call `handle_timeout`."""
         return earliest(
-            self._consume_at_s,
-            self._look_at_s,
+            self._consumption.update_at_s,
+            self._consumption.look_at_s,
             self._served.judge_at_s,
             self._requester.next_timeout(),
             self.upward.next_timeout(),
@@ -944,19 +717,17 @@ class Downward:
         self.upward.handle_timeout(now_s)
         judge_at_s = self._served.judge_at_s
         if judge_at_s is not None and now_s >= judge_at_s and self._served.judge(now_s):
-            self._on_judged(now_s)
-        if self._look_at_s is not None and now_s >= self._look_at_s:
-            self._look_at_s = now_s + RETRY_S
+            self._consumption.judged(now_s)
+        if self._consumption.is_time_to_look(now_s):
             self._look_for_room()
-        if self._consume_at_s is not None and now_s >= self._consume_at_s:
-            self._consume_in_time(now_s)
+        self._consumption.handle_timeout(now_s)
 
     def summary(self) -> dict[str, Any]:
         """What `vchan status` shows of this VM's requests."""
         return {
             **self.counters,
-            "open": len(self._entries),
-            "open_bytes": self._bytes,
+            "open": len(self._open),
+            "open_bytes": self._open.bytes + self._finished.bytes,
             "topics": sorted(f"{t.exchange}/{t.name}" for t in self.topics),
             "unconsumed_topics": sorted(f"{t.exchange}/{t.name}" for t in self.unconsumed),
             "denied_topics": sorted(f"{t.exchange}/{t.name}" for t in self.denied),
