@@ -143,7 +143,7 @@ BUGS: Final = (
     ),
     Bug(
         "a body is altered between two that are in flight",
-        Patch(_MESSAGES, "*names, data[c:]))", '*names, data[c:].replace(b"\\xff", b"")))'),
+        Patch(_MESSAGES, "server, data[c:])", 'server, data[c:].replace(b"\\xff", b""))'),
         Test("tests/unit/test_in_flight.py::test_the_exchange"),
     ),
     Bug(
@@ -189,8 +189,9 @@ BUGS: Final = (
         "a cast of bytes is taken and never runs",
         Patch(
             _SERVING,
-            "        method = meant.method\n",
-            "        method = meant.method if request.is_call else lambda *_, **__: b''\n",
+            "        return lambda **args: method(data, **args), invocation",
+            "        method = method if request.is_call else lambda *_, **__: b''\n"
+            "        return lambda **args: method(data, **args), invocation",
         ),
         Simulation(0, 60),
     ),
@@ -225,8 +226,8 @@ BUGS: Final = (
         "a plain session leaves headers alone, too",
         Patch(
             _FRAMES,
-            "is_usual = key is not None and crc32(header, key[0]) == header_crc",
-            "is_usual = key is not None and (key[2] or crc32(header, key[0]) == header_crc)",
+            "is_usual = key is not None and _crc32(header, key[0]) == crc",
+            "is_usual = key is not None and (key[2] or _crc32(header, key[0]) == crc)",
         ),
         Test(_FEATURES_TESTS + "test_the_header_of_a_plain_frame_is_looked_at"),
     ),
@@ -720,8 +721,8 @@ BUGS: Final = (
         "payload CRC not checked",
         Patch(
             _FRAMES,
-            "            if not key[2] and crc32(payload,",
-            "            if False and crc32(payload,",
+            "            if not key[2] and data[stop",
+            "            if False and data[stop",
         ),
         Simulation(74),
     ),
@@ -818,8 +819,8 @@ BUGS: Final = (
         "what was acknowledged still counts as in flight",
         Patch(
             _SENDER,
-            "            freed += len(sent.popleft().payload) + OVERHEAD_BYTES\n",
-            "            freed += len(sent.popleft().payload)\n",
+            "            freed += len(payload) + OVERHEAD_BYTES\n",
+            "            freed += len(payload)\n",
         ),
         Simulation(0),
     ),
@@ -974,8 +975,8 @@ BUGS: Final = (
         "receipt before the agent acknowledged",
         Patch(
             _DISPATCHER,
-            "        served.owners.update(keys)\n",
-            "        served.owners.update(keys)\n"
+            "            served.owners.add(key)\n",
+            "            served.owners.add(key)\n"
             "        if not request.is_call:\n"
             "            served.told(Taken(request.id), now_s)\n",
         ),
