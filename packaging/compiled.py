@@ -14,11 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {
-    "CFLAGS": "-g0 -fstack-protector-strong -D_FORTIFY_SOURCE=2",
-    "LDSHARED": "gcc -shared",  # a Python's own may name where that Python's libraries are
+    "CFLAGS": "-g0 -fstack-protector-strong -D_FORTIFY_SOURCE=2"
+    " -fno-plt -fvisibility=hidden -flto=1",
+    "LDSHARED": "gcc -shared -O2 -flto=1",  # a Python's own may name where its libraries are
     "LDFLAGS": "-s -Wl,-z,relro -Wl,-z,now -Wl,--no-as-needed",
 }
-"""As Debian builds what it packs."""
+"""As Debian builds what it packs; and so that a call, of which there are hundreds for each message,
+is one jump: mypyc's own functions directly, Python's without a stub between."""
 
 
 def build(sources: Path, target: Path) -> None:
