@@ -32,7 +32,7 @@ class GuestDaemon:
     def _start(self) -> None:
         self.daemon = Daemon(self._options)
         self.daemon._port.open()
-        self.daemon._set_timer()
+        self.daemon._intake.look_soon()
 
     @property
     def alive(self) -> bool:

@@ -1,6 +1,7 @@
 """The daemon in a VM.
 
 daemon         the wiring: the port, the agents' socket, the router
+intake         messages for the router, with the time beside each
 router         the host's requests to agents (pure)
 upward         the agents' requests to the control side (pure)
 reports        what the host is told of this guest, and when (pure)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vchan import __version__
 from vchan.agents.allowed import DEFAULT_ALLOW, UNIT_METHODS, Allowed, running_directory
 from vchan.errors import ConfigError, LinkError, PortAbsent
+from vchan.guest.intake import Intake
 from vchan.guest.options import (
     EXIT_CONFIG,
     EXIT_OK,
@@ -49,7 +50,6 @@ from vchan.session import (
     Silent,
     Violation,
 )
-from vchan.wire import layout
 from vchan.wire.frames import BYTE_STREAMS, RAW_REQUESTS
 
 if TYPE_CHECKING:  # imported where there is use for them: it costs start-up time
@@ -92,9 +92,6 @@ STEP_S_MAX: Final = 10 * 366 * 86400.0
 """By how much the clock may be set at a time, seconds: of a VM that was saved for ten years."""
 METRICS_S_MIN: Final = 10
 """The shortest time between two reports of metrics."""
-TICK_S: Final = 0.1
-"""How late a request's time may run out here. To ask the router for its next timeout after every
-message would cost a tenth of all its work."""
 
 ONE_WAY_MAX: Final = 256
 """Requests that came down a pipe and wait for an agent; what is read at a time comes on top of it,
@@ -198,11 +195,6 @@ def parse_options(arguments: list[str]) -> Options:
     )
 
 
-def _is_of_streams(message: bytes) -> bool:
-    """See `streams.messages.is_of_family`, which is not loaded for it."""
-    return layout.BYTE_STREAM_OFFER <= message[0] <= layout.BYTE_STREAM_RESET
-
-
 def parse_report(text: str) -> dict[str, int]:
     """What is to be reported, and how often besides when it changes: seconds; 0: not.
 
@@ -261,8 +253,6 @@ class Daemon:
         self._observe_timer: Timer | None = None
         self._products: dict[int, str] = {}  # what agents say that they are
         self._freezer: Freezer | None = None
-        self._forwards: Forwards | None = None
-        self._host_takes_streams = False  # so it has said in its greeting
         self._held_lines: list[tuple[int, str]] = []  # of the log, while something is frozen
         self._left_out = 0  # of these
         methods: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -287,13 +277,22 @@ class Daemon:
             self._handle if arrivals is None else arrivals.handler(self._handle),
             self._note,
             self._is_full if goes_one_way(options.port) else None,
-            self._receive,
         )
         to_host = self._port.send if arrivals is None else arrivals.to_host(self._port.send)
         self._router = Router(
             to_host, methods, self.loop.time(), self._port.flush, self._on_host_serves
         )
         self._alarm = Alarm(self.loop, self._timed_out)
+        self._intake = Intake(
+            self.loop,
+            self._router,
+            self._alarm,
+            self._drop_agent,
+            arrivals,
+            self._make_forwards,
+        )
+        self._port.on_message = self._intake.from_host
+        self.peer_message = self._intake.from_agent
         self._server = LocalServer(
             self.loop,
             options.socket,
@@ -312,7 +311,7 @@ class Daemon:
         signal.signal(signal.SIGHUP, lambda *_: self.loop.call_soon_threadsafe(self._reload))
         self._log(_INFO, f"vchan-guest {__version__}: agents at {self._server.path}")
         self._port.open()
-        self._set_timer()
+        self._intake.look_soon()
         # What start-up made stays, and what a request makes frees itself: to look for garbage
         # every 700 objects would cost a twentieth of all work.
         gc.freeze()
@@ -332,42 +331,30 @@ class Daemon:
                 self._observer.close()
             if self._freezer is not None:
                 self._freezer.close()
-            if self._forwards is not None:
-                self._forwards.close()
+            if self._intake.forwards is not None:
+                self._intake.forwards.close()
             self._server.close()
             self._port.close()
             self.loop.close()
 
     # ---------------------------------------------------------------- the host
 
-    def _receive(self, data: bytes) -> None:
-        """A message of the host's."""
-        if self._arrivals is not None:
-            self._arrivals.host_said(data)
-        if self._host_takes_streams and _is_of_streams(data):
-            self._make_forwards().receive(data)
-            return
-        if self._forwards is not None:
-            self._forwards.give_way()
-        now_s = self.loop.time()
-        self._router.host_receive(data, now_s)
-        self._alarm.set(now_s + TICK_S)
-
     def _handle(self, event: Event) -> None:
         match event:
             case Opened(peer, resumed):
                 if not resumed:
                     self._end_freeze("the session with the host is over")
-                    self._host_takes_streams = bool(peer.features & BYTE_STREAMS)
-                    if self._forwards is not None:
-                        self._forwards.host_opened(takes_streams=self._host_takes_streams)
+                    takes_streams = bool(peer.features & BYTE_STREAMS)
+                    self._intake.host_takes_streams = takes_streams
+                    if self._intake.forwards is not None:
+                        self._intake.forwards.host_opened(takes_streams=takes_streams)
                 self._router.host_opened(
                     resumed=resumed, now_s=self.loop.time(), takes_raw=peer.takes_raw
                 )
                 self._port.flush()  # first: nothing comes for the agents before the host knows them
                 self._log(_INFO, f"host {peer.name}: {'resumed' if resumed else 'new session'}")
                 self._manager.status(f"host {peer.name}")
-                self._set_timer()
+                self._intake.look_soon()
             case Lost(first, until):
                 self._log(_WARNING, f"frames {first} to {until - 1} were lost: asked for again")
             case Violation(reason):
@@ -381,7 +368,7 @@ class Daemon:
             case Heard():
                 self._log(_INFO, "the host is back")
             case Received():
-                pass  # see `_receive`
+                pass  # see `Intake.from_host`
 
     def _make_arrivals(self) -> "Arrivals":
         from vchan.guest.arrivals import Arrivals
@@ -415,21 +402,20 @@ class Daemon:
 
     def _make_forwards(self) -> "Forwards":
         """A host offers byte streams: it has a program that wants some."""
-        if self._forwards is None:
-            from vchan.guest.forwards import Forwards
-            from vchan.io.targets import AllowedTargets, services_directory
+        from vchan.guest.forwards import Forwards
+        from vchan.io.targets import AllowedTargets, services_directory
 
-            self._forwards = Forwards(
-                self.loop,
-                self._session,
-                AllowedTargets(self._options.forward),
-                services_directory(self._options.socket),
-                self._port.wake,
-                self._note,
-            )
-            self._port.refill_with(self._forwards.refill)
-            self._forwards.host_opened(takes_streams=True)
-        return self._forwards
+        forwards = Forwards(
+            self.loop,
+            self._session,
+            AllowedTargets(self._options.forward),
+            services_directory(self._options.socket),
+            self._port.wake,
+            self._note,
+        )
+        self._port.refill_with(forwards.refill)
+        forwards.host_opened(takes_streams=True)
+        return forwards
 
     # ---------------------------------------------------------------- agents
 
@@ -444,17 +430,8 @@ class Daemon:
         send = link.send if self._arrivals is None else self._arrivals.to_agent(link.send)
         self._router.attach(key, send, self.loop.time(), takes_raw=takes_raw(link))
 
-    def peer_message(self, key: int, data: bytes) -> None:
-        """A message of an agent's."""
-        if self._arrivals is not None:
-            self._arrivals.agent_said(data)
-        if self._forwards is not None:
-            self._forwards.give_way()
-        now_s = self.loop.time()
-        problem = self._router.agent_receive(key, data, now_s)
-        if problem:
-            self._server.drop(key, problem)
-        self._alarm.set(now_s + TICK_S)
+    def _drop_agent(self, key: int, problem: str) -> None:
+        self._server.drop(key, problem)
 
     def peer_closed(self, key: int, *, is_gone: bool) -> None:
         """An agent went away."""
@@ -462,7 +439,7 @@ class Daemon:
         if self._products.pop(key, None) is not None:
             self._products_changed()
         self._router.detach(key, self.loop.time())
-        self._set_timer()
+        self._intake.look_soon()
 
     # ---------------------------------------------------------------- reports
 
@@ -608,10 +585,6 @@ class Daemon:
 
     # ---------------------------------------------------------------- time and state
 
-    def _set_timer(self) -> None:
-        """The router may have a new timeout: look at it within TICK_S."""
-        self._alarm.set(self.loop.time() + TICK_S)
-
     def _timed_out(self) -> None:
         self._router.handle_timeout(self.loop.time())
         self._alarm.set(self._router.next_timeout())
@@ -626,6 +599,7 @@ class Daemon:
 
     def info(self) -> dict[str, Any]:
         """What the control side sees of this daemon."""
+        forwards = self._intake.forwards
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -634,7 +608,7 @@ class Daemon:
             "port_reopened": self._port.reopened,
             "session": self._session.counters.as_dict(),
             **self._router.summary(),
-            **({"streams": self._forwards.summary()} if self._forwards is not None else {}),
+            **({"streams": forwards.summary()} if forwards is not None else {}),
         }
 
     def _note(self, text: str) -> None:

@@ -151,7 +151,10 @@ class Port:
     Args:
         open_stream: Opens it; raises LinkError.
         log: Told what an operator may want to know, once for each change.
-        hold, on_message: See `Link`.
+        hold: See `Link`.
+
+    Attributes:
+        on_message: See `Link`. To be set before it is opened.
     """
 
     def __init__(
@@ -162,14 +165,13 @@ class Port:
         on_event: Callable[[Event], object],
         log: Callable[[str], object],
         hold: Callable[[], bool] | None = None,
-        on_message: Callable[[bytes], object] | None = None,
     ) -> None:
+        self.on_message: Callable[[bytes], object] | None = None
         self._refill: Callable[[], object] | None = None
         self._loop = loop
         self._open_stream = open_stream
         self._session = session
         self._on_event = on_event
-        self._on_message = on_message
         self._log = log
         self._hold = hold
         self._attempts = 0
@@ -202,7 +204,7 @@ class Port:
             stream,
             self._on_event,
             self._lost,
-            on_message=self._on_message,
+            on_message=self.on_message,
             hold=self._hold,
         )
         self.link.refill = self._refill
