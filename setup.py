@@ -12,6 +12,7 @@ from typing import Any
 
 COMPILED = {
     "vchan": (
+        "vchan/guest/intake.py",
         "vchan/guest/router.py",
         "vchan/guest/upward.py",
         "vchan/io/link.py",
@@ -33,7 +34,7 @@ COMPILED = {
         "vchan/streams/messages.py",
         "vchan/wire/frames.py",
         "vchan/wire/layout.py",
-        "vchan/wire/record.py",
+        "vchan/wire/value.py",
     ),
     "vchan.host": (
         "vchan/host/broker/amqp.py",

@@ -344,7 +344,7 @@ class Client(_Caller):
         if self._over:
             raise LinkDown(self._path, self._over)
         left_s = max(0.001, until_s - monotonic())
-        request = request._replace(timeout_ms=milliseconds(left_s))
+        request = request.changed(timeout_ms=milliseconds(left_s))
         return await self._waiting.ask(self._connection, request)
 
     async def close(self) -> None:

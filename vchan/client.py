@@ -379,7 +379,7 @@ class Client(_Caller):
         if not self._ready.wait(min(timeout_s, READY_S)):
             raise LinkDown(self._path, self._problem or "the daemon does not answer")
         left_s = max(0.001, until_s - self._loop.time())
-        request = request._replace(timeout_ms=milliseconds(left_s))
+        request = request.changed(timeout_ms=milliseconds(left_s))
         # The loop's own deadline comes first.
         return self._pendings.ask(self._connection, request, left_s + LATE_S)
 

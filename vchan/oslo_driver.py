@@ -196,7 +196,7 @@ class VchanDriver(base.BaseDriver):  # type: ignore[misc]
         flags = (CALL if wait_for_reply else 0) | (FANOUT if target.fanout else 0)
         body = {name: message.get(name) for name in ("method", "args", "namespace", "version")}
         request = self._make_request(flags, target, target.topic, target.server, ctxt, body)
-        request = request._replace(
+        request = request.changed(
             timeout_ms=milliseconds(timeout), monitor_ms=milliseconds(call_monitor_timeout)
         )
         outcome = self._deliver(request, retry, timeout, call_monitor_timeout)
@@ -550,7 +550,7 @@ class _Sending:
             return  # it was to be sent again, and is over
         request = self._request
         if self._deadline_s != math.inf:
-            request = request._replace(timeout_ms=milliseconds(self._deadline_s - monotonic()))
+            request = request.changed(timeout_ms=milliseconds(self._deadline_s - monotonic()))
         try:
             self._engine.sender().submit(request, self._told)
         except LimitExceeded as error:

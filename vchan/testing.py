@@ -607,7 +607,7 @@ class FakeGuest(_Caller):
         self._tear()
         now_s = self.loop.time()
         for request in before.requester.open_requests():
-            again = request._replace(timeout_ms=0, flags=request.flags | REDELIVERED)
+            again = request.changed(timeout_ms=0, flags=request.flags | REDELIVERED)
             deadline_s = self._deadlines.get(request.id)
             self._host.submit(with_time_left(again, deadline_s, now_s))
 
@@ -698,7 +698,7 @@ class FakeGuest(_Caller):
     def _outcome_of(self, request: Request, timeout_s: float) -> Outcome:
         if request.flags & NOTIFICATION:  # the broker's queue, and so the agent's topic
             priority = decode_invocation(request.body).method
-            request = request._replace(topic=f"{request.topic}.{priority}")
+            request = request.changed(topic=f"{request.topic}.{priority}")
         outcomes: list[Outcome] = []
         self._waiting[request.id] = outcomes.append
         self._deadlines[request.id] = self.loop.time() + timeout_s

@@ -267,7 +267,7 @@ def _message(script: Script) -> Message:
             if script.number() % 4 == 0:
                 asked = Request(request_id, flags, timeout_ms, flags, EXCHANGE, topic, server, body)
                 raw = encode_raw(body, body) if flags & 2 else body
-                return asked._replace(flags=RAW | CALL | flags & REDELIVERED, body=raw)
+                return asked.changed(flags=RAW | CALL | flags & REDELIVERED, body=raw)
             return Request(request_id, flags, timeout_ms, flags, EXCHANGE, topic, server, body)
         case 2:
             return Reply(request_id, flags, body)

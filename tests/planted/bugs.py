@@ -137,13 +137,18 @@ BUGS: Final = (
             "    def tell(self, outcome: Outcome, now_s: float) -> None:\n",
             "    def tell(self, outcome: Outcome, now_s: float) -> None:\n"
             "        if isinstance(outcome, Answered):\n"
-            '            outcome = outcome._replace(body=outcome.body.replace(b"\\0", b" "))\n',
+            '            body = outcome.body.replace(b"\\0", b" ")\n'
+            "            outcome = Answered(outcome.id, outcome.failed, body)\n",
         ),
         Simulation(0),
     ),
     Bug(
         "a body is altered between two that are in flight",
-        Patch(_MESSAGES, "server, data[c:])", 'server, data[c:].replace(b"\\xff", b""))'),
+        Patch(
+            _MESSAGES,
+            "encoded[self.names.end :]",
+            'encoded[self.names.end :].replace(b"\\xff", b"")',
+        ),
         Test("tests/unit/test_in_flight.py::test_the_exchange"),
     ),
     Bug(
@@ -1703,7 +1708,7 @@ BUGS: Final = (
         "a cast in doubt is not marked",
         Patch(
             _ROUTER,
-            "return request._replace(body=mark_redelivered(request.body, is_raw=is_raw))",
+            "return request.changed(body=mark_redelivered(request.body, is_raw=is_raw))",
             "return request",
         ),
         Simulation(0, 60, "guests_lose_their_memory"),

@@ -105,7 +105,9 @@ BUGS: Final = (
     Planted(
         "each message goes on a stream of its own",
         Patch(
-            "vchan/rpc/in_flight.py", "request_stream(request.topic)", "reply_stream(request.id)"
+            "vchan/rpc/in_flight.py",
+            "self.stream = request.stream",
+            "self.stream = reply_stream(request.id)",
         ),
         (at(1.0, VM, "suspend", 4.0), at(8.0, VM, "suspend", 4.0), at(14.0, VM, "suspend", 4.0)),
         (oracle.REORDERED,),
@@ -137,7 +139,7 @@ BUGS: Final = (
         "a cast that may have run does not say so",
         Patch(
             "vchan/guest/router.py",
-            "return request._replace(body=mark_redelivered(request.body, is_raw=is_raw))",
+            "return request.changed(body=mark_redelivered(request.body, is_raw=is_raw))",
             "return request",
         ),
         MEMORY_LOST,

@@ -171,7 +171,7 @@ def test_other_topics_are_for_others(rig: Rig) -> None:
     assert rig.proxy.offers(lambda: Facts("vm"), offer_nothing)(request, lambda *_: None) is None
     taken = rig.proxy.offers(lambda: Facts("vm"), lambda *_: lambda: None)(request, lambda *_: None)
     assert taken is not None
-    broken = request._replace(exchange="vchan")
+    broken = request.changed(exchange="vchan")
     assert rig.proxy.offers(lambda: Facts("vm"), offer_nothing)(broken, lambda *_: None) is None
 
 

@@ -130,7 +130,7 @@ def call(n: int, *, timeout_s: float = 0.0, body: bytes = b"?", topic: str = "to
 
 
 def cast(n: int, *, timeout_s: float = 0.0, body: bytes = b"!", topic: str = "topic") -> Request:
-    return call(n, timeout_s=timeout_s, body=body, topic=topic)._replace(flags=0)
+    return call(n, timeout_s=timeout_s, body=body, topic=topic).changed(flags=0)
 
 
 # ---------------------------------------------------------------- the plain way
@@ -217,7 +217,7 @@ def test_a_repeated_request_says_so() -> None:
     line = Line()
     line.requester.submit(call(1), line.now_s)
     line.new_session()
-    assert line.forth() == [Deliver(call(1)._replace(flags=CALL | REDELIVERED))]
+    assert line.forth() == [Deliver(call(1).changed(flags=CALL | REDELIVERED))]
 
 
 def test_what_is_late_says_if_it_kept_its_place() -> None:
@@ -227,7 +227,7 @@ def test_what_is_late_says_if_it_kept_its_place() -> None:
     requester = Requester(
         lambda message, _: sent.append(getattr(message_in(message), "flags", 0)), marks_turns=True
     )
-    again = call(1)._replace(flags=CALL | REDELIVERED)
+    again = call(1).changed(flags=CALL | REDELIVERED)
     requester.submit(again, line.now_s)
     requester.submit(call(2), line.now_s)
     assert sent == []
@@ -249,7 +249,7 @@ def test_who_is_not_told_of_turns_gets_what_is_late_as_it_is(held: bool) -> None
         line.requester.hold()
     else:
         line.requester.connected = False
-    again = call(1)._replace(flags=CALL | REDELIVERED)
+    again = call(1).changed(flags=CALL | REDELIVERED)
     line.requester.submit(again, line.now_s)
     assert line.forth() == []
     if held:
@@ -471,7 +471,7 @@ def test_what_somebody_sent_before_us_may_have_run_though_we_did_not_send_it() -
     line = Line()
     line.requester.hold()
     again = call(1, timeout_s=5)
-    line.requester.submit(again._replace(flags=again.flags | REDELIVERED), line.now_s)
+    line.requester.submit(again.changed(flags=again.flags | REDELIVERED), line.now_s)
     line.wait(5)
     assert line.outcomes == [Overdue(number(1), was_sent=True)]
 
@@ -742,7 +742,7 @@ class Exchange(RuleBasedStateMachine):
     )
     def submit(self, kind: int, timeout_s: float, body: bytes) -> None:
         self.made += 1
-        request = call(self.made, timeout_s=timeout_s, body=body)._replace(flags=kind)
+        request = call(self.made, timeout_s=timeout_s, body=body).changed(flags=kind)
         self.requests[request.id] = request
         self.give(request)
 

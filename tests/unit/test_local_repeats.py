@@ -71,7 +71,7 @@ def service(guest: Guest) -> LocalService:
 def connect(service: LocalService, key: int, flags: int = 0) -> Peer:
     peer = Peer()
     service.peer_opened(key, cast(Link, peer), Credentials(1, 0, 0))
-    service.peer_message(key, encode(QUESTION._replace(flags=QUESTION.flags | flags)))
+    service.peer_message(key, encode(QUESTION.changed(flags=QUESTION.flags | flags)))
     return peer
 
 

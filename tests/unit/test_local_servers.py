@@ -174,7 +174,7 @@ def test_addresses(wanted: Request, name: str) -> None:
 
 def test_a_notification_without_a_priority(hub: Hub) -> None:
     with pytest.raises(BadBody):
-        hub.offer(request(NOTIFICATION)._replace(body=b"{}"))
+        hub.offer(request(NOTIFICATION).changed(body=b"{}"))
 
 
 def test_nobody_serves_it(hub: Hub) -> None:

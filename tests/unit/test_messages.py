@@ -176,9 +176,10 @@ def flags_of(parsed: Any, definition: Any) -> int:
 def without_unnamed(message: Message) -> Message:
     """The definition drops flags it has no name for; the codec keeps them."""
     if isinstance(message, Request):
-        return message._replace(flags=message.flags & sum(protocol.RequestFlags.flags.values()))
+        return message.changed(flags=message.flags & sum(protocol.RequestFlags.flags.values()))
     if isinstance(message, Reply):
-        return message._replace(flags=message.flags & sum(protocol.ReplyFlags.flags.values()))
+        flags = message.flags & sum(protocol.ReplyFlags.flags.values())
+        return Reply(message.id, flags, message.body)
     return message
 
 
@@ -257,8 +258,8 @@ def test_a_long_text_is_cut_at_a_character_on_both_sides() -> None:
 def test_a_request_knows_whether_it_is_a_call() -> None:
     request = Request(bytes(16), CALL, 0, 0, "", "topic", "", b"")
     assert request.is_call
-    assert not request._replace(flags=0xFE).is_call
-    assert request._replace(exchange="nova").target == Topic("nova", "topic")
+    assert not request.changed(flags=0xFE).is_call
+    assert request.changed(exchange="nova").target == Topic("nova", "topic")
 
 
 @given(names, ids)

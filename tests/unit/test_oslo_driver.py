@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from tests.unit.oslo_site import (
 from tests.unit.owned import touches_recorded
 from vchan.client import Client
 from vchan.io.loop import Loop
-from vchan.rpc.in_flight import Answered, HandedBack
+from vchan.rpc.in_flight import Answered, HandedBack, Outcome
 from vchan.rpc.messages import BUSY, CALL, NO_AGENT, RELEASED, Request
 
 PATIENT_S = 30.0
@@ -603,10 +604,18 @@ def test_a_daemon_that_is_not_there_is_logged_once(
 # -------------------------------------------------------------------- BUSY, reasons, limits
 
 
+Answer = Callable[[bytes], Outcome]
+"""What a request comes to, by its id."""
+
+
+def handed_back(reason: int, text: str) -> Answer:
+    return lambda request_id: HandedBack(request_id, reason, text)
+
+
 class Scripted:
     """A daemon's answers to one sending, made up."""
 
-    def __init__(self, site: Site, answers: list[Any]) -> None:
+    def __init__(self, site: Site, answers: list[Answer]) -> None:
         self.driver: Any = site.driver(site.host_url)
         self.sent: list[Request] = []
         self._answers = answers
@@ -616,8 +625,8 @@ class Scripted:
 
     def submit(self, request: Request, told: Any) -> None:
         self.sent.append(request)
-        answer = self._answers.pop(0)
-        self.loop.call_soon(lambda: told(answer._replace(id=request.id)))
+        answer = self._answers.pop(0)(request.id)
+        self.loop.call_soon(lambda: told(answer))
 
     def withdraw(self, request_id: bytes) -> None:
         pass
@@ -629,8 +638,8 @@ class Scripted:
 
 
 def test_what_is_busy_is_tried_again(site: Site) -> None:
-    busy = HandedBack(b"", BUSY, "full")
-    script = Scripted(site, [busy, busy, busy, Answered(b"", False, b"7")])
+    busy, done = handed_back(BUSY, "full"), partial(Answered, failed=False, body=b"7")
+    script = Scripted(site, [busy, busy, busy, done])
     assert script.send(timeout=PATIENT_S) == 7
     assert len({request.id for request in script.sent}) == 1
     times = [request.timeout_ms for request in script.sent]
@@ -639,7 +648,7 @@ def test_what_is_busy_is_tried_again(site: Site) -> None:
 
 @pytest.mark.parametrize("retry", [0, 2])
 def test_busy_for_longer_than_wanted(site: Site, retry: int) -> None:
-    script = Scripted(site, [HandedBack(b"", BUSY, "full")] * 5)
+    script = Scripted(site, [handed_back(BUSY, "full")] * 5)
     with pytest.raises(om.MessageDeliveryFailure, match="full"):
         script.send(retry=retry)
     assert len(script.sent) == retry + 1
@@ -650,7 +659,7 @@ def test_busy_for_longer_than_wanted(site: Site, retry: int) -> None:
     [(NO_AGENT, om.MessageUndeliverable), (RELEASED, om.MessagingTimeout)],
 )
 def test_reasons(site: Site, reason: int, kind: type[Exception]) -> None:
-    script = Scripted(site, [HandedBack(b"", reason, "says the daemon")])
+    script = Scripted(site, [handed_back(reason, "says the daemon")])
     with pytest.raises(kind, match="says the daemon"):
         script.send()
 

@@ -474,10 +474,10 @@ def test_which_methods_are_raw() -> None:
 def test_only_a_call_or_a_cast_to_one_may_be_raw() -> None:
     request = Request(ID, RAW | CALL, 0, 0, "e", "t", "", encode_raw(b"{}", b""))
     for flags in (RAW | CALL, RAW, RAW | REDELIVERED):
-        asked = request._replace(flags=flags)
+        asked = request.changed(flags=flags)
         assert decode(encode(asked)) == asked
     for flags in (RAW | FANOUT, RAW | NOTIFICATION | REDELIVERED):
-        assert isinstance(decode(encode(request._replace(flags=flags))), BadMessage)
+        assert isinstance(decode(encode(request.changed(flags=flags))), BadMessage)
 
 
 # ---------------------------------------------------------------- in flight
@@ -573,7 +573,7 @@ def test_a_later_peer_that_takes_none(was_sent: bool, reason: int) -> None:
 
 def raw_request(invocation: bytes, data: bytes = EVERY_BYTE, **fields: Any) -> Request:
     made = Request(ID, RAW | CALL, 0, 0, "openstack", "store", "", encode_raw(invocation, data))
-    return made._replace(**fields)
+    return made.changed(**fields)
 
 
 def test_the_host_judges_a_raw_request_by_its_json() -> None:
@@ -587,7 +587,7 @@ def test_the_host_judges_a_raw_request_by_its_json() -> None:
     ("request_", "problem"),
     [
         (raw_request(b"{"), "is not JSON"),
-        (raw_request(b"")._replace(body=b"\x00\x00"), "shorter than it says"),
+        (raw_request(b"").changed(body=b"\x00\x00"), "shorter than it says"),
         (raw_request(b"{}"), 'expected "method"'),
         (raw_request(b'{"method":"m"}', bytes(REQUEST_BYTES_MAX)), "are allowed"),
         (
@@ -609,7 +609,7 @@ def test_the_context_of_a_raw_request_is_cut_and_its_bytes_are_not() -> None:
     kept, data = decode_raw(body)
     assert json.loads(kept)["context"] == {"user": "u"}
     assert data == EVERY_BYTE
-    for request in (raw_request(b"nonsense"), raw_request(b"")._replace(body=b"\x00")):
+    for request in (raw_request(b"nonsense"), raw_request(b"").changed(body=b"\x00")):
         assert cut_context(request, lambda _: frozenset()) == request.body
 
 
@@ -699,7 +699,7 @@ def test_vchan_dev_shows_how_many_bytes_there_are() -> None:
     dev = pytest.importorskip("vchan.host.dev")
     shown = dev.describe_request(raw_request(encode_invocation("turn", {"times": 2})))
     assert shown == "call store turn (256 bytes) times=2"
-    assert "shorter than it says" in dev.describe_request(raw_request(b"")._replace(body=b""))
+    assert "shorter than it says" in dev.describe_request(raw_request(b"").changed(body=b""))
     assert dev.describe_outcome(Answered(ID, False, EVERY_BYTE), is_raw=True) == "256 bytes"
     failed = Answered(ID, True, b'{"class":"KeyError","message":"m"}')
     assert dev.describe_outcome(failed, is_raw=True) == "KeyError: m"

@@ -155,7 +155,7 @@ def identity(number: int) -> bytes:
 
 def cast(number: int, topic: Topic = A, **fields: Any) -> Request:
     request = Request(identity(number), 0, 0, 0, topic.exchange, topic.name, "vm", b"{}")
-    return request._replace(**fields)
+    return request.changed(**fields)
 
 
 def call(number: int, topic: Topic = A, **fields: Any) -> Request:

@@ -38,7 +38,7 @@ def id_of(number: int) -> bytes:
 
 def request(number: int, flags: int = 0, body: bytes = b"{}", **changes: Any) -> Request:
     made = Request(id_of(number), flags, 0, 0, "nova", "conductor", "", body)
-    return made._replace(**changes)
+    return made.changed(**changes)
 
 
 class Rig:

@@ -38,7 +38,7 @@ def request(flags: int = 0, body: bytes | None = None, **changes: Any) -> Reques
     if body is None:
         body = encode_invocation("work", {"x": 1})
     made = Request(ID, flags, 0, 0, "nova", "conductor", "", body)
-    return made._replace(**changes)
+    return made.changed(**changes)
 
 
 def published(asked: Request, context: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

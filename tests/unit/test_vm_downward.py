@@ -186,7 +186,7 @@ class Rig:
         """A local program's call. What it is told is added to the list."""
         told: list[Outcome] = []
         request = Request(identity(number), CALL, 0, 0, "nova", "a", VM, b"{}")
-        self.downward.submit_local(request._replace(**fields), told.append, self.now_s)
+        self.downward.submit_local(request.changed(**fields), told.append, self.now_s)
         return told
 
 
@@ -1192,7 +1192,7 @@ def test_a_vm_that_became_mute_is_told_what_came_of_earlier_requests(rig: Rig) -
     rig.guest(request)
     rig.gate.is_mute = True
     rig.downward.policy_changed(rig.now_s)
-    rig.guest(request._replace(flags=REDELIVERED))
+    rig.guest(request.changed(flags=REDELIVERED))
     assert rig.said() == []
     assert rig.gate.turned_away == []
     assert rig.downward.upward.open_requests == 1

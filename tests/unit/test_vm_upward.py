@@ -205,7 +205,7 @@ class Rig:
     def ask(self, number: int, flags: int = 0, **changes: Any) -> None:
         body = encode_invocation("info" if flags & NOTIFICATION else "work", {"n": number})
         request = Request(id_of(number), flags, 0, 0, "nova", "conductor", "", body)
-        self.out.receive(request._replace(**changes), self.now_s)
+        self.out.receive(request.changed(**changes), self.now_s)
 
     def again(self, number: int, flags: int = 0, **changes: Any) -> None:
         self.ask(number, flags | REDELIVERED, **changes)

@@ -53,6 +53,7 @@ from vchan.wire.frames import (
     encode_frame,
     session_keys,
 )
+from vchan.wire.value import Value
 
 HERE = Path(__file__).parent
 HOST_NONCE = bytes.fromhex("3a7d01c4e95f2b8860f1349abcde5712")
@@ -396,7 +397,8 @@ def copy_fields(message: copies.CopyMessage) -> Vectors:
 def message_fields(message: Message) -> Vectors:
     """A message's fields, bytes in hex."""
     out: Vectors = {}
-    for name, value in message._asdict().items():
+    values: tuple[Any, ...] = message.fields() if isinstance(message, Value) else message
+    for name, value in zip(message.__match_args__, values, strict=True):
         if name == "ids":
             out[name] = [request_id.hex() for request_id in value]
         elif name == "topics":

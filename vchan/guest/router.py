@@ -56,7 +56,6 @@ from vchan.rpc.messages import (
     encode,
     is_charge,
     queue_of,
-    target_of,
 )
 from vchan.session import CONTROL
 
@@ -156,7 +155,7 @@ class Router:
             case Request() | Cancel() | Settled():
                 for delivery in self._host.receive(message, now_s):
                     if isinstance(delivery, Deliver):
-                        self._admit(delivery.request, data, now_s)
+                        self._admit(delivery.request, now_s)
                     else:
                         self._cancel(delivery.id)
                 if isinstance(message, Settled):
@@ -176,7 +175,7 @@ class Router:
         self._dispatcher.cancel(request_id)
         self._clear_doubts()
 
-    def _admit(self, request: Request, encoded: bytes, now_s: float) -> None:
+    def _admit(self, request: Request, now_s: float) -> None:
         """It is new to us. Whether it is in doubt is decided here: what comes later says nothing of
         what came before."""
         if not request.flags & _NOT_FRESH:
@@ -189,11 +188,9 @@ class Router:
         if request.topic == OWN_TOPIC:
             self._answer_ourselves(request, now_s)
         else:
-            topic, forever = target_of(request), not request.timeout_ms
+            topic, forever = request.target, not request.timeout_ms
             told = self._tell if request.id in self._doubtful else self._host.tell
-            if not self._dispatcher.offer(
-                request, topic, told, now_s, forever=forever, encoded=encoded
-            ):
+            if not self._dispatcher.offer(request, topic, told, now_s, forever=forever):
                 told(self._dispatcher.unserved(request.id, topic), now_s)
         if self._doubtful:
             self._clear_doubts()
@@ -243,7 +240,7 @@ class Router:
         if request.is_call:
             return None
         is_raw = request.flags & RAW != 0
-        return request._replace(body=mark_redelivered(request.body, is_raw=is_raw))
+        return request.changed(body=mark_redelivered(request.body, is_raw=is_raw))
 
     def _clear_doubts(self) -> None:
         """What no agent will be given any more is in doubt no more."""

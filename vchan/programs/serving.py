@@ -29,7 +29,6 @@ from vchan.rpc.bodies import (
 )
 from vchan.rpc.in_flight import Cancelled, Deliver, Delivery
 from vchan.rpc.messages import (
-    CALL,
     NOTIFICATION,
     RAW,
     REFUSED,
@@ -37,7 +36,6 @@ from vchan.rpc.messages import (
     TOPICS_MAX,
     Request,
     Topic,
-    target_of,
 )
 
 METHODS_TOLD_MAX: Final = 20
@@ -198,7 +196,7 @@ class Serving:
     def may_begin(self, request: Request) -> bool:
         """Take responsibility for it. False: it was withdrawn, or its time is over."""
         responder = self.connection.responder
-        if request.flags & CALL:
+        if request.is_call:
             return request.id in responder
         if not responder.take(request.id, self._scheduler.time()):
             return False
@@ -225,10 +223,9 @@ class Serving:
         self.end_beat(request.id)
         responder, now_s = self.connection.responder, self._scheduler.time()
         story = ran.story
-        is_call = request.flags & CALL != 0
-        if is_call and ran.refusal:
+        if request.is_call and ran.refusal:
             responder.refuse(request.id, REFUSED, ran.refusal)
-        elif is_call:
+        elif request.is_call:
             try:
                 responder.answer(request.id, ran.body, failed=ran.failed, now_s=now_s)
             except LimitExceeded as error:
@@ -289,7 +286,7 @@ def _topic_of(request: Request, invocation: Invocation) -> Topic:
         priority = f".{invocation.method}"
         if not request.topic.endswith(priority):
             return Topic(request.exchange, request.topic + priority)
-    return target_of(request)
+    return request.target
 
 
 def _compatible(offered: str, wanted: str) -> bool:
@@ -314,7 +311,7 @@ def returned(request: Request, result: Any) -> Finish:
             result.close()  # or Python warns that nobody awaited it
         advice = "await it, in a method that vchan.aio.Agent serves"
         raise TypeError(f"the method returned something to await: {advice}")
-    if not request.flags & CALL:
+    if not request.is_call:
         return Finish(False, b"")
     if request.flags & RAW:
         if not isinstance(result, bytes | bytearray | memoryview):

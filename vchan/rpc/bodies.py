@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from vchan.errors import BadBody
 from vchan.wire import layout
-from vchan.wire.record import Record
+from vchan.wire.value import Value
 
 REDELIVERED_KEY = "vchan_redelivered"
 """In the context of a request that may run for a second time: true."""
@@ -34,7 +34,7 @@ FAILURE_ARGS_BYTES_MAX = 32 * 1024
 the text stands in their place."""
 
 
-class Invocation(Record):
+class Invocation(Value):
     """What a request asks for."""
 
     __slots__ = ("args", "context", "method", "namespace", "version")

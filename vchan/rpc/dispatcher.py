@@ -219,7 +219,6 @@ class Dispatcher:
         *,
         patient: bool = True,
         forever: bool = False,
-        encoded: bytes | None = None,
     ) -> bool:
         """Give a request to who serves a topic.
 
@@ -228,7 +227,6 @@ class Dispatcher:
                 Heartbeat, unless the request is cancelled.
             patient: It may wait for a server that has just gone, or after a start is not there yet.
             forever: It waits for a server however long.
-            encoded: Its bytes: what goes on as it came need not be encoded again.
 
         Returns:
             Whether it was taken on. If not, nobody serves it, and `told` hears nothing.
@@ -257,12 +255,12 @@ class Dispatcher:
         give_up_s = _FOREVER if forever else now_s
         served = self._open[request.id] = _Served(request, topic, told, now_s, give_up_s)
         if holder is not None:
-            self._give(served, request, now_s, holder, encoded)
+            self._give(served, request, now_s, holder)
         elif after_grace or not is_served or (self._lines and topic in self._lines):
             self._wait(served, now_s)
             self._lines.setdefault(topic, deque()).append(served)
         else:
-            self._give(served, request, now_s, None, encoded)
+            self._give(served, request, now_s)
         return True
 
     def _may_be_held(self, request: Request) -> bool:
@@ -283,12 +281,7 @@ class Dispatcher:
             served.give_up_s = max(served.give_up_s, now_s + LINGER_S)
 
     def _give(
-        self,
-        served: _Served,
-        request: Request,
-        now_s: float,
-        holder: int | None = None,
-        encoded: bytes | None = None,
+        self, served: _Served, request: Request, now_s: float, holder: int | None = None
     ) -> None:
         """To who holds it; or to the server whose turn it is, and a fanout to all."""
         if holder is not None:
@@ -299,8 +292,7 @@ class Dispatcher:
                 if vetted is None:
                     self._finish(served, self.unserved(request.id, served.topic), now_s)
                     return
-                if vetted is not request:
-                    request, encoded = vetted, None
+                request = vetted
             turn = self._by_topic[served.topic]
             if request.flags & FANOUT:
                 keys = tuple(turn)
@@ -312,7 +304,7 @@ class Dispatcher:
             served.owners.add(key)
         for key in keys:
             try:
-                self._servers[key].requester.submit(request, now_s, encoded)
+                self._servers[key].requester.submit(request, now_s)
             except (LimitExceeded, Rejected) as error:  # the server takes less than we do
                 refused = HandedBack(request.id, REFUSED, str(error))
                 self._outcome(key, served, refused, now_s)

@@ -50,12 +50,11 @@ from vchan.rpc.messages import (
     encode_request,
     id_chunks,
     reply_stream,
-    request_stream,
     with_time_left,
 )
 from vchan.session import CONTROL
 from vchan.wire.frames import RAW_CASTS
-from vchan.wire.record import Record
+from vchan.wire.value import Value
 
 Send = Callable[[bytes, int], None]
 """Queues a message on a stream of the session."""
@@ -88,7 +87,7 @@ COMES_AGAIN: Final = frozenset({NO_AGENT, BUSY, RELEASED})
 """A cast that is handed back so has not run, and comes again, at another time or elsewhere."""
 
 
-class Taken(Record):
+class Taken(Value):
     """The responder has taken responsibility for this cast."""
 
     __slots__ = ("id",)
@@ -101,7 +100,7 @@ class Taken(Record):
         return (self.id,)
 
 
-class Answered(Record):
+class Answered(Value):
     """A call's answer. `body` is JSON: the result, or if `failed` the failure. The result of a RAW
     call is bytes."""
 
@@ -171,7 +170,7 @@ class _Outstanding:
     def __init__(self, request: Request, deadline_s: float | None) -> None:
         self.request = request
         self.result_flags = RAW_REPLY if request.flags & RAW else 0
-        self.stream = request_stream(request.topic)
+        self.stream = request.stream
         self.deadline_s = deadline_s
         self.sent = False
         self.problem = ""  # why the peer we have now cannot take it
@@ -304,13 +303,10 @@ class Requester:
         """Whether the peer may have had a request that is open."""
         return self._open[request_id].sent
 
-    def submit(self, request: Request, now_s: float, encoded: bytes | None = None) -> None:
+    def submit(self, request: Request, now_s: float) -> None:
         """Send a request and hold it until it is over.
 
         The id must not be open already. The caller bounds how many it submits.
-
-        Args:
-            encoded: Its bytes, if they are at hand.
 
         Raises:
             LimitExceeded: The peer does not take so large a one. It is not held.
@@ -320,7 +316,7 @@ class Requester:
         deadline_s = now_s + request.timeout_ms / 1000 if request.timeout_ms else None
         item = _Outstanding(request, deadline_s)
         if self.connected and not self._holds:
-            self._transmit(item, request, encoded)
+            self._transmit(item, request)
         self._open[request.id] = item
         if deadline_s is not None and self._is_timed:
             self._deadlines.add(deadline_s + self._grace_s, request.id)
@@ -333,7 +329,7 @@ class Requester:
         elif flags & REDELIVERED and not flags & OUT_OF_TURN:
             flags |= self._late_flags
         if flags != request.flags:
-            request = item.request = request._replace(flags=flags)
+            request = item.request = request.changed(flags=flags)
         try:
             self._transmit(item, with_time_left(request, item.deadline_s, now_s))
         except (LimitExceeded, Rejected) as error:
@@ -341,12 +337,12 @@ class Requester:
             self._untaken.append(request.id)
             self._untaken_s = now_s
 
-    def _transmit(self, item: _Outstanding, request: Request, encoded: bytes | None = None) -> None:
+    def _transmit(self, item: _Outstanding, request: Request) -> None:
         if request.flags & RAW:
             no_raw = self._no_raw if request.flags & CALL else self._no_raw_cast
             if no_raw:
                 raise Rejected(no_raw)
-        self._send(encoded or encode_request(request), item.stream)
+        self._send(encode_request(request), item.stream)
         item.sent = True
         item.problem = ""
 
@@ -360,8 +356,7 @@ class Requester:
     def receive(self, message: Message) -> list[Outcome]:
         """Take a Receipt, Reply or Returned; return what it means."""
         match message:
-            case Reply():
-                request_id, flags, body = message
+            case Reply(request_id, flags, body):
                 item = self._open.get(request_id)
                 if item is not None and item.request.flags & CALL:
                     if not flags & FINAL:
@@ -429,7 +424,7 @@ class Requester:
         return refused.doubted() if was_sent else refused
 
 
-class Deliver(Record):
+class Deliver(Value):
     """A request that was never seen before. Its time, if any, is in `timeout_ms`, from now."""
 
     __slots__ = ("request",)

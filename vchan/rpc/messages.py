@@ -24,6 +24,7 @@ from zlib import crc32
 
 from vchan.session import STREAMS
 from vchan.wire import layout
+from vchan.wire.value import Value
 
 ID_BYTES: Final = 16
 """An id: oslo.messaging's `_unique_id`, a UUID."""
@@ -103,6 +104,13 @@ _unpack_request: Final = _REQUEST.unpack_from
 _pack_reply: Final = _REPLY.pack
 _crc32: Final = crc32
 
+NAMES_KNOWN_MAX: Final = 64
+"""Whom requests were for is kept, by the bytes that said it: most are for the same few. At it: all
+is forgotten, and learnt anew. A name is at most NAME_BYTES_MAX long, so this is 50 KB at most."""
+_known_names: dict[bytes, "_Names"] = {}
+_NAMES_AT: Final = _REQUEST_BYTES - 3
+"""The names' lengths, a byte each, end the fixed fields."""
+
 _RequestHead = tuple[int, int, bytes, int, int, int, int, int]
 """The fields of `layout.REQUEST`."""
 
@@ -118,17 +126,114 @@ GUEST_TOPIC: Final = Topic(DEFAULT_EXCHANGE, "vchan.guest")
 """What a guest's daemon serves itself, as it is announced. It serves the name in any exchange."""
 
 
-class Request(NamedTuple):
-    """A call, cast, fanout or notification. Times are in milliseconds from now; 0: none."""
+class _Names:
+    """Whom requests are for, as their bytes say it, and what that comes to.
 
-    id: bytes
-    flags: int
-    timeout_ms: int
-    monitor_ms: int
-    exchange: str
-    topic: str
-    server: str
-    body: bytes
+    Attributes:
+        end: Where these bytes end in a request's, and its body begins.
+    """
+
+    __slots__ = ("end", "exchange", "server", "stream", "target", "topic")
+
+    def __init__(self, exchange: str, topic: str, server: str, end: int) -> None:
+        self.exchange = exchange
+        self.topic = topic
+        self.server = server
+        self.target = Topic(exchange, topic)
+        self.stream = request_stream(topic)
+        self.end = end
+
+
+class Request(Value):
+    """A call, cast, fanout or notification. Times are in milliseconds from now; 0: none.
+
+    Attributes:
+        encoded: Its bytes as they came, while nobody has asked for its body: what is passed on is
+            neither taken apart nor put together. Otherwise b"".
+    """
+
+    __slots__ = (
+        "_body",
+        "_names",
+        "encoded",
+        "exchange",
+        "flags",
+        "id",
+        "monitor_ms",
+        "server",
+        "timeout_ms",
+        "topic",
+    )
+    __match_args__: Final = (
+        *("id", "flags", "timeout_ms", "monitor_ms"),
+        *("exchange", "topic", "server", "body"),
+    )
+
+    def __init__(
+        self,
+        id: bytes,
+        flags: int,
+        timeout_ms: int,
+        monitor_ms: int,
+        exchange: str,
+        topic: str,
+        server: str,
+        body: bytes | None,
+        encoded: bytes = b"",
+        names: _Names | None = None,
+    ) -> None:
+        """`decode` gives no body, but `encoded` and `names`."""
+        self.id = id
+        self.flags = flags
+        self.timeout_ms = timeout_ms
+        self.monitor_ms = monitor_ms
+        self.exchange = exchange
+        self.topic = topic
+        self.server = server
+        self._body = body
+        self.encoded = encoded
+        self._names = names
+
+    def fields(self) -> tuple[bytes, int, int, int, str, str, str, bytes]:
+        head = (self.id, self.flags, self.timeout_ms, self.monitor_ms)
+        return (*head, self.exchange, self.topic, self.server, self.body)
+
+    def changed(
+        self,
+        *,
+        id: bytes | None = None,
+        flags: int | None = None,
+        timeout_ms: int | None = None,
+        monitor_ms: int | None = None,
+        exchange: str | None = None,
+        topic: str | None = None,
+        server: str | None = None,
+        body: bytes | None = None,
+    ) -> "Request":
+        """Another one, with these in place of its own."""
+        is_renamed = exchange is not None or topic is not None or server is not None
+        return Request(
+            self.id if id is None else id,
+            self.flags if flags is None else flags,
+            self.timeout_ms if timeout_ms is None else timeout_ms,
+            self.monitor_ms if monitor_ms is None else monitor_ms,
+            self.exchange if exchange is None else exchange,
+            self.topic if topic is None else topic,
+            self.server if server is None else server,
+            self.body if body is None else body,
+            names=None if is_renamed else self._names,
+        )
+
+    @property
+    def body(self) -> bytes:
+        """JSON, or (RAW) JSON and bytes. It takes the place of `encoded`: a large one is kept
+        once."""
+        encoded = self.encoded  # looked at first: another thread may be about to empty it
+        body = self._body
+        if body is None:
+            body = self._body = encoded[self.names.end :]
+            self.encoded = b""
+        return body
 
     @property
     def is_call(self) -> bool:
@@ -138,12 +243,20 @@ class Request(NamedTuple):
     @property
     def target(self) -> Topic:
         """Whom it is for."""
-        return target_of(self)
+        return self.names.target
 
+    @property
+    def stream(self) -> int:
+        """The stream that it goes on."""
+        return self.names.stream
 
-def target_of(request: Request) -> Topic:
-    """`Request.target`, for compiled modules: there a property takes half as long again."""
-    return _new_tuple(Topic, (request.exchange, request.topic))
+    @property
+    def names(self) -> _Names:
+        """Whom it is for, and what that comes to."""
+        names = self._names
+        if names is None:
+            names = self._names = _Names(self.exchange, self.topic, self.server, 0)
+        return names
 
 
 class Receipt(NamedTuple):
@@ -152,12 +265,19 @@ class Receipt(NamedTuple):
     id: bytes
 
 
-class Reply(NamedTuple):
+class Reply(Value):
     """A call's result or failure, or (not FINAL) a heartbeat."""
 
-    id: bytes
-    flags: int
-    body: bytes
+    __slots__ = ("body", "flags", "id")
+    __match_args__: Final = ("id", "flags", "body")
+
+    def __init__(self, id: bytes, flags: int, body: bytes) -> None:
+        self.id = id
+        self.flags = flags
+        self.body = body
+
+    def fields(self) -> tuple[bytes, int, bytes]:
+        return self.id, self.flags, self.body
 
 
 class Returned(NamedTuple):
@@ -232,11 +352,14 @@ def with_time_left(request: Request, deadline_s: float | None, now_s: float) -> 
     """A request, with the time that it has left until its deadline."""
     if deadline_s is None:
         return request
-    return request._replace(timeout_ms=milliseconds(deadline_s - now_s))
+    return request.changed(timeout_ms=milliseconds(deadline_s - now_s))
 
 
 def encode_request(request: Request) -> bytes:
     """Encode; names are at most NAME_BYTES_MAX bytes of UTF-8, times under 2**32 ms."""
+    encoded = request.encoded
+    if encoded:
+        return encoded
     exchange = request.exchange.encode()
     topic = request.topic.encode()
     server = request.server.encode()
@@ -269,7 +392,7 @@ def encode(message: Message) -> bytes:
         case Request():
             return encode_request(message)
         case Reply():
-            return encode_reply(*message)
+            return encode_reply(message.id, message.flags, message.body)
         case Receipt():
             return encode_receipt(message.id)
         case Returned():
@@ -307,7 +430,7 @@ def decode(data: bytes) -> Message | BadMessage | Unknown:
         if kind == layout.MESSAGE_REQUEST:
             return _decode_request(data)
         if kind == layout.MESSAGE_REPLY and len(data) >= _REPLY.size:
-            return _new_tuple(Reply, (data[2:18], data[1], data[18:]))
+            return Reply(data[2:18], data[1], data[18:])
         if kind == layout.MESSAGE_RECEIPT and len(data) == _RECEIPT.size:
             return _new_tuple(Receipt, (data[1:],))
         if kind == layout.MESSAGE_RETURNED and len(data) >= _RETURNED.size:
@@ -337,15 +460,42 @@ def _decode_request(data: bytes) -> Request | BadMessage:
     _, flags, request_id, timeout_ms, monitor_ms, a, b, c = head
     if flags & RAW and flags & _RAW_FOR_SEVERAL and not flags & CALL:
         return BadMessage("Request: RAW, and neither a call nor a cast to one")
-    a += _REQUEST_BYTES
-    b += a
-    c += b
-    if len(data) < c:
+    end = _REQUEST_BYTES + a + b + c
+    if len(data) < end:
         return BadMessage("Request: shorter than its names")
-    exchange = data[_REQUEST_BYTES:a].decode()
-    topic, server = data[a:b].decode(), data[b:c].decode()
-    fields = (request_id, flags, timeout_ms, monitor_ms, exchange, topic, server, data[c:])
-    return _new_tuple(Request, fields)
+    said = data[_NAMES_AT:end]
+    names = _known_names.get(said)
+    if names is None:
+        names = _learn_names(said, a, b)
+    return Request(
+        request_id,
+        flags,
+        timeout_ms,
+        monitor_ms,
+        names.exchange,
+        names.topic,
+        names.server,
+        None,
+        data,
+        names,
+    )
+
+
+def _learn_names(said: bytes, exchange_bytes: int, topic_bytes: int) -> _Names:
+    """Of what is said between a request's fixed fields and its body, their lengths first.
+
+    Raises:
+        UnicodeDecodeError: A name is not UTF-8.
+    """
+    start = _REQUEST_BYTES - _NAMES_AT
+    middle = start + exchange_bytes
+    stop = middle + topic_bytes
+    exchange, topic = said[start:middle].decode(), said[middle:stop].decode()
+    names = _Names(exchange, topic, said[stop:].decode(), _NAMES_AT + len(said))
+    if len(_known_names) >= NAMES_KNOWN_MAX:
+        _known_names.clear()
+    _known_names[said] = names
+    return names
 
 
 def _decode_ids(data: bytes) -> tuple[bytes, ...] | None:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 from vchan.wire import layout
 from vchan.wire.frames import FRAME_BYTES_MAX, OVERHEAD_BYTES, RAW_REQUESTS
-from vchan.wire.record import Record
+from vchan.wire.value import Value
 
 VERSION: Final = 1
 """The session protocol's newest version this code speaks, and (so far) its oldest."""
@@ -102,7 +102,7 @@ class Opened(NamedTuple):
     resumed: bool
 
 
-class Received(Record):
+class Received(Value):
     """A whole message, exactly once and in its stream's order."""
 
     __slots__ = ("message", "stream")

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from vchan.wire import layout
-from vchan.wire.record import Record
+from vchan.wire.value import Value
 
 _HEADER: Final = Struct(layout.FRAME_HEADER)
 _CRC: Final = Struct(layout.CRC)
@@ -103,7 +103,7 @@ def session_keys(host_nonce: bytes, guest_nonce: bytes) -> tuple[Key, Key]:
     return Key(words[0], words[1]), Key(words[2], words[3])
 
 
-class Frame(Record):
+class Frame(Value):
     """One frame, as it came out of the decoder.
 
     Attributes:

@@ -358,7 +358,7 @@ class LocalService:
             # It reconnected, and repeats itself: its old connection, closed later, cancels nothing.
             self._let_go(before, request.id)
         if not request.timeout_ms:
-            request = request._replace(timeout_ms=PATIENCE_MS)
+            request = request.changed(timeout_ms=PATIENCE_MS)
 
         def told(outcome: Outcome) -> None:
             self._tell(peer, _doubted(request, outcome))
@@ -457,7 +457,7 @@ class LocalService:
         """
         servers, now_s = self._servers, self._loop.time()
         if or_broker:
-            request = request._replace(flags=request.flags & ~REDELIVERED)
+            request = request.changed(flags=request.flags & ~REDELIVERED)
         try:
             is_served = servers.offer(request, address_of(request), told, now_s, patient=False)
         except BadBody:

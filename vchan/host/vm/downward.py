@@ -84,8 +84,6 @@ from vchan.rpc.messages import (
 )
 from vchan.rpc.outcomes import Ran, ending_of
 
-_new_tuple = tuple.__new__
-
 LOCAL_REQUESTS_MAX: Final = 256
 """Requests of local programs open at a time, for one VM. At it: Returned: BUSY."""
 OPEN_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -509,10 +507,7 @@ class Downward:
         times_ms = milliseconds(origin.timeout_s), milliseconds(origin.monitor_timeout_s)
         flags |= CALL if origin.is_call else 0
         body = request_body(origin, self._passing(topic, origin.context))
-        request: Request = _new_tuple(
-            Request, (origin.id, flags, *times_ms, topic.exchange, topic.name, self.vm, body)
-        )
-        return request
+        return Request(origin.id, flags, *times_ms, topic.exchange, topic.name, self.vm, body)
 
     def _passing(self, topic: Topic, context: Mapping[str, Any]) -> frozenset[str]:
         """Keys that may enter with a request for a topic; those of this context that may not are
@@ -636,7 +631,7 @@ class Downward:
             entry.local = answer  # it repeats itself, perhaps on a new connection
             return
         is_repeat = request.flags & REDELIVERED  # of what a daemon before this one had
-        request = request._replace(
+        request = request.changed(
             flags=request.flags & ~IN_PLACE | (OUT_OF_TURN if is_repeat else LOCAL),
             body=cut_context(request, partial(self._passing, request.target)),
         )

@@ -560,7 +560,7 @@ class Upward:
         context = self._gate.context(item.asked.context, item.asked.ask, redelivered=is_again)
         item.state = _State.LOCAL  # before the offer: the answer may come in it
         item.cancel = self._offer(
-            request._replace(body=rebuilt_body(request, item.asked, context)),
+            request.changed(body=rebuilt_body(request, item.asked, context)),
             lambda outcome, now_s: self._told(request_id, outcome, now_s),
         )
         if item.cancel is None:
@@ -915,7 +915,7 @@ def _bounded(request: Request) -> Request:
     """A call's time is bounded here: its answer is waited for."""
     longest_ms = int(CALL_S_MAX * 1000)
     if request.is_call and not 0 < request.timeout_ms <= longest_ms:
-        return request._replace(timeout_ms=longest_ms)
+        return request.changed(timeout_ms=longest_ms)
     return request
 
 

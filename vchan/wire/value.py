@@ -5,7 +5,7 @@ whether something is one a fifth.
 """
 
 
-class Record:
+class Value:
     """Two of a kind are equal if all that is in them is. For an attribute's name to stand for a
     place in a pattern, a class has `__match_args__`."""
 
@@ -17,7 +17,7 @@ class Record:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Record)
+            isinstance(other, Value)
             and type(self) is type(other)
             and self.fields() == other.fields()
         )
