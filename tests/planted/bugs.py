@@ -152,6 +152,31 @@ BUGS: Final = (
         Test("tests/unit/test_in_flight.py::test_the_exchange"),
     ),
     Bug(
+        "what has changed goes on as it came",
+        Patch(
+            _MESSAGES,
+            "            names=None if is_renamed else self._names,\n",
+            "            encoded=self.encoded,\n            names=self._names,\n",
+        ),
+        Test("tests/unit/test_messages.py::test_what_was_changed_goes_on_changed"),
+    ),
+    Bug(
+        "names are known by their letters, whichever is whose",
+        Patch(
+            _MESSAGES,
+            "    said = data[_NAMES_AT:end]\n    names = _known_names.get(said)\n",
+            "    said = data[_NAMES_AT:end]\n"
+            "    alike = (n for k, n in _known_names.items() if k[3:] == said[3:])\n"
+            "    names = next(alike, None)\n",
+        ),
+        Test("tests/unit/test_messages.py::test_names_of_the_same_letters_are_told_apart"),
+    ),
+    Bug(
+        "names that were said are known for ever",
+        Patch(_MESSAGES, "        _known_names.clear()\n", "        pass\n"),
+        Test("tests/unit/test_messages.py::test_names_are_known_up_to_a_bound"),
+    ),
+    Bug(
         "the result of a raw call is not marked",
         Patch(
             _EXCHANGE,

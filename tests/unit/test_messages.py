@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vchan import protocol
+from vchan.rpc import messages as rpc_messages
 from vchan.rpc.messages import (
     CALL,
     IDS_MAX,
     NAME_BYTES_MAX,
+    NAMES_KNOWN_MAX,
     NO_AGENT,
     RAW,
     TEXT_BYTES_MAX,
@@ -260,6 +262,62 @@ def test_a_request_knows_whether_it_is_a_call() -> None:
     assert request.is_call
     assert not request.changed(flags=0xFE).is_call
     assert request.changed(exchange="nova").target == Topic("nova", "topic")
+
+
+def decoded(*, exchange: str = "nova", topic: str = "t", server: str = "") -> Request:
+    made = Request(bytes(16), CALL, 5, 0, exchange, topic, server, b"body")
+    request = decode(encode(made))
+    assert isinstance(request, Request) and request == made
+    return request
+
+
+def test_a_request_goes_on_as_it_came_until_its_body_is_asked_for() -> None:
+    data = encode(Request(bytes(16), CALL, 5, 0, "nova", "topic", "server", b"body"))
+    request = decode(data)
+    assert isinstance(request, Request)
+    assert encode(request) is data
+    assert (request.body, request.encoded) == (b"body", b""), "a large one would be kept twice"
+    assert request.body == b"body"
+    assert encode(request) == data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": bytes(15) + b"x"},
+        {"flags": RAW | CALL},
+        {"timeout_ms": 4},
+        {"monitor_ms": 1},
+        {"exchange": "cinder"},
+        {"topic": "other"},
+        {"server": "one"},
+        {"body": b""},
+    ],
+)
+def test_what_was_changed_goes_on_changed(change: dict[str, Any]) -> None:
+    request = decode(encode(Request(bytes(16), CALL, 5, 0, "nova", "topic", "", b"body")))
+    assert isinstance(request, Request)
+    changed = request.changed(**change)
+    again = decode(encode(changed))
+    assert isinstance(again, Request)
+    values = dict(zip(Request.__match_args__, again.fields(), strict=True))
+    assert values == {**dict(zip(Request.__match_args__, request.fields(), strict=True)), **change}
+    assert (again.target, again.stream) == (changed.target, changed.stream)
+    assert changed.target == Topic(changed.exchange, changed.topic)
+
+
+def test_names_of_the_same_letters_are_told_apart() -> None:
+    for exchange, topic, server in (("ab", "c", "d"), ("a", "bc", "d"), ("a", "b", "cd")):
+        request = decoded(exchange=exchange, topic=topic, server=server)
+        assert (request.exchange, request.topic, request.server) == (exchange, topic, server)
+        assert request.target == Topic(exchange, topic)
+
+
+def test_names_are_known_up_to_a_bound() -> None:
+    for number in range(3 * NAMES_KNOWN_MAX):
+        assert decoded(topic=f"topic-{number}").target == Topic("nova", f"topic-{number}")
+        assert len(rpc_messages._known_names) <= NAMES_KNOWN_MAX
+    assert decoded(topic="topic-0").stream == request_stream("topic-0")
 
 
 @given(names, ids)
