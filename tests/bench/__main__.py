@@ -116,6 +116,12 @@ def main() -> int:
         help=f"MiB per bulk transfer [{BULK_MIB}; --streams: {STREAM_BULK_MIB}]",
     )
     parser.add_argument(
+        "--processors",
+        type=int,
+        default=1,
+        help="of the guest, without any of the following [%(default)s]",
+    )
+    parser.add_argument(
         "--instructions",
         action="store_true",
         help="count the guest's instructions instead of time: for a machine that is not quiet",
@@ -184,8 +190,8 @@ def main() -> int:
     defaults = (STREAM_CALLS, STREAM_BULK_MIB) if is_emulated else (CALLS, BULK_MIB)
     options.calls = defaults[0] if options.calls is None else options.calls
     options.bulk_mib = defaults[1] if options.bulk_mib is None else options.bulk_mib
-    if min(options.rounds, options.calls, options.bulk_mib) < 1:
-        parser.error("--rounds, --calls and --bulk-mib must be at least 1")
+    if min(options.rounds, options.calls, options.bulk_mib, options.processors) < 1:
+        parser.error("--rounds, --calls, --bulk-mib and --processors must be at least 1")
     vms = [int(word) for word in options.vms.split(",") if word.isdecimal()]
     if options.keep and (options.instructions or not options.check):
         parser.error("--keep goes with --check, and keeps all of its numbers")
@@ -359,7 +365,7 @@ def measure_start(directory: Path) -> tuple[Any, str]:
 def measure(directory: Path, options: argparse.Namespace) -> tuple[Any, str]:
     """Measure time and memory."""
     before = suite.load()
-    with machine(directory) as guest:
+    with machine(directory, processors=options.processors) as guest:
         result = suite.run(
             guest,
             directory,

@@ -143,6 +143,7 @@ def machine(
     kind: type[QemuGuest] = QemuGuest,
     *,
     running: tuple[Service, ...] | None = None,
+    processors: int = 1,
 ) -> Iterator[Machine]:
     """Boot the guest with all that is to be measured in it.
 
@@ -155,7 +156,8 @@ def machine(
     echoes = (C_ECHO, SELECT_ECHO, ASYNCIO_ECHO, RELAY_ECHO)
     ports = (VCHAN_PORT, *echoes, C_BULK, PYTHON_BULK, GUEST_AGENT, START, STARTED)
     wanted = services() if running is None else running
-    spec = GuestSpec(build(extra, peers=True), wanted, ports=ports)
+    image = build(extra, peers=True)
+    spec = GuestSpec(image, wanted, ports=ports, processors=processors)
     with kind(directory / "guest", spec) as guest:
         yield Machine(guest)
 

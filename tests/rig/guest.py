@@ -109,6 +109,7 @@ class GuestSpec:
     consoles: tuple[str, ...] = ()
     """Names of virtio consoles' sockets: hvc0 and on."""
     memory_mib: int = 256
+    processors: int = 1
     network: bool = False
     """Has a network card on QEMU's user network; the image needs what `network=True` adds."""
 
@@ -288,6 +289,7 @@ class QemuGuest:
         command = [
             *("/usr/bin/qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
             *("-machine", "q35", "-accel", "tcg", "-cpu", CPU, "-m", str(spec.memory_mib)),
+            *("-smp", str(spec.processors)),
             *("-kernel", str(spec.image.kernel), "-initrd", str(spec.image.initrd)),
             *("-append", command_line(spec.services)),
             *("-serial", f"file:{self.console}"),
