@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from vchan.copies import trees
 from vchan.copies.pipe import CopyBroken, CopyPipe
 from vchan.copies.places import RESUME_BYTES_MIN, NewFile, part_name
 from vchan.copies.trees import (
@@ -512,6 +514,34 @@ def test_another_content_begins_anew(source: Path, target: Path) -> None:
     Copy(source / "f", target).run(cut_at=1_000_000)
     content = fill(source / "f", 3_000_000, seed=2)
     assert Copy(source / "f", target).run(resumes=True) == TreeDone(1, len(content))
+    assert tree(target) == {"x": content}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_cannot_be_read_is_replaced(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    content = fill(source / "f", 3_000_000)
+    (target / "x").write_bytes(bytes(3_000_000))
+
+    def refuse(directory: int, name: bytes) -> int:
+        if name == b"x":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_entry(directory, name)
+
+    monkeypatch.setattr(trees, "open_entry", refuse)
+    assert Copy(source / "f", target).run(resumes=True, keeps=keeps) == TreeDone(1, len(content))
+    assert tree(target) == {"x": content}
+
+
+def test_anothers_file_that_is_to_have_our_times_is_replaced(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = fill(source / "f", 3_000_000)
+    (target / "x").write_bytes(content)
+    monkeypatch.setattr(trees, "_may_be_given", lambda _: False)
+    assert Copy(source / "f", target).run(resumes=True) == TreeDone(1, 0)
+    assert Copy(source / "f", target).run(resumes=True, keeps=True) == TreeDone(1, len(content))
     assert tree(target) == {"x": content}
 
 

@@ -517,7 +517,7 @@ class TreeReceiver:
         sha256 = file.new.held(file.size)
         offset = file.new.size
         if not offset:
-            file.there = _checksum_of(file.directory, file.name, file.size)
+            file.there = _checksum_of(file.directory, file.name, file.size, keeps=self._keeps)
             offset, sha256 = (0, sha256) if file.there is None else (file.size, file.there)
         self._pipe.write(self._end.have(offset, sha256))
 
@@ -594,12 +594,26 @@ class TreeReceiver:
             self._watcher.left_out(file.path, text)
 
 
-def _checksum_of(directory: int, name: bytes, size: int) -> bytes | None:
-    """Of a file that is as large; None: there is none."""
+def _may_be_given(file: os.stat_result) -> bool:
+    """Whether its mode and times can be set: by its owner, and by root."""
+    return os.geteuid() in (0, file.st_uid)
+
+
+def _checksum_of(directory: int, name: bytes, size: int, *, keeps: bool) -> bytes | None:
+    """Of a file that is as large; None: there is none that can stay, and a new one is to appear.
+
+    Args:
+        keeps: It is to have another's mode and times.
+    """
     found = replaceable(directory, name)
     if found is None or found.st_size != size:
         return None
-    fd = open_entry(directory, name)
+    if keeps and not _may_be_given(found):
+        return None
+    try:
+        fd = open_entry(directory, name)
+    except (FileNotFoundError, PermissionError):
+        return None
     try:
         return digest_of(fd, size).digest()
     finally:
