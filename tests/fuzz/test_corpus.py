@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
 
@@ -33,6 +36,36 @@ def test_mutations_of_known_inputs_pass(target: str) -> None:
                 chance.randbytes(chance.randrange(4))
             )
         TARGETS[target](bytes(data))
+
+
+_OTHERS: Final[tuple[Any, ...]] = (None, True, 5, 1.5, "x", [], [1], {}, {"a": 1})
+
+
+def of_other_types(value: Any) -> Iterator[Any]:
+    """A value of each type in its place, or in that of something in it: of JSON in a text, too."""
+    yield from _OTHERS
+    if isinstance(value, dict):
+        for name, member in value.items():
+            yield from ({**value, name: other} for other in of_other_types(member))
+    elif isinstance(value, list):
+        for at, member in enumerate(value[:2]):
+            yield from ([*value[:at], other, *value[at + 1 :]] for other in of_other_types(member))
+    elif isinstance(value, str) and value.startswith("{"):
+        yield from (json.dumps(other) for other in of_other_types(json.loads(value)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_json_of_other_types_passes(target: str) -> None:
+    """Compiled code raises TypeError for what a function says that it does not take."""
+    for data in seeds(target):
+        for start in (0, 1):  # some have a byte in front
+            try:
+                value = json.loads(data[start:])
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                for other in of_other_types(value):
+                    TARGETS[target](data[:start] + json.dumps(other).encode())
 
 
 @pytest.mark.parametrize(("target", "name", "data"), _NAMED, ids=[name for _, name, _ in _NAMED])

@@ -539,6 +539,8 @@ def test_who_holds_an_id_is_forgotten_when_it_is_settled_or_the_agent_leaves(rig
         (encode_invocation("forbid", {}), True, "ValueError"),
         (encode_invocation("refuse", {}), True, "Rejected"),
         (b"nonsense", True, "BadBody"),
+        (b'{"method":"ping","version":2}', True, "BadBody"),
+        (b'{"method":"ping","namespace":[]}', True, "BadBody"),
     ],
 )
 def test_the_daemon_answers_itself(rig: Rig, body: bytes, failed: bool, expected: Any) -> None:

@@ -158,6 +158,8 @@ def decode_invocation(body: bytes) -> Invocation:
     if not isinstance(args, dict) or not isinstance(context, dict):
         raise BadBody('the request\'s "args" and "context" must be objects')
     namespace, version = value.get("namespace"), value.get("version")
+    if not isinstance(namespace, str | None) or not isinstance(version, str | None):
+        raise BadBody('the request\'s "namespace" and "version" must be texts, or null')
     return Invocation(value["method"], args, namespace, version, context)
 
 
@@ -214,16 +216,20 @@ def encode_failure(
     class_name: str,
     message: str,
     *,
-    module: str = "vchan.errors",
+    module: object = "vchan.errors",
     args: list[Any] | None = None,
     traceback: list[str] | None = None,
 ) -> bytes:
-    """The body of a failed reply, as oslo.messaging serialises exceptions."""
+    """The body of a failed reply, as oslo.messaging serialises exceptions.
+
+    Args:
+        module: The class's `__module__`, which somebody may have set to anything.
+    """
     message = message[:FAILURE_TEXT_MAX]
     return encode_json(
         {
             "class": class_name,
-            "module": module,
+            "module": str(module),
             "message": message,
             "tb": traceback or [],
             "args": [message] if args is None else args,
