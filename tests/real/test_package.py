@@ -417,6 +417,14 @@ def own_kind() -> str:
     return run("dpkg", "--print-architecture").strip()
 
 
+TAKES_ANYTHING = (
+    *("bodies", "messages", "frames", "framing", "session", "in_flight", "router", "upward"),
+    *("vm_downward", "vm_upward", "odd_messages", "local_servers", "amqp_frames", "amqp_content"),
+    "downward_envelope",
+)
+"""The tests of what reads what others have written."""
+
+
 @pytest.mark.parametrize("side", ["guest", "host"])
 def test_the_compiled_package_holds_modules_and_sources(
     artefacts: Artefacts, compiled: Artefacts, directory: Path, side: str
@@ -456,6 +464,39 @@ def test_the_compiled_package_is_used_and_falls_back(debian: Path, compiled: Art
         assert ", pure: " in said and "GLIBC_9." in said
     finally:
         in_chroot(debian, "dpkg", "--purge", "vchan-guest")
+
+
+def test_compiled_modules_take_whatever_comes(compiled: Artefacts, directory: Path) -> None:
+    """They raise TypeError for what a function says that it does not take: tests of what anybody
+    may send run on the packages' own modules."""
+    tree = directory / "with-modules"
+    no_modules = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("vchan", "tests", "etc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=no_modules)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    for side in ("guest", "host"):
+        deb = compiled.one(f"vchan-{side}_*_{own_kind()}.deb")
+        root = directory / f"{side}-modules"
+        run("dpkg-deb", "-x", str(deb), str(root))
+        packages = root / "usr/lib/python3/dist-packages"
+        for module in packages.rglob("*.so"):
+            shutil.copy(module, tree / module.relative_to(packages).parent)
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    said = subprocess.run(
+        [sys.executable, "-m", "vchan.cli", "version"],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.endswith(", compiled\n"), "this Python is Debian's, or as old"
+    tests = ("tests/fuzz", *(f"tests/unit/test_{name}.py" for name in TAKES_ANYTHING))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
+    done = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
