@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from vchan.guest.router import Router
-from vchan.io.loop import Alarm, Loop
+from vchan.io.loop import Alarm, Scheduler
 from vchan.wire import layout
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Intake:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Scheduler,
         router: Router,
         alarm: Alarm,
         drop: Callable[[int, str], object],
