@@ -292,7 +292,7 @@ class Daemon:
             self._make_forwards,
         )
         self._port.on_message = self._intake.from_host
-        self.peer_message = self._intake.from_agent
+        self.peer_message = self._intake.from_agent  # of Peers; bound once, as in io.streams
         self._server = LocalServer(
             self.loop,
             options.socket,
