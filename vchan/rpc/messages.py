@@ -104,9 +104,10 @@ _unpack_request: Final = _REQUEST.unpack_from
 _pack_reply: Final = _REPLY.pack
 _crc32: Final = crc32
 
-NAMES_KNOWN_MAX: Final = 64
+NAMES_KNOWN_MAX: Final = 256
 """Whom requests were for is kept, by the bytes that said it: most are for the same few. At it: all
-is forgotten, and learnt anew. A name is at most NAME_BYTES_MAX long, so this is 50 KB at most."""
+is forgotten, and learnt anew. It takes 1.1 MB at most, where all names are as long as they may
+be; 90 KB where they are usual ones."""
 _known_names: dict[bytes, "_Names"] = {}
 _NAMES_AT: Final = _REQUEST_BYTES - 3
 """The names' lengths, a byte each, end the fixed fields."""
